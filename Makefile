@@ -1,0 +1,41 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: test demo lint types unit bare fix clean
+
+test: lint types unit bare  ## everything that CI runs
+
+demo: .venv/installed  ## merge the tiny LLaMAs with every method, print a table, draw the chart
+	$(BIN)/python examples/demo.py
+
+lint: .venv/installed
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+
+types: .venv/installed
+	$(BIN)/mypy
+
+unit: .venv/installed
+	$(BIN)/pytest
+
+# Only what a user gets: development packages hide a missing requirement. torch comes from the
+# pinned install, so that this does not fetch it twice.
+bare: .venv/installed
+	rm -rf .venv-bare && $(PYTHON) -m venv .venv-bare
+	.venv-bare/bin/pip install --quiet torch==2.13.0
+	.venv-bare/bin/pip install --quiet .
+	cd .venv-bare && for command in linear slerp task-arithmetic ties dare; do \
+		bin/$$command-llama --help > /dev/null || exit 1; done
+	rm -rf .venv-bare
+
+fix: .venv/installed
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .venv-bare build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

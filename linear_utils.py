@@ -1,0 +1,169 @@
+"""Weighted sums of tensors: linear averages (model soups), lerp, task arithmetic.
+
+Pure tensor math: tensors in, new tensors out, on any device. Every function here is
+elementwise, so it gives the same numbers for a whole tensor and for a block of its rows.
+
+All sums run in float32, in the order of the arguments, with one rounding after each product
+and each addition (never a fused multiply-add, whose use depends on where an element falls in
+a vector register). A model with weight 0 is left out before any arithmetic.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tensor_utils import (
+    check_count,
+    check_lam,
+    check_normalizable,
+    check_t,
+    check_tensors,
+    check_weights,
+)
+
+
+def combine(
+    coefficients: Sequence[float], tensors: Sequence[Tensor], base: Tensor | None = None
+) -> Tensor:
+    """Weighted sum: `sum(c_i * x_i)`, plus `base` if given.
+
+    Args:
+        coefficients: one finite number per tensor, any sign, rounded once to float32.
+        tensors: float32, all of one shape.
+        base: added after the sum; float32, same shape.
+
+    Returns:
+        Same shape, float32.
+
+    Raises:
+        ValueError: counts, shapes or dtypes do not fit.
+
+    >>> combine([2.0, -1.0], [torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0])])
+    tensor([2., 3.])
+    """
+    check_weights(coefficients)
+    check_count("coefficients", coefficients, tensors)
+    check_tensors(tensors, base)
+    total = torch.zeros_like(tensors[0])
+    for coefficient, tensor in zip(coefficients, tensors, strict=True):
+        if coefficient != 0:
+            total += tensor * coefficient
+    return total if base is None else total + base
+
+
+def linear(
+    tensors: Sequence[Tensor], weights: Sequence[float], *, normalize: bool = True
+) -> Tensor:
+    """Weighted average of models, `sum(w_i * x_i) / sum(w_i)`; a model soup when all are equal.
+
+    Args:
+        tensors: float32, all of one shape.
+        weights: one finite number per tensor, any sign.
+        normalize: divide by the sum of the weights, at the end.
+
+    Returns:
+        Same shape, float32.
+
+    Raises:
+        ValueError: counts, shapes or dtypes do not fit; or `normalize` with weights that sum to 0.
+
+    Source: model soups, arXiv:2203.05482; WiSE-FT, arXiv:2109.01903, is the case of two models.
+
+    >>> linear([torch.tensor([1.0, 2.0]), torch.tensor([5.0, 6.0])], [1.0, 3.0])
+    tensor([4., 5.])
+    """
+    total = combine(weights, tensors)
+    if not normalize:
+        return total
+    check_normalizable(weights)
+    return total / math.fsum(weights)
+
+
+def lerp(a: Tensor, c: Tensor, t: float) -> Tensor:
+    """Straight line from `a` (t = 0) to `c` (t = 1): `(1 - t) * a + t * c`; float32, one shape.
+
+    Raises:
+        ValueError: `t` is outside [0, 1], or shapes or dtypes do not fit.
+
+    >>> lerp(torch.tensor([0.0, 4.0]), torch.tensor([8.0, 0.0]), 0.25)
+    tensor([2., 3.])
+    """
+    check_t(t)
+    return combine([1.0 - t, t], [a, c])
+
+
+def sequential_lerp(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Fold models in one by one: step k goes `w_k / (w_1 + ... + w_k)` of the way to model k.
+
+    In exact arithmetic this is `linear(tensors, weights)`; it is the form in which models are
+    merged when they arrive one at a time.
+
+    Args:
+        tensors: float32, all of one shape.
+        weights: one number per tensor, not negative, the first above 0.
+
+    Returns:
+        Same shape, float32; the intermediate results are not rounded to any other dtype.
+
+    Raises:
+        ValueError: counts, shapes or dtypes do not fit; or a step leaves [0, 1].
+
+    >>> sequential_lerp([torch.tensor([1.0]), torch.tensor([3.0])], [1.0, 1.0])
+    tensor([2.])
+    """
+    check_weights(weights)
+    check_count("weights", weights, tensors)
+    check_tensors(tensors)
+    if weights[0] <= 0 or min(weights) < 0:
+        raise ValueError(f"weights must be >= 0 and the first above 0, got {list(weights)}")
+    merged = tensors[0].clone()
+    for count in range(1, len(tensors)):
+        t = weights[count] / math.fsum(weights[: count + 1])
+        merged = lerp(merged, tensors[count], t)
+    return merged
+
+
+def task_arithmetic(
+    base: Tensor,
+    tensors: Sequence[Tensor],
+    weights: Sequence[float],
+    *,
+    lam: float = 1.0,
+    normalize: bool = False,
+) -> Tensor:
+    """Add weighted task vectors to the base: `base + lam * sum(w_i * (x_i - base))`.
+
+    Args:
+        base: the common ancestor of the models, float32.
+        tensors: the fine-tuned models, float32, same shape.
+        weights: one finite number per model; a negative one subtracts a skill.
+        lam: scale of the merged task vector (lambda), finite.
+        normalize: divide the sum by the sum of the weights.
+
+    Returns:
+        Same shape, float32.
+
+    Raises:
+        ValueError: counts, shapes or dtypes do not fit; or `normalize` with weights that sum to 0.
+
+    Source: task arithmetic, arXiv:2212.04089.
+
+    >>> base, one, two = (torch.tensor(v) for v in ([1.0, 1.0], [2.0, 1.0], [1.0, 0.0]))
+    >>> task_arithmetic(base, [one, two], [1.0, 2.0], lam=0.5)
+    tensor([1.5000, 0.0000])
+    """
+    check_tensors(tensors, base)
+    deltas = [tensor - base for tensor in tensors]
+    return add_task_vector(base, linear(deltas, weights, normalize=normalize), lam)
+
+
+def add_task_vector(base: Tensor, delta: Tensor, lam: float) -> Tensor:
+    """`base + lam * delta`, float32; exactly the base for `lam` 0.
+
+    >>> add_task_vector(torch.tensor([1.0]), torch.tensor([4.0]), 0.5)
+    tensor([3.])
+    """
+    check_lam(lam)
+    return base + delta * lam if lam != 0 else base.clone()

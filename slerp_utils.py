@@ -1,0 +1,102 @@
+"""Spherical interpolation of two tensors, and the dot products that it needs.
+
+Pure tensor math, split in the way that a large tensor needs: `dot_parts` gathers from any
+rows, `slerp_coefficients` turns the three sums into two numbers, and
+`linear_utils.combine` applies them to any rows. `slerp` is the three together.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from linear_utils import combine
+from tensor_utils import check_t, check_tensors, run_sums
+
+
+class SlerpCoefficients(NamedTuple):
+    """`result = first * a + second * c`, with how it came about."""
+
+    first: float
+    second: float
+    used_lerp: bool
+    cosine: float
+
+
+def dot_parts(a: Tensor, c: Tensor) -> list[list[float]]:
+    """Run sums of `<a, a>`, `<c, c>` and `<a, c>`, in float64 from the products on.
+
+    Args:
+        a, c: some whole rows of two tensors, float32, same shape.
+
+    Returns:
+        Three lists. Lists of several blocks are joined; `math.fsum` of each is the dot product.
+    """
+    check_tensors([a, c])
+    wide_a, wide_c = a.double(), c.double()
+    return [run_sums(x * y) for x, y in ((wide_a, wide_a), (wide_c, wide_c), (wide_a, wide_c))]
+
+
+def slerp_coefficients(
+    aa: float, cc: float, ac: float, t: float, *, dot_threshold: float = 0.9995, eps: float = 1e-8
+) -> SlerpCoefficients:
+    """The two multipliers of SLERP, from the dot products of the two tensors.
+
+    With `cos(theta) = ac / sqrt(aa * cc)`, clipped to [-1, 1], they are
+    `sin((1-t) theta) / sin(theta)` and `sin(t theta) / sin(theta)`. They apply to the tensors
+    as they are, not to unit vectors. Where `|cos(theta)|` is above `dot_threshold` the tensors
+    are (anti)parallel and the straight line `1-t`, `t` is taken; whole tensors of two
+    fine-tunes of one model mostly are. A tensor with norm up to `eps` is not scaled to unit
+    length, so an all-zero one has cosine 0.
+
+    Args:
+        aa, cc, ac: `<a,a>`, `<c,c>`, `<a,c>` in float64.
+        t: in [0, 1]; 0 is `a`, 1 is `c`.
+
+    Raises:
+        ValueError: `t` is outside [0, 1].
+
+    Source: K. Shoemake, "Animating rotation with quaternion curves", 1985; threshold and eps as
+    in mergekit 0.1.5.
+
+    >>> slerp_coefficients(1.0, 1.0, 0.0, 0.5)[:3]
+    (0.7071067811865475, 0.7071067811865475, False)
+    """
+    check_t(t)
+    norm_a, norm_c = math.sqrt(aa), math.sqrt(cc)
+    cosine = ac / (norm_a if norm_a > eps else 1.0) / (norm_c if norm_c > eps else 1.0)
+    cosine = max(-1.0, min(1.0, cosine))
+    if abs(cosine) > dot_threshold:
+        return SlerpCoefficients(1.0 - t, t, True, cosine)
+    theta = math.acos(cosine)
+    first = math.sin((1.0 - t) * theta) / math.sin(theta)
+    return SlerpCoefficients(first, math.sin(t * theta) / math.sin(theta), False, cosine)
+
+
+def slerp(a: Tensor, c: Tensor, t: float, *, dot_threshold: float = 0.9995) -> Tensor:
+    """Spherical interpolation from `a` (t = 0) to `c` (t = 1), both taken as flat vectors.
+
+    Args:
+        a, c: float32, same shape.
+        t: in [0, 1].
+        dot_threshold: above this |cosine| the straight line is taken instead.
+
+    Returns:
+        Same shape, float32.
+
+    Raises:
+        ValueError: `t` is outside [0, 1], or shapes or dtypes do not fit.
+
+    >>> import torch
+    >>> slerp(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]), 0.5)
+    tensor([0.7071, 1.4142])
+    """
+    aa, cc, ac = (math.fsum(part) for part in dot_parts(a, c))
+    coefficients = slerp_coefficients(aa, cc, ac, t, dot_threshold=dot_threshold)
+    return apply_slerp(coefficients, [a, c])
+
+
+def apply_slerp(coefficients: SlerpCoefficients, tensors: Sequence[Tensor]) -> Tensor:
+    """`first * a + second * c` for any rows of the two tensors (float32, same shape)."""
+    return combine([coefficients.first, coefficients.second], tensors)

@@ -1,0 +1,91 @@
+"""What all merge math shares: argument checks, and sums that do not depend on the blocks.
+
+The checks raise `ValueError` and know no model or tensor names; callers that do add them.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+RUN = 2**14
+"""Elements summed in one go. Runs never cross a row, so their sums do not depend on how the
+rows of a tensor are grouped into blocks."""
+
+
+def check_weights(weights: Sequence[float]) -> None:
+    """Raise `ValueError` unless there is at least one weight and all are finite."""
+    if not weights:
+        raise ValueError("weights must have at least one entry, got none")
+    for weight in weights:
+        if not math.isfinite(weight):
+            raise ValueError(f"weights must be finite numbers, got {weight}")
+
+
+def check_normalizable(weights: Sequence[float]) -> None:
+    """Raise `ValueError` when dividing by the sum of `weights` makes no sense.
+
+    The sum counts as zero below 1e-12 of the summed magnitudes.
+    """
+    total = math.fsum(weights)
+    if abs(total) <= 1e-12 * math.fsum(abs(weight) for weight in weights):
+        raise ValueError(
+            f"weights {list(weights)} sum to {total:g}, so they cannot be normalized. "
+            "Change a weight, or pass normalize=False to take the plain sum"
+        )
+
+
+def check_tensors(tensors: Sequence[Tensor], base: Tensor | None = None) -> None:
+    """Raise `ValueError` unless all tensors are float32 and of one shape."""
+    if not tensors:
+        raise ValueError("tensors must have at least one entry, got none")
+    first = tensors[0] if base is None else base
+    for tensor in tensors if base is None else (base, *tensors):
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"tensors must be float32, got {tensor.dtype}. Convert with .float()")
+        if tensor.shape != first.shape:
+            raise ValueError(
+                f"tensors must have one shape, got {tuple(first.shape)} and {tuple(tensor.shape)}"
+            )
+
+
+def check_count(name: str, values: Sequence[float], tensors: Sequence[Tensor]) -> None:
+    """Raise `ValueError` unless there is one value for each tensor."""
+    if len(values) != len(tensors):
+        raise ValueError(
+            f"{name} must have one entry per model, got {len(values)} for {len(tensors)} models"
+        )
+
+
+def check_t(t: float) -> None:
+    """Raise `ValueError` unless `t` is in [0, 1]."""
+    if not 0.0 <= t <= 1.0:
+        raise ValueError(f"t must be in [0, 1] (0 is the first model, 1 the second), got {t}")
+
+
+def check_lam(lam: float) -> None:
+    """Raise `ValueError` unless `lam` is finite."""
+    if not math.isfinite(lam):
+        raise ValueError(f"lam must be a finite number, got {lam}")
+
+
+def run_sums(values: Tensor) -> list[float]:
+    """Sums of `values` over runs of at most 2**14 elements that do not cross a row.
+
+    Args:
+        values: any shape, float64. A row is one entry of the first axis; a vector is one row.
+
+    Returns:
+        One number per run. `math.fsum` over the runs of all blocks of a tensor gives the
+        same total, to the bit, for every way to cut the tensor between rows.
+
+    >>> run_sums(torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64))
+    [3.0, 7.0]
+    """
+    if values.numel() == 0:
+        return []
+    rows = values.reshape(values.shape[0] if values.dim() > 1 else 1, -1)
+    sums = [rows[:, start : start + RUN].sum(dim=1) for start in range(0, rows.shape[1], RUN)]
+    total: list[float] = torch.stack(sums).flatten().tolist()
+    return total
