@@ -1,0 +1,158 @@
+"""The safetensors header: read one strictly, build one.
+
+A file is 8 bytes (little-endian length of the header), a JSON header, then the tensors' bytes.
+The safetensors library reads and writes whole tensors; merging needs rows of a tensor, read
+into a buffer that is used again, and a file written block by block, so the few rules of the
+header are here. Format: https://github.com/huggingface/safetensors#format
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from model_errors import ModelCompatibilityError
+
+FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The dtypes that can be merged, under their safetensors names."""
+
+DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""What users and config.json call them."""
+
+_DTYPE_BITS = {
+    name: bits
+    for bits, names in {
+        64: "F64 I64 U64 C64",
+        32: "F32 I32 U32",
+        16: "F16 BF16 I16 U16",
+        8: "BOOL I8 U8 F8_E4M3 F8_E5M2 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ",
+        6: "F6_E2M3 F6_E3M2",
+        4: "F4",
+    }.items()
+    for name in names.split()
+}
+_MAX_HEADER = 100_000_000
+
+
+class TensorInfo(NamedTuple):
+    """Dtype (safetensors name, such as "BF16") and shape of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.numel * _DTYPE_BITS[self.dtype] // 8
+
+
+class HeaderEntry(NamedTuple):
+    """A tensor in a file; `begin` is the offset of its first byte from the start of the file."""
+
+    info: TensorInfo
+    begin: int
+
+
+def read_header(descriptor: int, label: str) -> dict[str, HeaderEntry]:
+    """Read and check the header of an open safetensors file.
+
+    Args:
+        descriptor: an open file.
+        label: what errors call the file.
+
+    Returns:
+        Every tensor of the file, in the order of the header.
+
+    Raises:
+        ModelCompatibilityError: the file is cut off, or its header is not valid: wrong JSON, a
+            name twice, an unknown dtype, tensors that overlap or leave bytes unused.
+    """
+    size = os.fstat(descriptor).st_size
+    length = int.from_bytes(os.pread(descriptor, 8, 0), "little") if size >= 8 else 0
+    if not 2 <= length <= min(size - 8, _MAX_HEADER):
+        raise ModelCompatibilityError(
+            f"{label}: not a complete safetensors file (it has {size} bytes and its header "
+            f"claims {length}). Download or save it again"
+        )
+    try:
+        header = json.loads(os.pread(descriptor, length, 8), object_pairs_hook=_unique)
+        if not isinstance(header, dict):
+            raise ValueError("it is not a JSON object")
+        header.pop("__metadata__", None)
+        entries = {name: _entry(name, value, 8 + length) for name, value in header.items()}
+        _check_tiling(entries, 8 + length, size)
+    except (ValueError, RecursionError) as error:
+        raise ModelCompatibilityError(
+            f"{label}: the safetensors header is corrupt: {error}. Download or save the file again"
+        ) from error
+    return entries
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which no key stands twice (the json module would keep the last)."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a name stands in it twice")
+    return values
+
+
+def _entry(name: str, value: Any, data_start: int) -> HeaderEntry:
+    """One tensor of the header; `ValueError` if it is not what the format says."""
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"the entry of {name!r} is not dtype, shape and data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if dtype not in _DTYPE_BITS:
+        raise ValueError(f"{name!r} has the unknown dtype {dtype!r}")
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):
+            raise ValueError(f"{name!r} has shape {shape} at {offsets}, not whole numbers >= 0")
+    info = TensorInfo(dtype, tuple(shape))
+    if len(offsets) != 2 or offsets[1] - offsets[0] != info.nbytes:
+        raise ValueError(f"{name!r} with {dtype} {shape} does not fill its bytes {offsets}")
+    return HeaderEntry(info, data_start + offsets[0])
+
+
+def _check_tiling(entries: Mapping[str, HeaderEntry], data_start: int, size: int) -> None:
+    """`ValueError` unless the tensors cover the data exactly: no overlap, no hole, no rest."""
+    position = data_start
+    for name, entry in sorted(
+        entries.items(), key=lambda item: (item[1].begin, item[1].info.nbytes)
+    ):
+        if entry.begin != position:
+            raise ValueError(f"{name!r} starts at byte {entry.begin}, expected {position}")
+        position += entry.info.nbytes
+    if position != size:
+        raise ValueError(f"the tensors end at byte {position}, but the file has {size}")
+
+
+def build_header(tensors: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, HeaderEntry]]:
+    """The first bytes of a file with these tensors, in this order, and where each one goes.
+
+    The header carries `{"format": "pt"}`, without which some readers refuse the file, and is
+    padded so that the tensors start at a multiple of 8.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, info in tensors.items():
+        header[name] = {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "data_offsets": [position, position + info.nbytes],
+        }
+        position += info.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    entries = {
+        name: HeaderEntry(info, start + header[name]["data_offsets"][0])
+        for name, info in tensors.items()
+    }
+    return len(text).to_bytes(8, "little") + text, entries

@@ -1,0 +1,395 @@
+"""Model folders: open one and read rows of its tensors, write one as a stream, load one.
+
+The only `*_utils` module that touches disk: it belongs to the `model_*` layer and knows no math.
+Weights are read with `pread` into buffers that the caller owns, and written with `pwrite` to
+places that are known beforehand, so neither side ever holds a whole tensor.
+"""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from model_config import read_config
+from model_errors import ModelCompatibilityError
+from model_locate import find_model_folder
+from model_safetensors import FLOAT_DTYPES, HeaderEntry, TensorInfo, build_header, read_header
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
+_PICKLE_NAMES = ("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt")
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+class ModelFolder:
+    """An open model folder: its config, its tensors, and rows of them on request.
+
+    Attributes:
+        label: what the user called the model.
+        path: the folder with config.json.
+        config_text: config.json as it stands.
+        config: the same, parsed.
+        tensors: dtype and shape of every tensor, by name.
+
+    Reading is safe from several threads. Close it, or use it in a `with` block.
+    """
+
+    def __init__(self, label: str, path: Path) -> None:
+        self.label = label
+        self.path = path
+        self.config_text = ""
+        self.config: dict[str, Any] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        self._places: dict[str, tuple[int, int]] = {}
+        self._descriptors: list[int] = []
+
+    def read_rows(self, name: str, first: int, stop: int, buffer: Tensor) -> Tensor:
+        """Rows `first` to `stop` of a tensor, as stored.
+
+        Args:
+            name: a key of `tensors`. A tensor of shape (n,) or () is one row.
+            first, stop: rows, counted along the first axis.
+            buffer: uint8, contiguous, on the CPU, at least as long as the rows; it is
+                overwritten, and the result is a view of it.
+
+        Returns:
+            Shape (stop - first, row length), in the stored dtype.
+
+        Raises:
+            ModelCompatibilityError: the file has become shorter since it was opened.
+        """
+        info = self.tensors[name]
+        row_count, row_length = rows_of(info.shape)
+        row_bytes = info.nbytes // row_count if row_count else 0
+        descriptor, begin = self._places[name]
+        target = buffer[: (stop - first) * row_bytes]
+        if not _read_fully(descriptor, target, begin + first * row_bytes):
+            raise ModelCompatibilityError(
+                f"{self.label}: {name} ends early: the file changed while it was being merged. "
+                "Leave inputs alone during a merge and run it again"
+            )
+        return target.view(FLOAT_DTYPES[info.dtype]).view(stop - first, row_length)
+
+    def close(self) -> None:
+        """Close the files; the folder cannot be read from afterwards."""
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open_weights(self) -> None:
+        """Open the weight files and take in their headers."""
+        index = self._read_index()
+        files = sorted(set(index.values())) if index else [WEIGHTS]
+        missing = [name for name in files if not (self.path / name).is_file()]
+        if missing:
+            raise ModelCompatibilityError(
+                f"{self.label}: {len(missing)} of {len(files)} weight files are missing "
+                f"({', '.join(missing[:3])}). Download the model again"
+            )
+        for file in files:
+            descriptor = os.open(self.path / file, os.O_RDONLY)
+            self._descriptors.append(descriptor)
+            self._add_file(file, descriptor, index)
+        absent = sorted(index.keys() - self.tensors.keys())
+        if absent:
+            raise ModelCompatibilityError(
+                f"{self.label}: {INDEX} names {len(absent)} tensors that their files do not hold "
+                f"({', '.join(absent[:3])}). Download the model again"
+            )
+
+    def _add_file(self, file: str, descriptor: int, index: Mapping[str, str]) -> None:
+        for name, entry in read_header(descriptor, f"{self.label}/{file}").items():
+            if index and index.get(name) != file:
+                raise ModelCompatibilityError(
+                    f"{self.label}: {file} holds {name}, which {INDEX} says is in "
+                    f"{index.get(name, 'no file')}. Save the model again"
+                )
+            self.tensors[name] = entry.info
+            self._places[name] = (descriptor, entry.begin)
+
+    def _read_index(self) -> dict[str, str]:
+        """Tensor name to file name; empty for a folder with a single weight file."""
+        path = self.path / INDEX
+        if (self.path / WEIGHTS).is_file():
+            return {}
+        if not path.is_file():
+            raise ModelCompatibilityError(_no_weights(self.label, self.path))
+        try:
+            weight_map = read_config(path.read_text("utf-8"))["weight_map"]
+            files = set(weight_map.values())
+            bad = [file for file in files if not _SHARD_NAME.fullmatch(file)]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelCompatibilityError(
+                f"{self.label}: {INDEX} is not a safetensors index "
+                f"({type(error).__name__}: {error}). Download it again"
+            ) from error
+        if bad or not files:
+            raise ModelCompatibilityError(
+                f"{self.label}: {INDEX} names the weight files {sorted(bad)}; expected names such "
+                "as model-00001-of-00002.safetensors, in the model's own folder"
+            )
+        return dict(weight_map)
+
+
+def open_model_folder(model: str | os.PathLike[str]) -> ModelFolder:
+    """Open a model by folder or Hub id; reads config.json and the headers, no weights.
+
+    Raises:
+        ModelCompatibilityError: no such model; no config.json; no safetensors weights, or
+            files that are missing, cut off or corrupt.
+        OSError: the folder cannot be read.
+
+    See `model_locate.find_model_folder` for what a model may be called.
+    """
+    label = str(model)
+    folder = ModelFolder(label, find_model_folder(model))
+    try:
+        folder.config_text = (folder.path / "config.json").read_text("utf-8")
+        folder.config = read_config(folder.config_text)
+        folder._open_weights()
+    except ValueError as error:
+        folder.close()
+        raise ModelCompatibilityError(
+            f"{label}: config.json is not valid JSON ({error}). Download it again"
+        ) from error
+    except BaseException:
+        folder.close()
+        raise
+    return folder
+
+
+def rows_of(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and row length of a tensor; a vector or scalar is one row.
+
+    >>> rows_of((32000, 2048)), rows_of((2048,))
+    ((32000, 2048), (1, 2048))
+    """
+    rows = shape[0] if len(shape) > 1 else 1
+    numel = TensorInfo("F32", tuple(shape)).numel
+    return rows, numel // rows if rows else 0
+
+
+def _read_fully(descriptor: int, target: Tensor, offset: int) -> bool:
+    """Fill a uint8 tensor from a file; False where the file ends before."""
+    view = target.numpy().data
+    while len(view):
+        count = os.preadv(descriptor, [view], offset)
+        if count == 0:
+            return False
+        view, offset = view[count:], offset + count
+    return True
+
+
+def _no_weights(label: str, path: Path) -> str:
+    pickles = sorted(file.name for pattern in _PICKLE_NAMES for file in path.glob(pattern))
+    if pickles:
+        return (
+            f"{label}: has only pickle weights ({pickles[0]}), which can run code when loaded. "
+            "Convert them in a place you trust: AutoModelForCausalLM.from_pretrained(...)"
+            '.save_pretrained("converted")'
+        )
+    others = sorted(file.name for file in path.glob("*.safetensors"))
+    found = f"; found {', '.join(others[:3])}" if others else ""
+    return f"{label}: no {WEIGHTS} and no {INDEX}{found}. Expected a folder from save_pretrained"
+
+
+class FolderWriter:
+    """A model folder that appears complete or not at all.
+
+    Built in a `with` block under a temporary name beside `output_dir`, and renamed by
+    `commit`. Leaving the block without `commit` removes what was written.
+
+    Args:
+        output_dir: the folder to make; it must not exist, or be empty.
+        tensors: dtype and shape of every tensor, in the order in which they are stored.
+        max_shard_size: bytes of tensors per file, at most (a larger tensor gets a file alone).
+
+    Raises:
+        FileExistsError: `output_dir` exists and is not an empty folder.
+        OSError: the disk is full, or the place cannot be written.
+    """
+
+    def __init__(
+        self, output_dir: Path, tensors: Mapping[str, TensorInfo], max_shard_size: int
+    ) -> None:
+        check_output_dir(output_dir)
+        self.output_dir = output_dir
+        self.tensors = tensors
+        self.shards = plan_shards(tensors, max_shard_size)
+        self.partial = output_dir.with_name(f".{output_dir.name}.partial-{secrets.token_hex(4)}")
+        self._places: dict[str, tuple[int, HeaderEntry]] = {}
+        self._descriptors: list[int] = []
+
+    def __enter__(self) -> Self:
+        self.output_dir.parent.mkdir(parents=True, exist_ok=True)
+        self.partial.mkdir()
+        try:
+            for file, names in self.shards.items():
+                self._create_shard(file, names)
+        except BaseException:
+            self._abandon()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._abandon()
+
+    def write_rows(self, name: str, first: int, rows: Tensor) -> None:
+        """Write rows of a tensor, starting at row `first`; safe from several threads.
+
+        Args:
+            name: one of the tensors that the folder was made for.
+            first: row along the first axis; 0 for a vector.
+            rows: (count, row length), on the CPU, contiguous, in the dtype of the tensor.
+        """
+        descriptor, entry = self._places[name]
+        if rows.dtype != FLOAT_DTYPES[entry.info.dtype]:
+            raise TypeError(f"{name} is {entry.info.dtype}, got rows of {rows.dtype}")
+        row_bytes = rows_of(entry.info.shape)[1] * rows.element_size()
+        view = rows.contiguous().flatten().view(torch.uint8).numpy().data
+        offset = entry.begin + first * row_bytes
+        while len(view):
+            count = os.pwrite(descriptor, view, offset)
+            view, offset = view[count:], offset + count
+
+    def write_text(self, name: str, text: str) -> None:
+        """Add a text file."""
+        (self.partial / name).write_text(text, "utf-8")
+
+    def copy_file(self, source: Path) -> None:
+        """Add a file, byte for byte."""
+        shutil.copyfile(source, self.partial / source.name)
+
+    def commit(self) -> None:
+        """Bring everything to the disk and give the folder its name."""
+        if len(self.shards) > 1:
+            self.write_text(INDEX, self._index())
+        for descriptor in self._descriptors:
+            os.fsync(descriptor)
+        for file in self.partial.iterdir():
+            _fsync_path(file)
+        _fsync_path(self.partial)
+        check_output_dir(self.output_dir)
+        os.rename(self.partial, self.output_dir)
+        _fsync_path(self.output_dir.parent)
+
+    def _create_shard(self, file: str, names: Sequence[str]) -> None:
+        header, entries = build_header({name: self.tensors[name] for name in names})
+        size = len(header) + sum(entry.info.nbytes for entry in entries.values())
+        descriptor = os.open(self.partial / file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        self._descriptors.append(descriptor)
+        if hasattr(os, "posix_fallocate"):  # a full disk shows here; macOS has no such call
+            os.posix_fallocate(descriptor, 0, size)
+        os.pwrite(descriptor, header, 0)
+        self._places.update({name: (descriptor, entry) for name, entry in entries.items()})
+
+    def _index(self) -> str:
+        files = {name: file for file, names in self.shards.items() for name in names}
+        metadata = {
+            "total_parameters": sum(info.numel for info in self.tensors.values()),
+            "total_size": sum(info.nbytes for info in self.tensors.values()),
+        }
+        index = {"metadata": metadata, "weight_map": dict(sorted(files.items()))}
+        return json.dumps(index, indent=2) + "\n"
+
+    def _abandon(self) -> None:
+        """Close the files; remove the temporary folder if it was not renamed."""
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.partial)
+
+
+def check_output_dir(output_dir: Path) -> None:
+    """Raise `FileExistsError` unless `output_dir` is free: not there, or an empty folder."""
+    if output_dir.is_dir() and not any(output_dir.iterdir()):
+        return
+    if output_dir.exists() or output_dir.is_symlink():
+        raise FileExistsError(
+            f"{output_dir}: the output exists already. Choose another name or remove it first"
+        )
+
+
+def plan_shards(tensors: Mapping[str, TensorInfo], max_shard_size: int) -> dict[str, list[str]]:
+    """File names and the tensors in each, filled in order up to `max_shard_size` bytes.
+
+    >>> info = TensorInfo("F16", (4,))
+    >>> plan_shards({"a": info, "b": info, "c": info}, 16)["model-00002-of-00002.safetensors"]
+    ['c']
+    """
+    shards: list[list[str]] = []
+    room = -1
+    for name, info in tensors.items():
+        if info.nbytes > room or not shards:
+            shards.append([])
+            room = max_shard_size
+        shards[-1].append(name)
+        room -= info.nbytes
+    if len(shards) == 1:
+        return {WEIGHTS: shards[0]}
+    return {
+        f"model-{number:05}-of-{len(shards):05}.safetensors": names
+        for number, names in enumerate(shards, 1)
+    }
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes of a size such as "5GB" (10**9 each), "500MB" or 1000000.
+
+    >>> parse_size("1.5GB")
+    1500000000
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]B)?", str(size).strip().upper())
+    if match is None or float(match[1]) <= 0:
+        raise ValueError(f"max_shard_size must be a size such as 5GB or 500MB, got {size!r}")
+    return max(1, int(float(match[1]) * _UNITS.get(match[2] or "", 1)))
+
+
+def _fsync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def get_llama(model: str | os.PathLike[str], device: str = "cpu") -> "PreTrainedModel":
+    """Load a model through transformers, in float32, ready for inference.
+
+    Args:
+        model: a folder, or a Hub id; see `model_locate.find_model_folder`.
+        device: such as "cpu" or "cuda".
+
+    Raises:
+        ModelCompatibilityError: there is no such model.
+        OSError: transformers cannot load it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        find_model_folder(model), dtype=torch.float32, use_safetensors=True, local_files_only=True
+    )
+    return loaded.to(device).eval()
