@@ -1,0 +1,96 @@
+"""Average models of one architecture, with weights: a model soup.
+
+python linear_llama.py --ft_models A B C --weights 0.5 0.3 0.2 --save OUT
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from merge_command import run_command
+from merge_recipe import DEFAULT_SHARD_SIZE, Recipe, model_names
+from merge_run import MergeReport, merge_to_folder, merge_to_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+METHOD = "linear"
+
+
+def linear_merge_llama(
+    ft_model_paths: Sequence[str | os.PathLike[str]],
+    weights: Sequence[float] | None = None,
+    device: str = "cpu",
+    *,
+    normalize: bool = True,
+    threads: int | None = None,
+    progress: bool = True,
+) -> "PreTrainedModel":
+    """Weighted average of models, into a model in memory.
+
+    Args:
+        ft_model_paths: the models: folders or Hub ids.
+        weights: multiplier of each model; by default 1.0 each.
+        device: where to compute, "cpu" or "cuda".
+        normalize: divide by the sum of the weights.
+        threads: blocks worked on at once; by default one per core.
+        progress: show how far it is.
+
+    Returns:
+        A transformers model on the CPU in float32. It is the only model held in memory.
+
+    Raises:
+        ValueError: a parameter is out of range or its count is wrong.
+        ModelCompatibilityError: models cannot be read or do not fit together.
+
+    Source: model soups, arXiv:2203.05482; see `linear_utils.linear`.
+    """
+    recipe = Recipe(
+        method=METHOD,
+        models=model_names(ft_model_paths),
+        parameters={"weights": weights, "normalize": normalize},
+    )
+    return merge_to_model(recipe, device=device, threads=threads, progress=progress)
+
+
+def linear_merge_llama_to_folder(
+    ft_model_paths: Sequence[str | os.PathLike[str]],
+    weights: Sequence[float] | None = None,
+    device: str = "cpu",
+    *,
+    output_dir: str | os.PathLike[str],
+    dtype: str | None = None,
+    normalize: bool = True,
+    max_shard_size: str | int = DEFAULT_SHARD_SIZE,
+    threads: int | None = None,
+    progress: bool = True,
+) -> MergeReport:
+    """Weighted average from folders to a folder, in memory that does not grow with the models.
+
+    Args:
+        output_dir: the folder to make; it must not exist, or be empty.
+        dtype: "float32", "float16" or "bfloat16"; by default that of the first model.
+        max_shard_size: bytes per weight file, at most, such as "5GB".
+
+    The other arguments and errors are those of `linear_merge_llama`. Raises `OSError` as
+    well, when the disk is full or a file cannot be read or written. transformers is not imported.
+    """
+    recipe = Recipe(
+        method=METHOD,
+        models=model_names(ft_model_paths),
+        parameters={"weights": weights, "normalize": normalize},
+        output_dir=Path(output_dir),
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+    )
+    return merge_to_folder(recipe, device=device, threads=threads, progress=progress)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    return run_command(METHOD, __doc__ or "", argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,162 @@
+"""The command line of every driver: parse, merge, print, and say what went wrong in one line."""
+
+import argparse
+import errno
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from merge_methods import METHODS
+from merge_plan import describe_plan, open_plan
+from merge_recipe import DEFAULT_SHARD_SIZE, Parameter, Recipe
+from merge_run import merge_to_folder
+from model_errors import ModelCompatibilityError
+from model_safetensors import DTYPE_NAMES
+
+EXIT_OK = 0
+EXIT_USAGE = 2
+EXIT_BAD_INPUT = 3
+EXIT_NO_SPACE = 5
+EXIT_IO = 6
+EXIT_INTERRUPTED = 130
+
+EXIT_CODES = """exit status:
+  0 merged; 2 wrong arguments; 3 models that cannot be merged; 5 disk full;
+  6 other trouble with files; 130 interrupted. Unless it is 0, nothing has been written."""
+
+
+def run_command(method: str, description: str, argv: Sequence[str] | None = None) -> int:
+    """Parse a driver's command line and carry it out.
+
+    Args:
+        method: a name from `METHODS`.
+        description: the driver's docstring; shown by `--help` as it stands.
+        argv: arguments, by default those of the process.
+
+    Returns:
+        The exit status.
+    """
+    parser = _parser(method, description)
+    arguments = parser.parse_args(argv)
+    if arguments.save is None and not arguments.plan:
+        parser.error("--save OUT is required (or --plan, to see what would be done)")
+    recipe = Recipe(
+        method=method,
+        base_model=getattr(arguments, "base", None),
+        models=tuple(arguments.ft_models),
+        parameters={
+            parameter.name: getattr(arguments, parameter.name)
+            for parameter in METHODS[method].parameters
+        },
+        output_dir=arguments.save,
+        dtype=arguments.dtype,
+        max_shard_size=arguments.max_shard_size,
+    )
+    try:
+        if arguments.plan:
+            with open_plan(recipe) as plan:
+                print(describe_plan(plan))
+        else:
+            report = merge_to_folder(
+                recipe,
+                device=arguments.device,
+                threads=arguments.threads,
+                progress=not arguments.quiet,
+            )
+            print(report.summary())
+    except (ValueError, ModelCompatibilityError, OSError) as error:
+        for line in str(error).splitlines():
+            print(line if line.startswith(" ") else f"error: {line}", file=sys.stderr)
+        return _exit_code(error)
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing has been written", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return EXIT_OK
+
+
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, ValueError):
+        return EXIT_USAGE
+    if isinstance(error, ModelCompatibilityError):
+        return EXIT_BAD_INPUT
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return EXIT_NO_SPACE if full else EXIT_IO
+
+
+def _parser(method: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    if METHODS[method].uses_base:
+        parser.add_argument(
+            "base", metavar="BASE", help="the common ancestor: a model folder or Hub id"
+        )
+    parser.add_argument(
+        *_spellings("--ft_models"),
+        nargs="+",
+        required=True,
+        metavar="MODEL",
+        help="the fine-tuned models: folders or Hub ids",
+    )
+    for parameter in METHODS[method].parameters:
+        _add_parameter(parser, parameter)
+    parser.add_argument("--save", type=Path, metavar="OUT", help="the folder to make")
+    parser.add_argument(
+        "--plan", action="store_true", help="only say what would be done, and read no weights"
+    )
+    _add_settings(parser)
+    return parser
+
+
+def _add_parameter(parser: argparse.ArgumentParser, parameter: Parameter) -> None:
+    flags = _spellings(parameter.flag or f"--{parameter.name}")
+    if parameter.kind is bool:
+        parser.add_argument(
+            *flags,
+            dest=parameter.name,
+            action=argparse.BooleanOptionalAction,
+            help=f"{parameter.help} (default: {'on' if parameter.default else 'off'})",
+        )
+        return
+    each = " for each" if parameter.per_model else ""
+    parser.add_argument(
+        *flags,
+        dest=parameter.name,
+        type=parameter.kind,
+        nargs="+" if parameter.per_model else None,
+        choices=parameter.choices or None,
+        metavar=None if parameter.choices else parameter.kind.__name__.upper(),
+        help=f"{parameter.help} (default: {parameter.default}{each})",
+    )
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(DTYPE_NAMES),
+        help="of the result (default: as the base, or the first model where there is no base)",
+    )
+    parser.add_argument(
+        *_spellings("--max_shard_size"),
+        default=DEFAULT_SHARD_SIZE,
+        metavar="SIZE",
+        help="weights per file, such as 5GB or 500MB (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where to compute (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="INT", help="blocks worked on at once (default: all cores)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def _spellings(flag: str) -> list[str]:
+    """An option with underscores, and with hyphens."""
+    return list(dict.fromkeys((flag, "--" + flag[2:].replace("_", "-"))))

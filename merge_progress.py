@@ -1,0 +1,59 @@
+"""How far a merge is, in bytes read: a bar in terminals and notebooks, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from merge_plan import format_bytes
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+@contextmanager
+def progress_bar(total: int, description: str, *, show: bool) -> Iterator[Callable[[int], None]]:
+    """Yields a function that takes the number of bytes done since its last call.
+
+    Args:
+        total: bytes in all.
+        description: what is being done.
+        show: False for no output at all.
+    """
+    if not show:
+        yield lambda _: None
+    elif sys.stderr.isatty() or _in_notebook():
+        from tqdm.auto import tqdm
+
+        with tqdm(total=total, desc=description, unit="B", unit_scale=True, mininterval=0.5) as bar:
+            yield bar.update
+    else:
+        yield _Lines(total, description).update
+
+
+def _in_notebook() -> bool:
+    """Whether a Jupyter kernel runs this process; `tqdm.auto` then draws a widget."""
+    return "ipykernel" in sys.modules
+
+
+class _Lines:
+    """A line at the start of every ten seconds, for logs."""
+
+    def __init__(self, total: int, description: str) -> None:
+        self.total = total
+        self.description = description
+        self.done = 0
+        self.started = self.printed = time.monotonic()
+
+    def update(self, count: int) -> None:
+        self.done += count
+        now = time.monotonic()
+        if now - self.printed < SECONDS_BETWEEN_LINES:
+            return
+        self.printed = now
+        left = (now - self.started) * (self.total - self.done) / self.done
+        print(
+            f"{self.description}: {format_bytes(self.done)} of {format_bytes(self.total)} "
+            f"({100 * self.done / self.total:.0f} %), about {left:.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )

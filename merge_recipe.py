@@ -1,0 +1,152 @@
+"""What a merge is, as data: the method, the models, the parameters, the output.
+
+A driver's arguments, a command line and whatever comes later all become a `Recipe`, and every
+rule about parameters is checked here, once, from the declarations in `merge_methods`.
+"""
+
+import difflib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from model_safetensors import DTYPE_NAMES
+from model_utils import check_output_dir, parse_size
+
+DEFAULT_SHARD_SIZE = "5GB"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a method, declared once for Python, commands and checks.
+
+    Attributes:
+        name: the keyword, such as "densities".
+        kind: float, int, bool or str; what one value must be.
+        default: the value, or that of each model, when the user gives none.
+        help: what it does, for `--help`.
+        check: raises `ValueError` for one value out of range.
+        per_model: a list with one value per fine-tuned model.
+        choices: the values of a str.
+        flag: the command's option, if it is not `--` and the name.
+    """
+
+    name: str
+    kind: type
+    default: Any
+    help: str
+    check: Callable[[Any], None] = lambda _: None
+    per_model: bool = False
+    choices: tuple[str, ...] = ()
+    flag: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides the bytes of a merged model.
+
+    Attributes:
+        method: a name from `merge_methods.METHODS`.
+        models: the fine-tuned models: folders or Hub ids.
+        base_model: their common ancestor, for methods that use one.
+        parameters: values by name; None stands for the default.
+        output_dir: the folder to make; None for a model in memory.
+        dtype: float32, float16 or bfloat16; None for the dtype of the base (of the first
+            model, where there is no base).
+        max_shard_size: bytes per weight file, at most, as 5GB, 500MB or a number.
+    """
+
+    method: str
+    models: tuple[str, ...]
+    base_model: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    output_dir: Path | None = None
+    dtype: str | None = None
+    max_shard_size: str | int = DEFAULT_SHARD_SIZE
+
+
+def model_names(models: Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
+    """Models as a recipe holds them; `TypeError` for one path instead of a list of them."""
+    if isinstance(models, str | os.PathLike):
+        raise TypeError(f"ft_model_paths must be a list of models, got the single {models!r}")
+    return tuple(os.fspath(model) for model in models)
+
+
+def resolve_parameters(
+    declared: Sequence[Parameter], given: Mapping[str, Any], model_count: int
+) -> tuple[dict[str, Any], list[str]]:
+    """All parameters of a method with defaults filled in, and what is wrong with them.
+
+    Args:
+        declared: the method's parameters.
+        given: the user's values; None stands for the default.
+        model_count: number of fine-tuned models.
+
+    Returns:
+        Values by name (per-model ones as tuples), and one text per problem. Values with a
+        problem are left out.
+    """
+    known = {parameter.name: parameter for parameter in declared}
+    problems = [unknown_name("parameter", name, known) for name in given if name not in known]
+    values: dict[str, Any] = {}
+    for name, parameter in known.items():
+        try:
+            values[name] = _resolve(parameter, given.get(name), model_count)
+        except ValueError as error:
+            problems.append(str(error))
+    return values, problems
+
+
+def _resolve(parameter: Parameter, value: Any, model_count: int) -> Any:
+    if not parameter.per_model:
+        return _convert(parameter, parameter.default if value is None else value)
+    if value is None:
+        return (parameter.default,) * model_count
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ValueError(f"{parameter.name} must be a list with one entry per model, got {value!r}")
+    if len(value) != model_count:
+        raise ValueError(
+            f"{parameter.name} must have one entry per model: got {len(value)} "
+            f"({', '.join(str(entry) for entry in value)}) for {model_count} models"
+        )
+    return tuple(_convert(parameter, entry) for entry in value)
+
+
+def _convert(parameter: Parameter, value: Any) -> Any:
+    """One value in the kind that is declared; an int is a float, a bool is neither."""
+    accepted = (int, float) if parameter.kind is float else (parameter.kind,)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and parameter.kind is not bool):
+        raise ValueError(
+            f"{parameter.name} must be of type {parameter.kind.__name__}, got {value!r}"
+        )
+    if parameter.choices and value not in parameter.choices:
+        raise ValueError(
+            f"{parameter.name} must be one of {', '.join(parameter.choices)}, got {value!r}"
+        )
+    parameter.check(value)
+    return parameter.kind(value)
+
+
+def output_problems(recipe: Recipe) -> list[str]:
+    """What is wrong with the output that a recipe asks for."""
+    problems = []
+    if recipe.dtype is not None and recipe.dtype not in DTYPE_NAMES:
+        problems.append(f"dtype must be one of {', '.join(DTYPE_NAMES)}, got {recipe.dtype!r}")
+    try:
+        parse_size(recipe.max_shard_size)
+    except ValueError as error:
+        problems.append(str(error))
+    if recipe.output_dir is not None:
+        try:
+            check_output_dir(recipe.output_dir)
+        except FileExistsError as error:
+            problems.append(str(error))
+    return problems
+
+
+def unknown_name(noun: str, name: str, known: Mapping[str, object]) -> str:
+    """The text for a name that does not exist, with the nearest one that does."""
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"unknown {noun} {name!r}; there are: {', '.join(known)}.{hint}"

@@ -1,0 +1,310 @@
+"""The one loop of every merge: read a block of rows of all models, compute, write.
+
+It knows blocks, buffers, threads and progress, and no math. A method gives it a generator per
+tensor (see `Passes`): the generator asks for passes over the tensor, receives what they
+gathered, and ends with the function that turns a block of every input into a block of output.
+
+Blocks are ranges of whole rows. What is gathered is folded in the order of the blocks, so the
+result does not depend on how many threads there are; that it does not depend on the size of the
+blocks either is up to what a method gathers (integer counts, and sums over runs within a row).
+"""
+
+import functools
+import math
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from model_errors import ModelCompatibilityError
+from model_safetensors import FLOAT_DTYPES, TensorInfo
+from model_utils import rows_of
+
+T = TypeVar("T")
+
+BLOCK_ELEMENTS = 2**18
+"""Elements of one tensor in a block: a float32 block of one model is 1 MB and stays in cache."""
+
+
+class Source(Protocol):
+    """Where tensors come from; a `ModelFolder` is one."""
+
+    @property
+    def label(self) -> str:
+        """What the user called the model."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Dtype and shape of every tensor, by name."""
+
+    def read_rows(self, name: str, first: int, stop: int, buffer: Tensor) -> Tensor:
+        """Rows of a tensor as stored; see `ModelFolder.read_rows`."""
+
+
+class Sink(Protocol):
+    """Where merged rows go; a `FolderWriter` is one."""
+
+    def write_rows(self, name: str, first: int, rows: Tensor) -> None:
+        """Take merged rows, from row `first` on; see `FolderWriter.write_rows`."""
+
+
+@dataclass(frozen=True)
+class TensorTask:
+    """One tensor of the merged model.
+
+    Attributes:
+        name: in the merged model.
+        info: dtype and shape in the merged model.
+        sources: which tensor of each model feeds it, the base (if any) first.
+        parameters: the method's parameters for this tensor.
+    """
+
+    name: str
+    info: TensorInfo
+    sources: tuple[str, ...]
+    parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Block:
+    """The same rows of every model, float32, on the device.
+
+    Attributes:
+        index: position among the blocks of the tensor.
+        first: the first row.
+        start: flat index of the first element in the tensor.
+        base: (rows, row length), or None for methods without a base.
+        models: the fine-tuned models, each (rows, row length).
+    """
+
+    index: int
+    first: int
+    start: int
+    base: Tensor | None
+    models: list[Tensor]
+
+    @functools.cached_property
+    def deltas(self) -> list[Tensor]:
+        """The task vectors `model - base`."""
+        if self.base is None:
+            raise ValueError("there are no task vectors without a base")
+        return [model - self.base for model in self.models]
+
+
+class Gather(NamedTuple):
+    """A pass that collects something: `function` per block, joined by `fold` in block order."""
+
+    function: Callable[[Block], Any]
+    fold: Callable[[Any, Any], Any]
+
+
+class Merge(NamedTuple):
+    """The last pass: `function` turns a block of every model into a block of the result.
+
+    `findings` is what the method found out about the tensor, for the report.
+    """
+
+    function: Callable[[Block], Tensor]
+    findings: Mapping[str, Any] = {}
+
+
+Passes = Generator[Gather, Any, Merge]
+"""What a method does with one tensor: any number of `Gather`, each answered with what was
+gathered, then `Merge`. A method that gathers nothing is a plain function returning `Merge`."""
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """How a merge is run; nothing here changes a bit of the result on the CPU.
+
+    Attributes:
+        device: where to compute, such as "cpu" or "cuda"; blocks travel there and back.
+        threads: blocks worked on at once.
+        block_elements: elements of each model in a block (at least one row is taken).
+        on_bytes: told how many bytes of input have been read since the last call.
+    """
+
+    device: str = "cpu"
+    threads: int = 1
+    block_elements: int = BLOCK_ELEMENTS
+    on_bytes: Callable[[int], None] = lambda _: None
+
+
+def stream(
+    tasks: Sequence[TensorTask],
+    merge_tensor: Callable[[TensorTask], Passes | Merge],
+    base: Source | None,
+    models: Sequence[Source],
+    sink: Sink,
+    settings: StreamSettings,
+) -> dict[str, Mapping[str, Any]]:
+    """Merge tensor by tensor, block by block.
+
+    Args:
+        tasks: the tensors of the result, in the order in which they are made.
+        merge_tensor: the method.
+        base: the common ancestor, or None for a method without one.
+        models: the fine-tuned models.
+        sink: takes the merged rows.
+
+    Returns:
+        What the method found out about each tensor, by name.
+
+    Raises:
+        ModelCompatibilityError: an input holds NaN or infinity, or the result does not fit the
+            output's dtype.
+        OSError: reading or writing failed.
+    """
+    findings = {}
+    buffers = _Buffers()
+    with _workers(settings.threads) as pool:
+        for task in tasks:
+            work = _TensorWork(task, base, models, settings, buffers, pool)
+            merge = _gather_all(merge_tensor(task), work)
+            write = functools.partial(write_block, merge, task, sink)
+            for _ in work.over_blocks(write):
+                pass
+            findings[task.name] = merge.findings
+    return findings
+
+
+def _gather_all(passes: Passes | Merge, work: "_TensorWork") -> Merge:
+    """Run the passes that a method asks for, up to its last one."""
+    if isinstance(passes, Merge):
+        return passes
+    answer: Any = None
+    while True:
+        try:
+            gather = passes.send(answer)
+        except StopIteration as stop:
+            merge: Merge = stop.value
+            return merge
+        answer = functools.reduce(gather.fold, work.over_blocks(gather.function))
+
+
+def write_block(merge: Merge, task: TensorTask, sink: Sink, block: Block) -> None:
+    """Compute a block of the result, round it once to the output's dtype, write it."""
+    dtype = FLOAT_DTYPES[task.info.dtype]
+    merged = merge.function(block).to(dtype).cpu()
+    if not all_finite(merged):
+        raise ModelCompatibilityError(
+            f"{task.name}: {_where_not_finite(merged, block)} does not fit {dtype} "
+            f"(largest value {torch.finfo(dtype).max:g}). Choose another output dtype, or check "
+            "weights and lam"
+        )
+    sink.write_rows(task.name, block.first, merged)
+
+
+class _TensorWork:
+    """One tensor's blocks, worked on by the pool."""
+
+    def __init__(
+        self,
+        task: TensorTask,
+        base: Source | None,
+        models: Sequence[Source],
+        settings: StreamSettings,
+        buffers: "_Buffers",
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        self.task = task
+        self.base = base
+        self.sources = [*models] if base is None else [base, *models]
+        self.settings = settings
+        self.buffers = buffers
+        self.pool = pool
+        self.checked = False
+        rows, self.row_length = rows_of(task.info.shape)
+        step = max(1, settings.block_elements // max(1, self.row_length))
+        self.blocks = [(first, min(first + step, rows)) for first in range(0, rows, step)]
+
+    def over_blocks(self, function: Callable[[Block], T]) -> Iterator[T]:
+        """`function` of every block, in the order of the blocks; the pool does the work."""
+        check, self.checked = not self.checked, True
+
+        def work(index: int) -> T:
+            return function(self.read(index, check=check))
+
+        for index, result in enumerate(self.pool.map(work, range(len(self.blocks)))):
+            first, stop = self.blocks[index]
+            self.settings.on_bytes((stop - first) * self.row_bytes())
+            yield result
+
+    def row_bytes(self) -> int:
+        """Bytes of one row of all inputs."""
+        dtypes = (
+            source.tensors[name].dtype
+            for source, name in zip(self.sources, self.task.sources, strict=True)
+        )
+        return sum(FLOAT_DTYPES[dtype].itemsize for dtype in dtypes) * self.row_length
+
+    def read(self, index: int, *, check: bool) -> Block:
+        """Read one block of all inputs, as float32 on the device."""
+        first, stop = self.blocks[index]
+        inputs = []
+        for slot, (source, name) in enumerate(zip(self.sources, self.task.sources, strict=True)):
+            size = (stop - first) * self.row_length * 4
+            stored = source.read_rows(name, first, stop, self.buffers.get(slot, size))
+            inputs.append(stored.to(device=self.settings.device, dtype=torch.float32))
+        start = first * self.row_length
+        base = None if self.base is None else inputs[0]
+        block = Block(index, first, start, base, inputs if base is None else inputs[1:])
+        if check:
+            self._check_finite(inputs, block)
+        return block
+
+    def _check_finite(self, inputs: Sequence[Tensor], block: Block) -> None:
+        for source, name, values in zip(self.sources, self.task.sources, inputs, strict=True):
+            if not all_finite(values):
+                raise ModelCompatibilityError(
+                    f"{source.label}: {name} has NaN or infinite weights: "
+                    f"{_where_not_finite(values, block)}. The model is broken; use another copy"
+                )
+
+
+class _Buffers(threading.local):
+    """Memory to read into, one piece per input and thread, used again for every block."""
+
+    def __init__(self) -> None:
+        self.pieces: dict[int, Tensor] = {}
+
+    def get(self, slot: int, size: int) -> Tensor:
+        """At least `size` bytes, uint8."""
+        if slot not in self.pieces or len(self.pieces[slot]) < size:
+            self.pieces[slot] = torch.empty(size, dtype=torch.uint8)
+        return self.pieces[slot]
+
+
+@contextmanager
+def _workers(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool in which every thread computes on its own, without torch's threads inside."""
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether there is no NaN and no infinity.
+
+    A sum that is finite says so at a fraction of the cost; one that is not may have overflowed.
+    """
+    return math.isfinite(float(values.sum(dtype=torch.float32))) or bool(
+        torch.isfinite(values).all()
+    )
+
+
+def _where_not_finite(values: Tensor, block: Block) -> str:
+    """ "row 3, column 7 (inf; 12 such values in this block)"."""
+    bad = torch.nonzero(~torch.isfinite(values))
+    row, column = bad[0].tolist()
+    value = float(values[row, column])
+    return f"row {block.first + row}, column {column} ({value}; {len(bad)} such in this block)"

@@ -1,0 +1,118 @@
+"""Merge fine-tunes of one base by TIES: trim, elect signs, average the models that agree.
+
+python ties_llama.py BASE --ft_models A B --densities 0.5 0.5 --save OUT
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from merge_command import run_command
+from merge_recipe import DEFAULT_SHARD_SIZE, Recipe, model_names
+from merge_run import MergeReport, merge_to_folder, merge_to_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+METHOD = "ties"
+
+
+def ties_merge_llama(
+    base_model_path: str | os.PathLike[str],
+    ft_model_paths: Sequence[str | os.PathLike[str]],
+    weights: Sequence[float] | None = None,
+    densities: Sequence[float] | None = None,
+    device: str = "cpu",
+    *,
+    lam: float = 1.0,
+    normalize: bool = True,
+    threads: int | None = None,
+    progress: bool = True,
+) -> "PreTrainedModel":
+    """TIES merge into a model in memory.
+
+    Args:
+        base_model_path: the common ancestor: a model folder or Hub id.
+        ft_model_paths: its fine-tunes.
+        weights: multiplier of each model; by default 1.0 each.
+        densities: share of each task vector kept, in [0, 1]; by default 1.0 each, which trims
+            nothing. The paper keeps 0.2.
+        device: where to compute, "cpu" or "cuda".
+        lam: scale of the merged task vector.
+        normalize: divide by the summed weights of the models that agree.
+        threads: blocks worked on at once; by default one per core.
+        progress: show how far it is.
+
+    Returns:
+        A transformers model on the CPU in float32. It is the only model held in memory.
+
+    Raises:
+        ValueError: a parameter is out of range or its count is wrong.
+        ModelCompatibilityError: models cannot be read or do not fit together.
+
+    Source: TIES-Merging, arXiv:2306.01708; `ties_utils.ties` says how each step is done.
+    """
+    recipe = Recipe(
+        method=METHOD,
+        base_model=os.fspath(base_model_path),
+        models=model_names(ft_model_paths),
+        parameters={
+            "weights": weights,
+            "densities": densities,
+            "lam": lam,
+            "normalize": normalize,
+        },
+    )
+    return merge_to_model(recipe, device=device, threads=threads, progress=progress)
+
+
+def ties_merge_llama_to_folder(
+    base_model_path: str | os.PathLike[str],
+    ft_model_paths: Sequence[str | os.PathLike[str]],
+    weights: Sequence[float] | None = None,
+    densities: Sequence[float] | None = None,
+    device: str = "cpu",
+    *,
+    output_dir: str | os.PathLike[str],
+    dtype: str | None = None,
+    lam: float = 1.0,
+    normalize: bool = True,
+    max_shard_size: str | int = DEFAULT_SHARD_SIZE,
+    threads: int | None = None,
+    progress: bool = True,
+) -> MergeReport:
+    """TIES merge from folders to a folder, in memory that does not grow with the models.
+
+    Args:
+        output_dir: the folder to make; it must not exist, or be empty.
+        dtype: "float32", "float16" or "bfloat16"; by default that of the base.
+        max_shard_size: bytes per weight file, at most, such as "5GB".
+
+    The other arguments and errors are those of `ties_merge_llama`. Raises `OSError` as
+    well, when the disk is full or a file cannot be read or written. transformers is not imported.
+    """
+    recipe = Recipe(
+        method=METHOD,
+        base_model=os.fspath(base_model_path),
+        models=model_names(ft_model_paths),
+        parameters={
+            "weights": weights,
+            "densities": densities,
+            "lam": lam,
+            "normalize": normalize,
+        },
+        output_dir=Path(output_dir),
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+    )
+    return merge_to_folder(recipe, device=device, threads=threads, progress=progress)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    return run_command(METHOD, __doc__ or "", argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
