@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from linear_utils import add_task_vector, linear
-from tensor_utils import check_count, check_tensors, run_sums
+from tensor_utils import check_count, check_tensors, run_sums, select
 from ties_utils import check_density, elect_and_merge
 
 Key = tuple[int, int]
@@ -155,7 +155,7 @@ def drop(delta: Tensor, density: float, key: Key, start: int = 0) -> Tensor:
         check_density(density)
         return delta
     draws = mask_draws(key, start, delta.numel(), delta.device).view_as(delta)
-    return torch.where(keep_mask(density, draws), delta, 0.0)
+    return select(keep_mask(density, draws), delta)
 
 
 def absolute_parts(delta: Tensor) -> list[float]:

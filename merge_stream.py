@@ -12,8 +12,9 @@ blocks either is up to what a method gathers (integer counts, and sums over runs
 import functools
 import math
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -27,8 +28,11 @@ from model_utils import rows_of
 
 T = TypeVar("T")
 
-BLOCK_ELEMENTS = 2**18
-"""Elements of one tensor in a block: a float32 block of one model is 1 MB and stays in cache."""
+BLOCK_ELEMENTS = 2**17
+"""Elements of one tensor in a block: a float32 block of one model is 512 KB and stays in cache."""
+
+SPAN_BLOCKS = 16
+"""Consecutive blocks that a thread works through before it hands in what it gathered."""
 
 
 class Source(Protocol):
@@ -164,11 +168,11 @@ def stream(
     buffers = _Buffers()
     with _workers(settings.threads) as pool:
         for task in tasks:
+            if not task.info.numel:
+                continue
             work = _TensorWork(task, base, models, settings, buffers, pool)
             merge = _gather_all(merge_tensor(task), work)
-            write = functools.partial(write_block, merge, task, sink)
-            for _ in work.over_blocks(write):
-                pass
+            work.run(functools.partial(write_block, merge, task, sink), lambda *_: None)
             findings[task.name] = merge.findings
     return findings
 
@@ -184,7 +188,7 @@ def _gather_all(passes: Passes | Merge, work: "_TensorWork") -> Merge:
         except StopIteration as stop:
             merge: Merge = stop.value
             return merge
-        answer = functools.reduce(gather.fold, work.over_blocks(gather.function))
+        answer = work.run(gather.function, gather.fold)
 
 
 def write_block(merge: Merge, task: TensorTask, sink: Sink, block: Block) -> None:
@@ -223,17 +227,36 @@ class _TensorWork:
         step = max(1, settings.block_elements // max(1, self.row_length))
         self.blocks = [(first, min(first + step, rows)) for first in range(0, rows, step)]
 
-    def over_blocks(self, function: Callable[[Block], T]) -> Iterator[T]:
-        """`function` of every block, in the order of the blocks; the pool does the work."""
+    def run(self, function: Callable[[Block], T], fold: Callable[[T, T], T]) -> T:
+        """`function` of every block, folded in the order of the blocks; the pool does the work."""
         check, self.checked = not self.checked, True
 
-        def work(index: int) -> T:
-            return function(self.read(index, check=check))
+        def work(span: range) -> T:
+            return functools.reduce(
+                fold, (function(self.read(index, check=check)) for index in span)
+            )
 
-        for index, result in enumerate(self.pool.map(work, range(len(self.blocks)))):
-            first, stop = self.blocks[index]
-            self.settings.on_bytes((stop - first) * self.row_bytes())
-            yield result
+        return functools.reduce(fold, self._over_spans(work))
+
+    def _over_spans(self, work: Callable[[range], T]) -> Iterator[T]:
+        """`work` of every span, in order.
+
+        Only a few spans are under way at once: what they gather can be larger than a block.
+        """
+        waiting: deque[tuple[range, Future[T]]] = deque()
+        for start in range(0, len(self.blocks), SPAN_BLOCKS):
+            span = range(start, min(start + SPAN_BLOCKS, len(self.blocks)))
+            waiting.append((span, self.pool.submit(work, span)))
+            if len(waiting) > 2 * self.settings.threads:
+                yield self._finish(*waiting.popleft())
+        while waiting:
+            yield self._finish(*waiting.popleft())
+
+    def _finish(self, span: range, future: Future[T]) -> T:
+        result = future.result()
+        rows = self.blocks[span[-1]][1] - self.blocks[span[0]][0]
+        self.settings.on_bytes(rows * self.row_bytes())
+        return result
 
     def row_bytes(self) -> int:
         """Bytes of one row of all inputs."""

@@ -70,6 +70,22 @@ def check_lam(lam: float) -> None:
         raise ValueError(f"lam must be a finite number, got {lam}")
 
 
+def select(mask: Tensor, values: Tensor) -> Tensor:
+    """`values` where `mask`, 0.0 elsewhere: `torch.where(mask, values, 0.0)`, several times faster.
+
+    Works on the bits, so what is left out is +0.0 whatever it was (a product with the mask
+    would leave -0.0 and NaN).
+
+    Args:
+        mask: bool.
+        values: float32, same shape.
+
+    >>> select(torch.tensor([True, False, False]), torch.tensor([-2.0, -3.0, math.nan]))
+    tensor([-2.,  0.,  0.])
+    """
+    return (values.view(torch.int32) & -mask.int()).view(torch.float32)
+
+
 def run_sums(values: Tensor) -> list[float]:
     """Sums of `values` over runs of at most 2**14 elements that do not cross a row.
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from linear_utils import add_task_vector
-from tensor_utils import check_count, check_tensors, check_weights
+from tensor_utils import check_count, check_tensors, check_weights, select
 
 
 class TrimThreshold(NamedTuple):
@@ -88,9 +88,10 @@ def coarse_histogram(delta: Tensor) -> Tensor:
 
 def fine_histogram(delta: Tensor, coarse_bin: int) -> Tensor:
     """Counts of the lower 16 bits of |delta| inside one coarse bin; int64, shape (2**16,)."""
-    bits = magnitude_bits(delta).flatten()
-    inside = bits[(bits >> 16) == coarse_bin]
-    return torch.bincount(inside & 0xFFFF, minlength=2**16)
+    position = magnitude_bits(delta).flatten() - (coarse_bin << 16)
+    # The bins below 0 and from 2**16 on take what lies outside, and are dropped.
+    counts = torch.bincount(position.clamp_(-1, 2**16).add_(1), minlength=2**16 + 2)
+    return counts[1:-1]
 
 
 def select_bin(counts: Tensor, rank: int) -> tuple[int, int]:
@@ -141,7 +142,7 @@ def trim_threshold(delta: Tensor, density: float) -> TrimThreshold:
 
 def count_ties(delta: Tensor, threshold: TrimThreshold) -> int:
     """Number of entries whose magnitude equals the threshold."""
-    return int((magnitude_bits(delta) == threshold.bits).sum())
+    return int((magnitude_bits(delta) == threshold.bits).count_nonzero())
 
 
 def trim_apply(delta: Tensor, threshold: TrimThreshold, ties_before: int = 0) -> Tensor:
@@ -156,14 +157,14 @@ def trim_apply(delta: Tensor, threshold: TrimThreshold, ties_before: int = 0) ->
         Same shape, float32; kept entries unchanged, the others 0.
     """
     bits = magnitude_bits(delta)
-    keep = bits > threshold.bits
     ties_left = threshold.ties - ties_before
-    if ties_left > 0:
-        tied = bits == threshold.bits
-        if int(tied.sum()) > ties_left:
-            tied &= tied.flatten().cumsum(0).view_as(tied) <= ties_left
-        keep |= tied
-    return torch.where(keep, delta, 0.0)
+    if ties_left <= 0:
+        return select(bits > threshold.bits, delta)
+    keep = bits >= threshold.bits
+    tied = bits == threshold.bits
+    if ties_left < int(tied.count_nonzero()):
+        keep &= ~tied | (tied.flatten().cumsum(0).view_as(tied) <= ties_left)
+    return select(keep, delta)
 
 
 def trim(delta: Tensor, density: float) -> Tensor:
@@ -216,7 +217,7 @@ def elect_sign(deltas: Sequence[Tensor] | Tensor) -> Tensor:
     mass = torch.zeros_like(votes[0])
     for vote in votes:
         mass += vote
-    return torch.where(mass < 0, -1.0, torch.ones_like(mass))
+    return torch.copysign(torch.ones_like(mass), mass)  # mass is never -0.0: it began at 0.0
 
 
 def disjoint_mean(
@@ -255,11 +256,13 @@ def disjoint_mean(
     total = torch.zeros_like(deltas[0])
     divisor = torch.zeros_like(total)
     for delta, weight in zip(deltas, weights, strict=True):
-        agrees = delta * signs > 0
-        total += torch.where(agrees, delta, 0.0)
+        agreeing = torch.relu(delta * signs)  # its magnitude, or 0 where the sign is another
+        total += agreeing
         if normalize:
-            divisor += agrees.float() * weight
-    return total / torch.where(divisor == 0, 1.0, divisor) if normalize else total
+            divisor += agreeing.sign() * weight
+    total *= signs
+    # Weights are not negative here, so the divisor is 0 only where the total is 0 as well.
+    return total / divisor.clamp_(min=torch.finfo(torch.float32).tiny) if normalize else total
 
 
 def elect_and_merge(
