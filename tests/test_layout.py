@@ -1,0 +1,71 @@
+"""The import rules: which layer may use which."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
+MATH = [n for n in MODULES if n.endswith("_utils") and not n.startswith("model_")]
+MODEL = [n for n in MODULES if n.startswith("model_")]
+MERGE = [n for n in MODULES if n.startswith("merge_")]
+DRIVERS = [n for n in MODULES if n.endswith("_llama")]
+
+
+def imports(source: str, *, top_level: bool = False) -> set[str]:
+    """First parts of all imported names; `top_level` leaves out those inside functions."""
+    tree = ast.parse(source)
+    nodes = tree.body if top_level else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+def imports_of(module: str, *, top_level: bool = False) -> set[str]:
+    return imports(MODULES[module].read_text(), top_level=top_level)
+
+
+def test_every_module_belongs_to_a_layer():
+    assert set(MODULES) == {*MATH, *MODEL, *MERGE, *DRIVERS}
+
+
+@pytest.mark.parametrize("module", MATH)
+def test_math_imports_only_torch_the_standard_library_and_math(module):
+    assert imports_of(module) <= {"torch", *sys.stdlib_module_names, *MATH}
+
+
+@pytest.mark.parametrize("module", MODEL)
+def test_model_modules_import_no_math_and_no_later_layer(module):
+    assert not imports_of(module) & {*MATH, *MERGE, *DRIVERS}
+
+
+@pytest.mark.parametrize("module", MERGE)
+def test_merge_modules_import_no_driver(module):
+    assert not imports_of(module) & set(DRIVERS)
+
+
+def test_the_stream_knows_no_math():
+    assert not imports_of("merge_stream") & set(MATH)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_transformers_is_never_imported_at_the_top(module):
+    heavy = {"transformers", "huggingface_hub", "tokenizers", "tqdm"}
+    assert not imports_of(module, top_level=True) & heavy
+
+
+def test_every_module_is_installed():
+    text = (ROOT / "pyproject.toml").read_text()
+    assert [n for n in MODULES if f'"{n}"' not in text] == []
+
+
+def test_the_import_finder_sees_imports_inside_functions():
+    source = "import os.path\ndef f():\n    from transformers import X\n"
+    assert imports(source) == {"os", "transformers"}
+    assert imports(source, top_level=True) == {"os"}
