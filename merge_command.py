@@ -65,13 +65,20 @@ def run_command(method: str, description: str, argv: Sequence[str] | None = None
             )
             print(report.summary())
     except (ValueError, ModelCompatibilityError, OSError) as error:
-        for line in str(error).splitlines():
+        for line in _text(error).splitlines():
             print(line if line.startswith(" ") else f"error: {line}", file=sys.stderr)
         return _exit_code(error)
     except KeyboardInterrupt:
         print("error: interrupted; nothing has been written", file=sys.stderr)
         return EXIT_INTERRUPTED
     return EXIT_OK
+
+
+def _text(error: Exception) -> str:
+    """What an error says, without the number that Python puts before our own texts."""
+    if isinstance(error, OSError) and error.strerror and error.filename is None:
+        return error.strerror
+    return str(error)
 
 
 def _exit_code(error: Exception) -> int:

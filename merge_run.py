@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,10 +121,10 @@ def merge_to_model(
 
     Only the result is held in memory, however many models go in.
 
-    Arguments and errors as `merge_to_folder`; `output_dir` and `dtype` are left None.
+    Arguments and errors as `merge_to_folder`; the recipe has no `output_dir` and no `dtype`.
     """
     _check_settings(device, threads)
-    with open_plan(recipe) as plan:
+    with open_plan(replace(recipe, dtype="float32")) as plan:
         model = get_llama(plan.template.path)
         if model.config.vocab_size != plan.alignment.vocab_size:
             model.resize_token_embeddings(plan.alignment.vocab_size)

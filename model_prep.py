@@ -259,8 +259,8 @@ def completeness_problems(model: Model) -> Iterator[str]:
     missing = [name for name in expected if name not in model.tensors]
     if missing:
         yield (
-            f"{model.label}: {_listed(missing, 'tensor')} missing; config.json has "
-            f"{layers} layers. Download or save the model again"
+            f"{model.label}: {_listed(missing, 'tensor')} missing; "
+            f"num_hidden_layers in config.json is {layers}. Download or save the model again"
         )
     beyond = [
         name
@@ -269,8 +269,8 @@ def completeness_problems(model: Model) -> Iterator[str]:
     ]
     if beyond:
         yield (
-            f"{model.label}: {_listed(beyond, 'tensor')} beyond the {layers} layers of "
-            "config.json. Save the model again"
+            f"{model.label}: {_listed(beyond, 'tensor')} beyond num_hidden_layers "
+            f"{layers} in config.json. Save the model again"
         )
     vocab_size = model.config.get("vocab_size")
     rows = {name: model.tensors[name].shape[0] for name in VOCABULARY_TENSORS

@@ -1,0 +1,339 @@
+"""Recipes and commands: what is refused and how it is said, plans, help, exit status."""
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_checkpoints import make_llama, read_tensors, tensor_hashes
+
+from dare_llama import dare_merge_llama_to_folder
+from linear_llama import linear_merge_llama_to_folder
+from merge_methods import METHODS
+from model_errors import ModelCompatibilityError
+from slerp_llama import slerp_merge_llama_to_folder
+from task_arithmetic_llama import task_arithmetic_merge_llama_to_folder
+from ties_llama import main as ties_main
+from ties_llama import ties_merge_llama, ties_merge_llama_to_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {"layers": 1, "hidden_size": 16, "intermediate_size": 24, "vocab_size": 32}
+NEEDED = {"HOME", "PATH", "LANG", "TMPDIR"}
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """A base and two fine-tunes in the current folder: base, a and b."""
+    base = make_llama(tmp_path / "base", seed=1, tokenizer=True, **SMALL)
+    for seed, name in enumerate("ab", 2):
+        make_llama(tmp_path / name, seed=seed, base=base, **SMALL)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def ties(*arguments, models=("a", "b")):
+    """The command's exit status."""
+    return ties_main(["base", "--ft_models", *models, *map(str, arguments)])
+
+
+def command(*arguments, cwd):
+    """A driver as a process of its own, without anything of this one's environment."""
+    environment = {name: os.environ[name] for name in NEEDED & os.environ.keys()}
+    return subprocess.run(
+        [sys.executable, ROOT / f"{arguments[0]}_llama.py", *arguments[1:]],
+        cwd=cwd, capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+
+
+# Parameters
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"weights": [1.0]}, r"weights must have one entry per model: got 1 \(1.0\) for 2 models"),
+        ({"weights": [1, 2, 3]}, r"weights must have one entry per model: got 3 \(1, 2, 3\)"),
+        ({"weights": [1.0, math.nan]}, "weights must be finite numbers, got nan"),
+        ({"weights": [1.0, "x"]}, "weights must be of type float, got 'x'"),
+        ({"weights": [True, 1.0]}, "weights must be of type float, got True"),
+        ({"weights": 0.5}, "weights must be a list with one entry per model, got 0.5"),
+        ({"weights": [1.0, -1.0]}, "weights must not be negative when normalize is on"),
+        ({"densities": [0.5]}, "densities must have one entry per model: got 1"),
+        ({"densities": [0.5, 1.5]}, r"densities must be in \[0, 1\] .* got 1.5"),
+        ({"densities": [0.5, 20]}, r"densities must be in \[0, 1\] .* got 20"),
+        ({"densities": [0.5, math.nan]}, r"densities must be in \[0, 1\] .* got nan"),
+        ({"lam": math.inf}, "lam must be a finite number, got inf"),
+        ({"normalize": "yes"}, "normalize must be of type bool, got 'yes'"),
+        ({"dtype": "fp16"}, "dtype must be one of float32, float16, bfloat16, got 'fp16'"),
+        ({"max_shard_size": "5 apples"}, "max_shard_size must be a size such as 5GB"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"device": "nowhere"}, "device 'nowhere' cannot be used here"),
+        ({"output_dir": "a"}, "a: the output exists already"),
+        ({"ft_model_paths": []}, "ties takes at least 1 fine-tuned models, got 0"),
+    ],
+)
+def test_parameters_out_of_range_are_refused(models, options, text):
+    arguments = {"ft_model_paths": ["a", "b"], "output_dir": "out", "progress": False, **options}
+    with pytest.raises((ValueError, FileExistsError), match=text):
+        ties_merge_llama_to_folder("base", **arguments)
+    assert sorted(os.listdir(models)) == ["a", "b", "base"]
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: slerp_merge_llama_to_folder(["a", "b", "base"], output_dir="out"), "exactly 2"),
+        (lambda: slerp_merge_llama_to_folder(["a", "b"], 1.5, output_dir="out"), "t must be in"),
+        (
+            lambda: linear_merge_llama_to_folder(["a", "b"], [1.0, -1.0], output_dir="out"),
+            "sum to 0, so they cannot be normalized",
+        ),
+        (
+            lambda: dare_merge_llama_to_folder("base", ["a"], seed=-1, output_dir="out"),
+            "seed must be an integer in",
+        ),
+        (
+            lambda: dare_merge_llama_to_folder("base", ["a"], seed=1.5, output_dir="out"),
+            "seed must be of type int, got 1.5",
+        ),
+        (
+            lambda: dare_merge_llama_to_folder("base", ["a"], rescale="l2", output_dir="out"),
+            "rescale must be one of inverse_density, l1, none, got 'l2'",
+        ),
+        (
+            lambda: dare_merge_llama_to_folder("base", ["a"], variant="ty", output_dir="out"),
+            "variant must be one of linear, ties, got 'ty'",
+        ),
+        (
+            lambda: task_arithmetic_merge_llama_to_folder(
+                "base", ["a", "b"], [1.0, -1.0], normalize=True, output_dir="out"
+            ),
+            "sum to 0",
+        ),
+    ],
+)
+def test_parameters_of_other_methods(models, call, text):
+    with pytest.raises(ValueError, match=text):
+        call()
+    assert not (models / "out").exists()
+
+
+def test_one_path_instead_of_a_list_is_a_type_error(models):
+    with pytest.raises(TypeError, match="ft_model_paths must be a list of models, got the single"):
+        ties_merge_llama("base", "a")
+
+
+def test_everything_wrong_is_said_at_once(models, capsys):
+    (models / "a/config.json").unlink()
+    (models / "b/model.safetensors").write_bytes(b"")
+    assert ties("--weights", 1, "--densities", 2, 0.5, "--save", "base") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 5
+    for start, line in zip(
+        (
+            "error: weights must have one entry per model",
+            "error: densities must be in [0, 1]",
+            "error: base: the output exists already",
+            "error: a: no config.json",
+            "error: b/model.safetensors: not a complete safetensors file",
+        ),
+        lines,
+        strict=True,
+    ):
+        assert line.startswith(start)
+
+
+def quantize(config):
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+
+
+def change_config(folder, change):
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (lambda: os.remove("a/config.json"), "error: a: no config.json"),
+        (lambda: os.rename("a/model.safetensors", "a/pytorch_model.bin"), "only pickle weights"),
+        (lambda: os.truncate("a/model.safetensors", 300), "not a complete safetensors file"),
+        (lambda: change_config("a", quantize), "weights are quantized (quant_method 'gptq'"),
+        (lambda: make_llama(Path("a"), **{**SMALL, "hidden_size": 32}), "has shape [32, 32], but"),
+        (
+            lambda: make_llama(Path("a"), drop=["model.norm.weight"], **SMALL),
+            "error: a: 1 tensor (model.norm.weight) missing",
+        ),
+        (
+            lambda: make_llama(Path("a"), extra={"model.extra.weight": torch.zeros(2)}, **SMALL),
+            "not a LLaMA-family causal language model",
+        ),
+    ],
+)
+def test_bad_input_ends_with_status_3_and_nothing_written(models, capsys, spoil, text):
+    spoil()
+    assert ties("--save", "out") == 3
+    error = capsys.readouterr().err
+    assert text in error
+    assert "Traceback" not in error
+    assert sorted(os.listdir(models)) == ["a", "b", "base"]
+
+
+def test_files_that_cannot_be_written_end_with_status_6(models, capsys):
+    (models / "file").write_text("")
+    assert ties("--save", "file/out", "--quiet") == 6
+    assert "file" in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_with_status_5(models, capsys, monkeypatch):
+    monkeypatch.setattr("merge_run.free_bytes", lambda _: 0)
+    assert ties("--save", "out") == 5
+    assert capsys.readouterr().err.startswith("error: out: the result needs")
+
+
+def test_an_interrupt_leaves_nothing_and_ends_with_status_130(models, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("merge_stream.write_block", interrupted)
+    assert ties("--save", "out") == 130
+    assert capsys.readouterr().err == "error: interrupted; nothing has been written\n"
+    assert sorted(os.listdir(models)) == ["a", "b", "base"]
+
+
+# Commands
+
+
+def test_the_command_and_the_function_make_the_same_model(models, capsys):
+    assert ties("--weights", 0.5, 0.4, "--densities", 0.5, 0.3, "--lambda", 0.7, "--save", "x") == 0
+    output = capsys.readouterr()
+    assert output.out.startswith("merged 2 models by ties into x: 12 tensors, bfloat16, ")
+    assert output.err == ""
+    ties_merge_llama_to_folder(
+        "base", ["a", "b"], [0.5, 0.4], [0.5, 0.3], lam=0.7, output_dir="y", progress=False
+    )
+    assert tensor_hashes(models / "x") == tensor_hashes(models / "y")
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_command_merges(models, capsys, method):
+    main = importlib.import_module(f"{method}_llama").main
+    base = ["base"] if METHODS[method].uses_base else []
+    assert main([*base, "--ft_models", "a", "b", "--save", "out", "--dtype", "float16"]) == 0
+    stored = read_tensors(models / "out")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_help_names_every_parameter_with_its_default(method, capsys):
+    main = importlib.import_module(f"{method}_llama").main
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert f"python {method}_llama.py" in text
+    for parameter in METHODS[method].parameters:
+        assert (parameter.flag or f"--{parameter.name}") in text
+    assert "exit status:" in text
+    assert ("BASE" in text) == METHODS[method].uses_base
+
+
+def test_help_of_ties(capsys):
+    with pytest.raises(SystemExit):
+        ties_main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "share of each task vector that is kept, in [0, 1] (default: 1.0 for each)" in text
+    assert "--normalize, --no-normalize" in text
+    assert "--ft_models MODEL [MODEL ...], --ft-models" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["base", "--ft_models", "a"], "--save OUT is required"),
+        (["base", "--save", "out"], "the following arguments are required: --ft_models"),
+        (["base", "--ft_models", "a", "--save", "o", "--t", "0.5"], "unrecognized arguments: --t"),
+        (["base", "--ft_models", "a", "--save", "o", "--lambda", "x"], "invalid float value: 'x'"),
+    ],
+)
+def test_usage_errors_end_with_status_2(models, capsys, arguments, text):
+    with pytest.raises(SystemExit) as caught:
+        ties_main(arguments)
+    assert caught.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+def test_a_plan_reads_no_weights_and_writes_nothing(models, capsys, monkeypatch):
+    monkeypatch.setattr("model_utils._read_fully", None)
+    assert ties("--densities", 0.5, 0.5, "--plan", "--save", "out", "--dtype", "float32") == 0
+    lines = capsys.readouterr().out.splitlines()
+    for line in (
+        "method      ties",
+        "  densities 0.5, 0.5",
+        "base        base (llama, BF16, 5.98 KB)",
+        "output      out, float32",
+        "tensors     12, 2,992 elements, vocabulary 32, head of its own",
+        "read        71.81 KB in 4 passes",
+        "write       11.97 KB",
+    ):
+        assert line in lines
+    assert not (models / "out").exists()
+
+
+def test_a_plan_says_what_is_seldom_meant(models, capsys):
+    assert ties("--plan") == 0
+    assert "note        every density is 1.0, so nothing is trimmed" in capsys.readouterr().out
+
+
+def test_a_streamed_merge_imports_no_transformers(models):
+    code = (
+        "import sys; from ties_llama import main; "
+        "status = main(['base', '--ft_models', 'a', 'b', '--save', 'o']);"
+        "print(status, {'transformers', 'huggingface_hub', 'numba'} & sys.modules.keys())"
+    )
+    environment = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=models, capture_output=True, text=True, env=environment
+    )
+    assert result.stdout.endswith("0 set()\n"), result.stderr
+
+
+def test_without_a_terminal_progress_is_plain_lines(models, monkeypatch, capsys):
+    monkeypatch.setattr("merge_progress.SECONDS_BETWEEN_LINES", 0.0)
+    assert ties("--save", "out") == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("ties: 17.95 KB of 17.95 KB (100 %), about 0 s left")
+
+
+def test_in_a_terminal_progress_is_a_bar_and_quiet_shows_none(models, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert ties("--save", "out") == 0
+    assert "ties: 100%|" in capsys.readouterr().err
+    assert ties("--save", "again", "--quiet") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_script_runs_from_another_folder_and_prints_no_traceback(models):
+    done = command("linear", "--ft_models", "a", "b", "--save", "out", "--quiet", cwd=models)
+    assert (done.returncode, done.stderr) == (0, "")
+    again = command("linear", "--ft_models", "a", "b", "--save", "out", cwd=models)
+    assert again.returncode == 2
+    assert again.stderr == (
+        "error: out: the output exists already. Choose another name or remove it first\n"
+    )
+
+
+def test_models_of_two_kinds_of_problem_are_all_named(models):
+    change_config("a", quantize)
+    change_config("b", lambda config: config.update(model_type="qwen2"))
+    change_config("base", lambda config: config.update(num_hidden_layers=2))
+    with pytest.raises(ModelCompatibilityError) as caught:
+        ties_merge_llama_to_folder("base", ["a", "b"], output_dir="out")
+    assert [problem.split(":")[0] for problem in caught.value.problems] == ["base", "a"]

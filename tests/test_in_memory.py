@@ -1,0 +1,183 @@
+"""Merging into a transformers model, and the four snippets that notebooks are written from."""
+
+import importlib
+import inspect
+
+import pytest
+import torch
+from tiny_checkpoints import make_llama, read_tensors
+from transformers import AutoModelForCausalLM
+
+from dare_llama import dare_merge_llama
+from linear_llama import linear_merge_llama
+from merge_methods import METHODS
+from model_prep import prepare_models_for_merging
+from model_utils import get_llama
+from slerp_llama import slerp_merge_llama
+from task_arithmetic_llama import task_arithmetic_merge_llama
+from ties_llama import ties_merge_llama, ties_merge_llama_to_folder
+from ties_utils import TIES, ties
+
+SMALL = {"layers": 1, "hidden_size": 16, "intermediate_size": 24}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def make_family(folder, *, sizes=(48, 48, 48), tied=(False,) * 3, names=("base", "a", "b")):
+    paths = [folder / name for name in names]
+    for seed, (path, size, head_tied) in enumerate(zip(paths, sizes, tied, strict=True), 1):
+        before = paths[0] if seed > 1 else None
+        make_llama(path, seed=seed, base=before, vocab_size=size, tied=head_tied, **SMALL)
+    return paths
+
+
+CALLS = {
+    "linear": lambda base, models: linear_merge_llama(models, [0.5, 0.4], progress=False),
+    "slerp": lambda base, models: slerp_merge_llama(models, 0.3, progress=False),
+    "task_arithmetic": lambda base, models: task_arithmetic_merge_llama(
+        base, models, lam=0.5, progress=False
+    ),
+    "ties": lambda base, models: ties_merge_llama(
+        base, models, [0.5, 0.4], [0.5, 0.3], progress=False
+    ),
+    "dare": lambda base, models: dare_merge_llama(
+        base, models, densities=[0.5, 0.3], seed=3, progress=False
+    ),
+}
+PARAMETERS = {
+    "linear": {"weights": [0.5, 0.4]},
+    "slerp": {"t": 0.3},
+    "task_arithmetic": {"lam": 0.5},
+    "ties": {"weights": [0.5, 0.4], "densities": [0.5, 0.3]},
+    "dare": {"densities": [0.5, 0.3], "seed": 3},
+}
+
+
+@pytest.mark.parametrize("method", CALLS)
+def test_a_model_in_memory_holds_what_the_folder_holds(tmp_path, method):
+    base, *models = make_family(tmp_path)
+    merged = CALLS[method](base, models)
+    to_folder = getattr(
+        importlib.import_module(f"{method}_llama"), f"{method}_merge_llama_to_folder"
+    )
+    sources = {"base_model_path": base} if METHODS[method].uses_base else {}
+    to_folder(
+        **sources, ft_model_paths=models, output_dir=tmp_path / "out", dtype="float32",
+        progress=False, **PARAMETERS[method],
+    )  # fmt: skip
+    in_memory, stored = merged.state_dict(), read_tensors(tmp_path / "out")
+    assert in_memory.keys() == stored.keys()
+    assert all(torch.equal(in_memory[name], stored[name]) for name in stored)
+    assert {(p.dtype, p.device.type) for p in merged.parameters()} == {(torch.float32, "cpu")}
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_both_functions_take_the_same_arguments_in_the_same_order(method):
+    module = importlib.import_module(f"{method}_llama")
+    memory = inspect.signature(getattr(module, f"{method}_merge_llama")).parameters
+    folder = inspect.signature(getattr(module, f"{method}_merge_llama_to_folder")).parameters
+    shared = [name for name in folder if name not in ("output_dir", "dtype", "max_shard_size")]
+    assert shared == list(memory)
+    assert [folder[name].default for name in shared] == [p.default for p in memory.values()]
+    for parameter in METHODS[method].parameters:
+        default = None if parameter.per_model else parameter.default
+        assert memory[parameter.name].default == default
+
+
+def test_a_smaller_vocabulary_in_memory(tmp_path):
+    base, *models = make_family(tmp_path, sizes=(40, 48, 44))
+    merged = ties_merge_llama(base, models, progress=False)
+    assert merged.config.vocab_size == 40
+    assert merged.get_input_embeddings().weight.shape == (40, 16)
+    assert merged.lm_head.weight.shape == (40, 16)
+    merged.save_pretrained(tmp_path / "out")
+    assert get_llama(tmp_path / "out").lm_head.weight.shape == (40, 16)
+
+
+def test_a_base_with_the_larger_vocabulary_in_memory(tmp_path):
+    base, *models = make_family(tmp_path, sizes=(48, 40, 44))
+    merged = ties_merge_llama(base, models, progress=False)
+    assert merged.config.vocab_size == 40
+    assert merged(torch.tensor([[3, 4]])).logits.shape == (1, 2, 40)
+
+
+def test_tied_and_untied_models_in_memory_give_an_untied_one_that_stays_so(tmp_path):
+    base, *models = make_family(tmp_path, tied=(True, False, True))
+    merged = ties_merge_llama(base, models, lam=0.7, progress=False)
+    ties_merge_llama_to_folder(
+        base, models, lam=0.7, output_dir=tmp_path / "out", dtype="float32", progress=False
+    )
+    stored = read_tensors(tmp_path / "out")
+    merged.save_pretrained(tmp_path / "saved")
+    again = get_llama(tmp_path / "saved")
+    assert again.config.tie_word_embeddings is False
+    for model in (merged, again, get_llama(tmp_path / "out")):
+        assert torch.equal(model.lm_head.weight, stored[HEAD])
+        assert torch.equal(model.get_input_embeddings().weight, stored[EMBEDDING])
+    assert not torch.equal(stored[HEAD], stored[EMBEDDING])
+
+
+# What notebooks do
+
+
+def load_for_inference(folder):
+    """As on a GPU, as far as this machine goes."""
+    model = AutoModelForCausalLM.from_pretrained(
+        str(folder), torch_dtype=torch.float16, device_map="auto"
+    )
+    assert model.dtype == torch.float16
+    tokens = model.generate(
+        torch.tensor([[1, 5, 6]], device=model.device), max_new_tokens=5, do_sample=False
+    )
+    assert tokens.shape[1] > 3
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*torch_dtype.*")
+def test_merge_save_and_load_in_float16(tmp_path):
+    base, *models = make_family(tmp_path)
+    merged = ties_merge_llama(
+        base_model_path=str(base),
+        ft_model_paths=[str(model) for model in models],
+        weights=[0.5, 0.5],
+        densities=[1.0, 1.0],
+        device="cpu",
+    )
+    merged.save_pretrained(str(tmp_path / "merged_model"))
+    loaded = load_for_inference(tmp_path / "merged_model").state_dict()
+    for name, tensor in merged.state_dict().items():
+        assert torch.equal(loaded[name].cpu(), tensor.half())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch_dtype.*")
+def test_kaggle_paths(tmp_path):
+    nested = ("llama-3.2/transformers/1b-instruct/1", "model-1/finetuned", "model-2/finetuned")
+    make_family(tmp_path, names=nested)
+    merged = ties_merge_llama(
+        base_model_path=f"{tmp_path}/llama-3.2",
+        ft_model_paths=[f"{tmp_path}/model-1", f"{tmp_path}/model-2/finetuned"],
+        weights=[0.5, 0.5],
+        densities=[1.0, 1.0],
+        device="cpu",
+    )
+    merged.save_pretrained(f"{tmp_path}/working/merged_model")
+    load_for_inference(tmp_path / "working/merged_model")
+
+
+def test_preparing_and_merging_by_hand(tmp_path):
+    base, ft1, ft2 = (
+        get_llama(str(path), device="cpu") for path in make_family(tmp_path, sizes=(48, 40, 44))
+    )
+    base, [ft1, ft2] = prepare_models_for_merging(base, [ft1, ft2])
+    assert base.config.vocab_size == ft1.config.vocab_size == 40
+    assert base.lm_head.weight.shape[0] == ft1.lm_head.weight.shape[0] == 40
+    for _, module in base.named_modules():
+        assert "bitsandbytes" not in module.__class__.__module__
+    method = TIES()
+    parameters = [dict(model.named_parameters()) for model in (base, ft1, ft2)]
+    with torch.no_grad():
+        for name, base_parameter in parameters[0].items():
+            tuned = [parameters[1][name], parameters[2][name]]
+            merged = method.merge([0.5, 0.5], base_parameter, tuned, [0.5, 0.5], "cpu")
+            assert torch.equal(merged, ties(base_parameter, tuned, [0.5, 0.5], [0.5, 0.5]))
+            base_parameter.copy_(merged)
+    assert base(torch.tensor([[1, 2]])).logits.shape == (1, 2, 40)

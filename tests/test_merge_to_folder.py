@@ -1,0 +1,374 @@
+"""Every method, folder to folder, against the float64 reference; and what must not matter."""
+
+import functools
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_checkpoints import make_llama, read_tensors, save_tensors, tensor_hashes
+
+import merge_run
+import merge_stream
+from merge_methods import METHODS
+from merge_plan import open_plan
+from merge_recipe import Recipe
+from merge_run import merge_to_folder
+from merge_stream import StreamSettings, stream
+from model_errors import ModelCompatibilityError
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+WEIGHTS = (0.5, 0.3, 1.2)
+CASES = {
+    "linear": ("linear", {"weights": WEIGHTS}),
+    "linear, plain sum": ("linear", {"weights": WEIGHTS, "normalize": False}),
+    "slerp": ("slerp", {"t": 0.3}),
+    "task arithmetic": ("task_arithmetic", {"weights": WEIGHTS, "lam": 0.7}),
+    "ties": ("ties", {"weights": WEIGHTS, "densities": (0.2, 0.5, 0.9), "lam": 0.8}),
+    "ties, sum": (
+        "ties",
+        {"weights": (1.0, -0.5, 0.5), "densities": (0.4,) * 3, "normalize": False},
+    ),
+    "dare": ("dare", {"weights": WEIGHTS, "densities": (0.3, 0.6, 1.0), "seed": 5}),
+    "dare, l1": ("dare", {"weights": WEIGHTS, "densities": (0.3,) * 3, "rescale": "l1"}),
+    "dare + ties": ("dare", {"weights": WEIGHTS, "densities": (0.5,) * 3, "variant": "ties"}),
+}
+"""Method and parameters, for three fine-tuned models (slerp: two)."""
+
+
+def run(method, base, models, out, *, parameters=None, dtype="float32", threads=2, **options):
+    recipe = Recipe(
+        method=method,
+        base_model=str(base) if METHODS[method].uses_base else None,
+        models=tuple(str(model) for model in models[: METHODS[method].model_count]),
+        parameters=parameters or {},
+        output_dir=out,
+        dtype=dtype,
+        **options,
+    )
+    return merge_to_folder(recipe, threads=threads, progress=False)
+
+
+SMALL = {"layers": 1, "hidden_size": 16, "intermediate_size": 24, "vocab_size": 32}
+
+
+def make_family(folder, dtypes=("float32",) * 4, *, noise=0.03, changes=({},) * 4, **shape):
+    """A base and its fine-tunes; `dtypes` and `changes` have one entry for each of them."""
+    base = make_llama(folder / "base", seed=1, dtype=dtypes[0], **{**SMALL, **shape, **changes[0]})
+    models = [
+        make_llama(
+            folder / f"model-{seed}",
+            seed=seed,
+            base=base,
+            noise=noise,
+            dtype=dtypes[seed - 1],
+            **{**SMALL, **shape, **changes[seed - 1]},
+        )
+        for seed in range(2, len(dtypes) + 1)
+    ]
+    return base, models
+
+
+def expected(method, parameters, name, base, models):
+    """The reference's result, and a scale for the rounding of float32 sums."""
+    if method == "slerp":
+        result = reference.slerp(*models[:2], **parameters)
+    elif method == "linear":
+        result = reference.linear(models, **parameters)
+    elif method == "dare":
+        options = {"lam": 1.0, "seed": 0, **parameters}
+        options["elect"] = options.pop("variant", "linear") == "ties"
+        result = reference.dare(base, models, name=name, **options)
+    else:
+        result = getattr(reference, method)(base, models, **parameters)
+    return result, sum(np.abs(x) for x in (base, *models)) + np.abs(result)
+
+
+def close_votes(parameters, base, models):
+    """Entries whose election is within rounding: float32 and float64 may disagree on the sign."""
+    terms = [
+        weight * (model - base) for weight, model in zip(parameters["weights"], models, strict=True)
+    ]
+    magnitude = sum(np.abs(term) for term in terms)
+    sums = [np.zeros_like(base)]
+    for term in terms:  # trimmed or not: any subset of the models may vote
+        sums += [total + term for total in sums]
+    close = [(np.abs(total) < 1e-5 * magnitude) & (total != 0) for total in sums]
+    return functools.reduce(np.logical_or, close)
+
+
+DTYPES = {
+    "float32": ("float32",) * 4,
+    "float16": ("float16",) * 4,
+    "bfloat16": ("bfloat16",) * 4,
+    "mixed": ("bfloat16", "float32", "float16", "bfloat16"),
+}
+
+
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(("method", "parameters"), CASES.values(), ids=CASES)
+def test_every_method_agrees_with_the_reference(tmp_path, method, parameters, dtypes):
+    base, models = make_family(tmp_path, dtypes)
+    run(method, base, models, tmp_path / "out", parameters=parameters)
+    stored = [read_tensors(folder) for folder in (base, *models)]
+    merged = read_tensors(tmp_path / "out")
+    assert merged.keys() == stored[0].keys()
+    for name, got in merged.items():
+        arrays = [tensors[name].double().numpy() for tensors in stored]
+        want, scale = expected(method, parameters, name, arrays[0], arrays[1:])
+        wrong = np.abs(got.double().numpy() - want) > 16 * 2**-24 * (10 * scale)
+        if method in ("ties", "dare"):
+            wrong &= ~close_votes(parameters, arrays[0], arrays[1:])
+        assert got.dtype == torch.float32
+        assert not wrong.any(), (name, np.argwhere(wrong)[:3])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_result_is_rounded_once_to_the_output_dtype(tmp_path, dtype):
+    base, models = make_family(tmp_path)
+    for name in ("float32", dtype):
+        run("ties", base, models, tmp_path / name, parameters=CASES["ties"][1], dtype=name)
+    exact, rounded = (read_tensors(tmp_path / name) for name in ("float32", dtype))
+    for name, tensor in exact.items():
+        assert torch.equal(rounded[name], tensor.to(getattr(torch, dtype)))
+
+
+@pytest.mark.parametrize(("method", "parameters"), CASES.values(), ids=CASES)
+def test_blocks_threads_and_shards_do_not_change_a_bit(tmp_path, monkeypatch, method, parameters):
+    base, models = make_family(tmp_path / "one", ("bfloat16",) * 4)
+    sharded = [make_sharded(folder, tmp_path / "many") for folder in (base, *models)]
+    hashes = []
+    for number, (block_elements, span, threads, copy) in enumerate(
+        [(2**17, 16, 1, False), (2**17, 16, 2, False), (1, 3, 4, True), (100, 1, 2, True)]
+    ):
+        small = functools.partial(StreamSettings, block_elements=block_elements)
+        monkeypatch.setattr(merge_run, "StreamSettings", small)
+        monkeypatch.setattr(merge_stream, "SPAN_BLOCKS", span)
+        out = tmp_path / f"out-{number}"
+        first, *rest = sharded if copy else (base, *models)
+        shard_size = 1000 if copy else "5GB"
+        run(
+            method, first, rest, out,
+            parameters=parameters, dtype="bfloat16", threads=threads, max_shard_size=shard_size,
+        )  # fmt: skip
+        assert (len(list(out.glob("*.safetensors"))) > 1) == copy
+        hashes.append(tensor_hashes(out))
+    assert hashes[1:] == hashes[:1] * 3
+
+
+def make_sharded(folder, parent):
+    """The same model in three files."""
+    copy = parent / folder.name
+    copy.mkdir(parents=True)
+    save_tensors(copy, read_tensors(folder), 3)
+    (copy / "config.json").write_text((folder / "config.json").read_text())
+    return copy
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "dare"])
+@pytest.mark.parametrize("count", [1, 6])
+def test_one_model_and_many(tmp_path, method, count):
+    base, models = make_family(tmp_path, ("float32",) * (count + 1), changes=({},) * 7)
+    report = run(method, base, models, tmp_path / "out")
+    merged, stored = read_tensors(tmp_path / "out"), [read_tensors(folder) for folder in models]
+    assert report.parameters["weights"] == (1.0,) * count
+    parameters = {"weights": (1.0,) * count}
+    if method in ("ties", "dare"):
+        parameters["densities"] = (1.0,) * count
+    for name, tensor in read_tensors(base).items():
+        arrays = [tensor.double().numpy(), *(other[name].double().numpy() for other in stored)]
+        want, scale = expected(method, parameters, name, arrays[0], arrays[1:])
+        right = np.abs(merged[name].double().numpy() - want) <= 64 * 2**-24 * scale
+        if method == "ties":
+            right |= close_votes(parameters, arrays[0], arrays[1:])
+        assert right.all()
+
+
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    case=st.sampled_from(sorted(CASES)),
+    heads=st.sampled_from([(2, 1), (4, 2), (2, 2)]),
+    layers=st.integers(1, 3),
+    width=st.sampled_from([8, 24]),
+    vocab_size=st.integers(3, 40),
+    tied=st.booleans(),
+    block=st.integers(1, 500),
+)
+def test_shapes_and_blocks_of_any_size(
+    tmp_path_factory, monkeypatch, case, heads, layers, width, vocab_size, tied, block
+):
+    folder = tmp_path_factory.mktemp("any")
+    method, parameters = CASES[case]
+    shape = {"layers": layers, "hidden_size": width, "intermediate_size": width + 5, "tied": tied}
+    shape |= {"heads": heads[0], "kv_heads": heads[1], "vocab_size": vocab_size}
+    base, models = make_family(folder, ("bfloat16",) * 4, **shape)
+    run(method, base, models, folder / "whole", parameters=parameters)
+    small = functools.partial(StreamSettings, block_elements=block)
+    with monkeypatch.context() as patch:
+        patch.setattr(merge_run, "StreamSettings", small)
+        run(method, base, models, folder / "blocks", parameters=parameters)
+    assert tensor_hashes(folder / "blocks") == tensor_hashes(folder / "whole")
+
+
+# Heads and vocabularies
+
+
+def test_tied_models_stay_tied(tmp_path):
+    base, models = make_family(tmp_path, tied=True)
+    run("linear", base, models, tmp_path / "out")
+    assert HEAD not in read_tensors(tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is True
+
+
+def test_a_tied_and_an_untied_model_give_one_with_a_head_of_its_own(tmp_path):
+    tied, untied = {"tied": True}, {}
+    base, models = make_family(tmp_path, changes=(tied, untied, tied, tied))
+    report = run("linear", base, models, tmp_path / "out")
+    merged, stored = read_tensors(tmp_path / "out"), [read_tensors(folder) for folder in models]
+    heads = [stored[0][HEAD], stored[1][EMBEDDING], stored[2][EMBEDDING]]
+    want = reference.linear([head.double().numpy() for head in heads], [1.0] * 3)
+    assert np.abs(merged[HEAD].numpy() - want).max() < 1e-6
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+    assert any("tie" in note for note in report.notes)
+
+
+def test_vocabularies_are_cut_to_the_smallest_and_the_report_says_so(tmp_path):
+    sizes = [{"vocab_size": size} for size in (24, 32, 24, 28)]
+    base, models = make_family(tmp_path, changes=sizes)
+    report = run("ties", base, models, tmp_path / "out", parameters=CASES["ties"][1])
+    merged = read_tensors(tmp_path / "out")
+    assert merged[EMBEDDING].shape == merged[HEAD].shape == (24, 16)
+    assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == 24
+    assert report.rows_aligned == {str(models[0]): 8, str(models[2]): 4}
+    cut = make_family(tmp_path / "cut", vocab_size=24)
+    run("ties", cut[0], cut[1], tmp_path / "same", parameters=CASES["ties"][1])
+    assert merged.keys() == read_tensors(tmp_path / "same").keys()
+
+
+# What goes wrong while it runs
+
+
+@pytest.mark.parametrize(("value", "shown"), [(math.nan, "nan"), (math.inf, "inf")])
+def test_weights_that_are_not_numbers_are_refused_by_place(tmp_path, value, shown):
+    base, models = make_family(tmp_path)
+    tensors = read_tensors(models[1])
+    tensors["model.layers.0.mlp.up_proj.weight"][7, 3] = value
+    save_tensors(models[1], tensors, 1)
+    text = rf"up_proj\.weight has NaN or infinite weights: row 7, column 3 \({shown}; 1 such"
+    with pytest.raises(ModelCompatibilityError, match=text) as caught:
+        run("ties", base, models, tmp_path / "out")
+    assert str(caught.value).startswith(f"{models[1]}: model.layers.0")
+    assert sorted(os.listdir(tmp_path)) == ["base", "model-2", "model-3", "model-4"]
+
+
+def test_a_model_with_weight_zero_is_still_checked(tmp_path):
+    base, models = make_family(tmp_path)
+    save_tensors(models[0], {n: t * math.inf for n, t in read_tensors(models[0]).items()}, 1)
+    with pytest.raises(ModelCompatibilityError, match="NaN or infinite weights"):
+        run("linear", base, models, tmp_path / "out", parameters={"weights": (0.0, 1.0, 1.0)})
+
+
+def test_a_result_too_large_for_float16_is_refused(tmp_path):
+    base, models = make_family(tmp_path)
+    parameters = {"weights": (1e6, 1.0, 1.0)}
+    text = r"embed_tokens\.weight: row \d+, column \d+ .* does not fit torch\.float16 .*65504"
+    with pytest.raises(ModelCompatibilityError, match=text):
+        run(
+            "task_arithmetic", base, models, tmp_path / "out",
+            parameters=parameters, dtype="float16", threads=1,
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    base, models = make_family(tmp_path)
+    monkeypatch.setattr(merge_run, "free_bytes", lambda _: 10_000)
+    with pytest.raises(OSError, match=r"out: the result needs 11\.97 KB, the disk has 10\.00 KB"):
+        run("linear", base, models, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# Plan, report, and what else is in the folder
+
+
+class Nowhere:
+    """A sink that takes everything."""
+
+    def write_rows(self, name, first, rows):
+        pass
+
+
+@pytest.mark.parametrize(("method", "parameters"), CASES.values(), ids=CASES)
+def test_the_plan_says_how_many_bytes_will_be_read(tmp_path, method, parameters):
+    base, models = make_family(tmp_path, DTYPES["mixed"])
+    recipe = Recipe(
+        method=method,
+        base_model=str(base) if METHODS[method].uses_base else None,
+        models=tuple(str(model) for model in models[: METHODS[method].model_count]),
+        parameters=parameters,
+    )
+    counts = []
+    with open_plan(recipe) as plan:
+        settings = StreamSettings(block_elements=500, on_bytes=counts.append)
+        merge = plan.method.merge_tensor
+        stream(plan.tasks, merge, plan.base, plan.models, Nowhere(), settings)
+        assert sum(counts) == plan.read_bytes
+        stored = sum(info.nbytes for source in plan.sources for info in source.tensors.values())
+        assert plan.read_bytes == stored * plan.passes
+
+
+def test_the_report_says_what_was_done(tmp_path):
+    base, models = make_family(tmp_path)
+    report = run("ties", base, models, tmp_path / "out", parameters={"densities": (0.5,) * 3})
+    assert (report.tensors, report.dtype, report.base_model) == (12, "float32", str(base))
+    assert report.bytes_written == sum(t.nbytes for t in read_tensors(tmp_path / "out").values())
+    assert report.peak_memory > 10**7
+    assert report.seconds > 0
+    up = report.findings["model.layers.0.mlp.up_proj.weight"]["trim"][0]
+    assert up["kept"] == 24 * 16 // 2
+    assert up["threshold"] > 0
+    slerp = run("slerp", base, models, tmp_path / "slerp").findings["lm_head.weight"]
+    assert slerp["branch"] == "slerp"
+    assert 0.8 < slerp["cosine"] < 0.9995
+    assert json.loads(json.dumps(report.to_dict()))["rows_aligned"] == {}
+    assert "merged 3 models by ties" in report.summary()
+
+
+def test_everything_that_belongs_to_a_model_is_carried_byte_for_byte(tmp_path):
+    base, models = make_family(tmp_path, tokenizer=True)
+    (base / "README.md").write_text("# A model card of another model")
+    (base / "modeling.py").write_text("raise SystemExit")
+    (base / "tokenizer.model").write_bytes(bytes(range(256)))
+    report = run("linear", base, [base, *models], tmp_path / "out")
+    carried = [
+        "chat_template.jinja", "generation_config.json", "special_tokens_map.json",
+        "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    ]  # fmt: skip
+    assert list(report.files_carried) == carried
+    assert report.files_left == ("README.md", "modeling.py")
+    for name in carried:
+        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
+    files = {"config.json", "model.safetensors", *carried}
+    assert set(os.listdir(tmp_path / "out")) == files
+
+
+def test_config_keeps_its_spelling_and_tells_the_stored_dtype(tmp_path):
+    base, models = make_family(tmp_path)
+    text = (base / "config.json").read_text().replace('"rope_theta": 10000.0', '"rope_theta":  1e4')
+    (base / "config.json").write_text(text)
+    run("task_arithmetic", base, models, tmp_path / "out", dtype="float16")
+    merged = (tmp_path / "out/config.json").read_text()
+    assert merged == text.replace('"torch_dtype": "float32"', '"torch_dtype": "float16"')
+
+
+def test_the_dtype_is_that_of_the_base_unless_another_is_asked_for(tmp_path):
+    base, models = make_family(tmp_path, ("float16", "float32", "bfloat16", "float32"))
+    assert run("ties", base, models, tmp_path / "a", dtype=None).dtype == "float16"
+    assert run("linear", base, models, tmp_path / "b", dtype=None).dtype == "float32"

@@ -1,0 +1,490 @@
+"""Whether models fit together: folders by their headers, and models in memory."""
+
+import re
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_checkpoints import make_config, make_llama, read_tensors, tensor_shapes
+
+from model_errors import ModelCompatibilityError
+from model_prep import ModelDescription, align, describe, is_tied, prepare_models_for_merging
+from model_safetensors import TensorInfo
+from model_utils import get_llama, open_model_folder
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+UP = "model.layers.0.mlp.up_proj"
+FAMILY = ["llama", "mistral", "qwen2", "qwen3"]
+ADVICE = "Merging needs float weights; use the original checkpoint"
+MIXED = "some models tie their head to the embedding, some do not: the result does not"
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    """So that errors call a model "a", not by a long path."""
+    monkeypatch.chdir(tmp_path)
+
+
+def folder(name="a", **options):
+    return make_llama(Path(name), **options)
+
+
+def in_memory(name="a", **options):
+    return get_llama(folder(name, **options))
+
+
+def description(label="a", vocab_size=48, tied=False, drop=()):
+    """A model of one layer that exists nowhere."""
+    config = make_config("llama", vocab_size, 8, 12, 1)
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": tied}
+    shapes = tensor_shapes(config).items()
+    tensors = {name: TensorInfo("BF16", shape) for name, shape in shapes if name not in drop}
+    return ModelDescription(label, config, tensors)
+
+
+def align_folders(*folders):
+    with ExitStack() as stack:
+        return align([stack.enter_context(open_model_folder(path)) for path in folders])
+
+
+def refused(function, *arguments):
+    """The problems for which models are refused."""
+    with pytest.raises(ModelCompatibilityError) as caught:
+        function(*arguments)
+    assert str(caught.value) == "\n".join(caught.value.problems)
+    return list(caught.value.problems)
+
+
+# Folders that fit
+
+
+@pytest.mark.parametrize("model_type", FAMILY)
+def test_a_model_of_each_type_aligns_with_itself_tensor_by_tensor(model_type):
+    stored = read_tensors(folder(model_type=model_type))
+    alignment = align_folders("a", "a", "a")
+    assert dict(alignment.tensors) == {
+        name: (tuple(tensor.shape), (name, name, name)) for name, tensor in stored.items()
+    }
+    assert (alignment.vocab_size, alignment.tied) == (48, False)
+    assert (alignment.rows_cut, alignment.notes) == ({}, ())
+
+
+def test_vocabularies_are_cut_to_the_smallest_embedding_and_head_together():
+    sizes = {"a": 48, "b": 40, "c": 44}
+    alignment = align_folders(*(folder(name, vocab_size=size) for name, size in sizes.items()))
+    assert alignment.vocab_size == 40
+    assert alignment.tensors[EMBEDDING].shape == alignment.tensors[HEAD].shape == (40, 32)
+    assert alignment.tensors[f"{UP}.weight"].shape == (56, 32)
+    assert alignment.rows_cut == {"a": 8, "c": 4}
+    assert alignment.notes == (
+        "vocabularies cut to the smallest, 40 rows (a 48, b 40, c 44); "
+        "token ids are taken to mean the same in all models",
+    )
+
+
+def test_tensors_come_in_the_order_of_the_layers():
+    names = list(align_folders(folder(layers=11)).tensors)
+    assert [names[0], *names[-2:]] == [EMBEDDING, "model.norm.weight", HEAD]
+    layers = [int(name.split(".")[2]) for name in names[1:-2]]
+    assert layers == [layer for layer in range(11) for _ in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("tied", "head", "notes"),
+    [
+        ((True, True), None, ()),
+        ((False, False), ((48, 32), (HEAD, HEAD)), ()),
+        ((True, False), ((48, 32), (EMBEDDING, HEAD)), (MIXED,)),
+        ((False, True), ((48, 32), (HEAD, EMBEDDING)), (MIXED,)),
+    ],
+)
+def test_the_result_ties_its_head_only_where_all_models_do(tied, head, notes):
+    alignment = align_folders(folder("a", tied=tied[0]), folder("b", tied=tied[1]))
+    assert (alignment.tied, alignment.notes) == (head is None, notes)
+    assert alignment.tensors[EMBEDDING].sources == (EMBEDDING, EMBEDDING)
+    assert alignment.tensors.get(HEAD) == head
+
+
+def test_a_head_stored_in_a_tied_model_is_not_used_and_that_is_said():
+    folder("a", tied=True, extra={HEAD: torch.zeros(48, 32)})
+    unused = f"a: ties its head to the embedding, so its stored {HEAD} is not used"
+    with_tied = align_folders("a", folder("b", tied=True))
+    assert (HEAD in with_tied.tensors, with_tied.notes) == (False, (unused,))
+    with_untied = align_folders("a", folder("c"))
+    assert with_untied.tensors[HEAD].sources == (EMBEDDING, HEAD)
+    assert with_untied.notes == (MIXED, unused)
+
+
+@pytest.mark.parametrize(("drop", "tied"), [((HEAD,), True), ((), False)])
+def test_where_the_config_says_nothing_a_model_without_a_stored_head_is_tied(drop, tied):
+    model = description(drop=drop)
+    silent = {key: value for key, value in model.config.items() if key != "tie_word_embeddings"}
+    assert is_tied(model._replace(config=silent)) == tied
+
+
+def test_stored_rotary_frequencies_are_left_out_and_that_is_said():
+    inverse = "model.layers.1.self_attn.rotary_emb.inv_freq"
+    alignment = align_folders(folder("a"), folder("b", extra={inverse: torch.ones(4)}))
+    assert alignment.notes == ("b: stored rotary_emb.inv_freq left out (loaders compute it)",)
+    assert inverse not in align_folders("b", "a").tensors
+
+
+model_sets = st.lists(st.tuples(st.integers(3, 60), st.booleans()), min_size=1, max_size=5)
+
+
+@given(model_sets.flatmap(lambda specs: st.tuples(st.just(specs), st.permutations(specs))))
+def test_any_vocabularies_are_cut_to_the_smallest_whatever_the_order_of_the_models(orders):
+    models, reordered = (
+        [description(f"{size} rows", size, tied) for size, tied in specs] for specs in orders
+    )
+    first, second = align(models), align(reordered)
+    smallest = min(size for size, _ in orders[0])
+    assert first.vocab_size == second.vocab_size == smallest
+    assert first.tied == second.tied == all(tied for _, tied in orders[0])
+    assert first.rows_cut == second.rows_cut
+    for name, (shape, sources) in first.tensors.items():
+        assert second.tensors[name].shape == shape
+        for model, source in zip(models, sources, strict=True):
+            rows, *rest = model.tensors[source].shape
+            assert shape == (smallest if name in (EMBEDDING, HEAD) else rows, *rest)
+
+
+# Quantized models
+
+
+@pytest.mark.parametrize(
+    ("changes", "method"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemm"}, "awq"),
+        ({"quant_method": "hqq", "quant_config": {}}, "hqq"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+        ({"load_in_8bit": True}, "unknown"),
+    ],
+)
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_a_config_that_names_a_quantization_is_refused(key, changes, method):
+    assert refused(align_folders, folder(config_changes={key: changes})) == [
+        f"a: weights are quantized (quant_method {method!r} in config.json). {ADVICE}"
+    ]
+
+
+def packed(**dtypes):
+    """Tensors of a quantized projection; weight__absmax is called weight.absmax."""
+    names = {name: f"{UP}.{name.replace('__', '.')}" for name in dtypes}
+    return {names[name]: torch.zeros(4, 8).to(dtype) for name, dtype in dtypes.items()}
+
+
+U8, I8, I32, I64 = torch.uint8, torch.int8, torch.int32, torch.int64
+F8, F16, F32 = torch.float8_e4m3fn, torch.float16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("tensors", "count"),
+    [
+        (packed(qweight=I32, qzeros=I32, scales=F16, g_idx=I32), 4),  # GPTQ
+        (packed(qweight=I32, qzeros=I32, scales=F16), 3),  # AWQ
+        (
+            packed(weight=U8, weight__absmax=F32, weight__quant_map=F32)
+            | packed(weight__nested_absmax=F32, weight__quant_state__bitsandbytes__nf4=U8),
+            5,
+        ),
+        (packed(weight=I8, SCB=F32, weight_format=U8), 3),  # bitsandbytes in 8 bits
+        (packed(W_q=U8, meta=F32), 2),  # HQQ
+        (packed(weight_packed=I32, weight_scale=F16, weight_shape=I64), 3),  # compressed-tensors
+        (packed(weight=F8, weight_scale_inv=F32), 1),  # FP8 in blocks
+        (packed(weight=F8, weight_scale=F32), 1),
+        (packed(weight___data=I8, weight___scale=F16), 2),  # quanto
+        (packed(weight=I8), 1),
+        (packed(weight=F16, scales=F16), 1),
+    ],
+    ids=lambda value: (
+        "-".join(name[len(UP) + 1 :] for name in value) if isinstance(value, dict) else ""
+    ),
+)
+def test_packed_tensors_are_refused_whatever_the_config_says(tensors, count):
+    (problem,) = refused(align_folders, folder(drop=[f"{UP}.weight"], extra=tensors))
+    text = rf"a: weights are quantized \({count} packed tensors? such as {UP}\.\S+, \w+\)\. "
+    assert re.fullmatch(text + ADVICE, problem)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [
+        (F8, "quantized to FP8"),
+        (torch.float8_e5m2, "quantized to FP8"),
+        (torch.float64, "stored as F64"),
+    ],
+)
+def test_other_float_dtypes_are_refused_by_name(dtype, kind):
+    folder(drop=[f"{UP}.weight"], extra={f"{UP}.weight": torch.zeros(56, 32).to(dtype)})
+    assert refused(align_folders, "a") == [
+        f"a: weights are {kind} ({UP}.weight). "
+        "Merging reads float32, float16 and bfloat16; save the model as one of these"
+    ]
+
+
+# Models of another family, and broken ones
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("gpt2", "transformer.h.0.attn.c_attn.weight"),
+        ("phi3", "model.layers.0.self_attn.qkv_proj.weight"),
+        ("mixtral", "model.layers.0.block_sparse_moe.experts.0.w1.weight"),
+        ("qwen2_moe", "model.layers.0.mlp.experts.0.up_proj.weight"),
+        ("qwen3_moe", "model.layers.0.mlp.experts.gate_up_proj"),
+        ("deepseek_v3", "model.layers.0.mlp.gate.weight"),
+        ("stablelm", "model.norm.bias"),
+        ("llama", "score.weight"),
+        ("llama", "model.layers.0.self_attn.q_proj.lora_A.weight"),
+        ("llama", "base_model.model.model.norm.weight"),
+    ],
+)
+def test_tensors_of_other_architectures_are_refused_by_name(model_type, name):
+    extra = {name: torch.ones(2), f"{name}.2": torch.ones(2)}
+    folder(config_changes={"model_type": model_type}, extra=extra)
+    assert refused(align_folders, "a") == [
+        f"a: not a LLaMA-family causal language model: model_type {model_type!r} with 2 tensors "
+        f"such as {name!r}. Expected the tensor names of Llama, Mistral, Qwen2 or Qwen3"
+    ]
+
+
+PROJECTIONS = [f"self_attn.{letter}_proj" for letter in "qkvo"]
+PROJECTIONS += [f"mlp.{side}_proj" for side in ("gate", "up", "down")]
+REQUIRED = [EMBEDDING, "model.norm.weight", HEAD]
+REQUIRED += [f"model.layers.0.{projection}.weight" for projection in PROJECTIONS]
+
+
+@given(st.sets(st.sampled_from(REQUIRED), min_size=1))
+def test_missing_tensors_are_counted_and_three_of_them_named(missing):
+    (problem,) = refused(align, [description(drop=missing)])
+    found = re.fullmatch(
+        r"a: (\d+) tensors? \((.*?)(, \.\.\.)?\) missing; config\.json has 1 layers\. "
+        "Download or save the model again",
+        problem,
+    )
+    named = found[2].split(", ")
+    assert set(named) <= missing
+    assert (int(found[1]), len(named)) == (len(missing), min(3, len(missing)))
+    assert bool(found[3]) == (len(missing) > 3)
+
+
+@pytest.mark.parametrize("layers", [None, "2", 2.0, True, 0, -1])
+def test_the_number_of_layers_must_be_a_whole_number(layers):
+    assert refused(align_folders, folder(config_changes={"num_hidden_layers": layers})) == [
+        f"a: num_hidden_layers in config.json must be a whole number above 0, got {layers!r}"
+    ]
+
+
+def tensors_of_layer(number):
+    names = ("input_layernorm", "mlp.down_proj", "mlp.gate_proj")
+    listed = ", ".join(f"model.layers.{number}.{name}.weight" for name in names)
+    return f"9 tensors ({listed}, ...)"
+
+
+def test_layers_beyond_those_of_the_config_are_refused():
+    assert refused(align_folders, folder(config_changes={"num_hidden_layers": 1})) == [
+        f"a: {tensors_of_layer(1)} beyond the 1 layers of config.json. Save the model again"
+    ]
+
+
+def test_a_config_with_another_vocabulary_than_the_tensors_is_refused():
+    advice = "Set vocab_size to the rows of the tensor"
+    assert refused(align_folders, folder(config_changes={"vocab_size": 47})) == [
+        f"a: {name} has 48 rows, but vocab_size in config.json is 47. {advice}"
+        for name in (EMBEDDING, HEAD)
+    ]
+
+
+# Models that do not fit each other
+
+NORM = "model.layers.1.input_layernorm.weight"
+KEYS = "model.layers.0.self_attn.k_proj.weight"
+KEY_HEADS = "num_key_value_heads 4, but a has 2. Merge fine-tunes of one base"
+HEADS = "num_attention_heads 8, but a has 4. Merge fine-tunes of one base"
+ONE_SIZE = "Merge models of one size"
+
+
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        (
+            {"model_type": "qwen2"},
+            ["model_type 'qwen2', but a has 'llama'. Merge models of one architecture"],
+        ),
+        (
+            {"hidden_size": 16},
+            [f"{EMBEDDING} has shape [48, 16], but [48, 32] in a (and 20 more tensors). {ONE_SIZE}"],
+        ),
+        (
+            {"kv_heads": 4},
+            [KEY_HEADS, f"{KEYS} has shape [32, 32], but [16, 32] in a (and 3 more tensors). {ONE_SIZE}"],
+        ),
+        ({"heads": 8, "kv_heads": 4}, [HEADS, KEY_HEADS]),
+        ({"layers": 3}, [f"{tensors_of_layer(2)} that a does not have"]),
+        ({"layers": 1}, [f"{tensors_of_layer(1)} missing that a has"]),
+        ({"drop": [NORM]}, [f"1 tensor ({NORM}) missing that a has"]),
+        (
+            {"extra": {f"{UP}.bias": torch.zeros(56)}},
+            [f"1 tensor ({UP}.bias) that a does not have"],
+        ),
+        (
+            {"drop": [NORM], "extra": {NORM: torch.ones(31)}},
+            [f"{NORM} has shape [31], but [32] in a. {ONE_SIZE}"],
+        ),
+    ],
+)  # fmt: skip
+def test_models_that_differ_are_refused(options, texts):
+    problems = refused(align_folders, folder("a"), folder("b", **options))
+    assert problems == [f"b: {text}" for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "beyond"),
+    [
+        ("bos_token_id", 40, [40]),
+        ("eos_token_id", [2, 40, 47], [40, 47]),
+        ("pad_token_id", 47, [47]),
+    ],
+)
+def test_special_tokens_of_the_first_model_must_survive_the_cut(key, value, beyond):
+    folder("a", config_changes={key: value})
+    assert refused(align_folders, "a", folder("b", vocab_size=44), folder("c", vocab_size=40)) == [
+        f"a: {key} {token} lies beyond the smallest vocabulary (40 rows, c), to which all models "
+        "are cut. Merge models that share their special tokens"
+        for token in beyond
+    ]
+    assert align_folders("c", "a").vocab_size == 40  # the result has the special tokens of c
+
+
+def test_the_last_row_kept_may_be_a_special_token():
+    folder("a", config_changes={"pad_token_id": 39, "bos_token_id": None})
+    assert align_folders("a", folder("b", vocab_size=40)).vocab_size == 40
+
+
+def test_everything_that_is_wrong_with_single_models_is_said_at_once():
+    folder("a", config_changes={"quantization_config": {"quant_method": "awq"}})
+    folder("b", extra={"score.weight": torch.ones(2)})
+    folder("c", drop=["model.norm.weight"], config_changes={"vocab_size": 50})
+    problems = refused(align_folders, "a", "b", "c", folder("d"))
+    starts = ["a: weights are q", "b: not a LLaMA-f", "c: 1 tensor (mod"]
+    starts += ["c: model.embed_t", "c: lm_head.weigh"]
+    assert [problem[:16] for problem in problems] == starts
+
+
+def test_everything_that_does_not_fit_together_is_said_at_once():
+    folder("a", config_changes={"eos_token_id": 45})
+    models = [folder("b", layers=3), folder("c", heads=8), folder("d", vocab_size=40)]
+    problems = refused(align_folders, "a", *models)
+    starts = ["b: 9 tensors (mo", "c: num_attention", "c: model.layers.", "a: eos_token_id "]
+    assert [problem[:16] for problem in problems] == starts
+
+
+# Models in memory
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", FAMILY)
+def test_models_in_memory_are_cut_together_and_still_compute(model_type, tied):
+    options = {"model_type": model_type, "tied": tied}
+    models = [in_memory(f"m{size}", vocab_size=size, **options) for size in (48, 40, 44)]
+    before = [{name: t.clone() for name, t in m.state_dict().items()} for m in models]
+    tokens = torch.tensor([[1, 39, 7]])
+    logits = models[0](tokens).logits[..., :40]
+    base, fine_tuned = prepare_models_for_merging(models[0], models[1:])
+    assert [base, *fine_tuned] == models
+    for model, old in zip(models, before, strict=True):
+        assert model.config.vocab_size == 40
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, old[name][:40] if name in (EMBEDDING, HEAD) else old[name])
+        assert model(tokens).logits.shape == (1, 3, 40)
+    torch.testing.assert_close(base(tokens).logits, logits)
+    assert base.generate(tokens, max_new_tokens=2, do_sample=False).shape[1] > 3
+
+
+def test_models_in_memory_with_one_vocabulary_are_left_alone():
+    base, model = in_memory("a"), in_memory("b", seed=1)
+    parameters = [*base.parameters(), *model.parameters()]
+    places = [parameter.data_ptr() for parameter in parameters]
+    assert prepare_models_for_merging(base, [model]) == (base, [model])
+    after = [*base.parameters(), *model.parameters()]
+    assert all(new is old for new, old in zip(after, parameters, strict=True))
+    assert [parameter.data_ptr() for parameter in after] == places
+
+
+def test_a_tied_and_an_untied_model_in_memory_each_keep_their_kind_of_head():
+    base, model = in_memory("a", tied=True), in_memory("b", vocab_size=40)
+    prepare_models_for_merging(base, [model])
+    assert base.lm_head.weight is base.model.embed_tokens.weight
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert base.lm_head.weight.shape == model.lm_head.weight.shape == (40, 32)
+
+
+def test_models_in_memory_that_do_not_fit_are_refused_and_none_is_changed():
+    base = in_memory("a", config_changes={"eos_token_id": 45})
+    models = [in_memory("b", vocab_size=40), in_memory("c", layers=1)]
+    problems = refused(prepare_models_for_merging, base, models)
+    assert [problem[:22] for problem in problems] == [
+        "ft_models[1]: 9 tensor",
+        "base: eos_token_id 45 ",
+    ]
+    assert [model.config.vocab_size for model in (base, *models)] == [48, 40, 48]
+    assert base.lm_head.weight.shape == base.model.embed_tokens.weight.shape == (48, 32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_model_in_memory_is_described_as_its_folder(dtype):
+    model = in_memory("a", dtype=dtype, model_type="qwen2").to(getattr(torch, dtype))
+    label, config, tensors = describe("x", model)
+    with open_model_folder("a") as stored:
+        assert (label, tensors) == ("x", stored.tensors)
+        assert {key: config[key] for key in ("model_type", "vocab_size", "num_hidden_layers")} == {
+            "model_type": "qwen2",
+            "vocab_size": 48,
+            "num_hidden_layers": 2,
+        }
+
+
+@pytest.mark.parametrize(
+    "package",
+    [
+        *(
+            "bitsandbytes.nn.modules",
+            "auto_gptq.nn_modules.qlinear",
+            "gptqmodel.nn_modules.qlinear",
+        ),
+        *("awq.modules.linear.gemm", "hqq.core.quantize", "compressed_tensors.linear"),
+        *("torchao.quantization", "optimum.quanto.nn.qlinear", "eetq.modules", "aqlm.inference"),
+        *("transformers.integrations.finegrained_fp8", "transformers.integrations.fbgemm_fp8"),
+    ],
+)
+def test_quantized_modules_in_memory_are_refused(package):
+    base, model = in_memory("a"), in_memory("b", vocab_size=40)
+    quantized = type("QuantLinear", (torch.nn.Linear,), {"__module__": package})
+    model.model.layers[1].mlp.up_proj = quantized(32, 56, bias=False)
+    assert refused(prepare_models_for_merging, base, [base, model]) == [
+        f"ft_models[1]: module model.layers.1.mlp.up_proj is quantized ({package}.QuantLinear). "
+        "Merging needs float weights; load the model without quantization"
+    ]
+    assert base.config.vocab_size == 48
+
+
+def test_integer_and_float64_weights_in_memory_are_refused():
+    double, integer = in_memory("a").double(), in_memory("b")
+    integer.lm_head.weight = torch.nn.Parameter(torch.zeros(48, 32, dtype=I8), requires_grad=False)
+    starts = [
+        text.split(". ")[0] for text in refused(prepare_models_for_merging, double, [integer])
+    ]
+    assert starts == [
+        f"base: weights are stored as torch.float64 ({EMBEDDING})",
+        f"ft_models[0]: weights are quantized (1 packed tensors such as {HEAD}, torch.int8)",
+    ]
