@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from merge_methods import METHODS
-from merge_plan import describe_plan, open_plan
+from merge_plan import describe_plan, open_plan, usable_cores
 from merge_recipe import DEFAULT_SHARD_SIZE, Parameter, Recipe
 from merge_run import merge_to_folder
 from model_errors import ModelCompatibilityError
@@ -55,7 +55,7 @@ def run_command(method: str, description: str, argv: Sequence[str] | None = None
     try:
         if arguments.plan:
             with open_plan(recipe) as plan:
-                print(describe_plan(plan))
+                print(describe_plan(plan, arguments.threads or usable_cores()))
         else:
             report = merge_to_folder(
                 recipe,

@@ -14,11 +14,11 @@ from typing import Any
 
 from merge_methods import METHODS, Method
 from merge_recipe import Recipe, output_problems, resolve_parameters, unknown_name
-from merge_stream import TensorTask
+from merge_stream import BLOCK_ELEMENTS, TensorTask
 from model_errors import ModelCompatibilityError
 from model_prep import Alignment, align
 from model_safetensors import DTYPE_NAMES, TensorInfo
-from model_utils import ModelFolder, open_model_folder
+from model_utils import ModelFolder, open_model_folder, rows_of
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,14 @@ def free_bytes(output_dir: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def describe_plan(plan: Plan) -> str:
+def working_bytes(plan: Plan, threads: int) -> int:
+    """About how much memory the blocks take: per thread, a few float32 tensors for each input."""
+    rows = (rows_of(task.info.shape) for task in plan.tasks)
+    longest = max(min(count * length, max(BLOCK_ELEMENTS, length)) for count, length in rows)
+    return threads * (5 * len(plan.sources) + 6) * 4 * longest
+
+
+def describe_plan(plan: Plan, threads: int) -> str:
     """A plan as text, for `--plan`."""
     recipe = plan.recipe
     lines = [f"method      {recipe.method}"]
@@ -190,12 +197,13 @@ def describe_plan(plan: Plan) -> str:
     ]
     tensors = f"{len(plan.tasks)}, {sum(task.info.numel for task in plan.tasks):,} elements"
     lines += [
-        f"output      {recipe.output_dir or 'a model in memory'}, {plan.dtype}",
+        f"output      {recipe.output_dir or 'not named'}, {plan.dtype}",
         f"tensors     {tensors}, vocabulary {plan.alignment.vocab_size}, "
         f"head {'tied' if plan.alignment.tied else 'of its own'}",
         f"read        {format_bytes(plan.read_bytes)} in {plan.passes} "
         f"pass{'es' if plan.passes > 1 else ''}",
         f"write       {format_bytes(plan.write_bytes)}",
+        f"memory      about {format_bytes(working_bytes(plan, threads))} beside Python and torch",
     ]
     if recipe.output_dir is not None:
         lines.append(f"disk free   {format_bytes(free_bytes(recipe.output_dir))}")

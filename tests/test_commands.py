@@ -272,7 +272,8 @@ def test_usage_errors_end_with_status_2(models, capsys, arguments, text):
 
 def test_a_plan_reads_no_weights_and_writes_nothing(models, capsys, monkeypatch):
     monkeypatch.setattr("model_utils._read_fully", None)
-    assert ties("--densities", 0.5, 0.5, "--plan", "--save", "out", "--dtype", "float32") == 0
+    options = ("--save", "out", "--dtype", "float32", "--threads", 2)
+    assert ties("--densities", 0.5, 0.5, "--plan", *options) == 0
     lines = capsys.readouterr().out.splitlines()
     for line in (
         "method      ties",
@@ -282,6 +283,7 @@ def test_a_plan_reads_no_weights_and_writes_nothing(models, capsys, monkeypatch)
         "tensors     12, 2,992 elements, vocabulary 32, head of its own",
         "read        71.81 KB in 4 passes",
         "write       11.97 KB",
+        "memory      about 86.02 KB beside Python and torch",
     ):
         assert line in lines
     assert not (models / "out").exists()
