@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from linear_utils import add_task_vector, linear
+from linear_utils import add_task_vector, combine_deltas
 from tensor_utils import check_count, check_tensors, run_sums, select
 from ties_utils import check_density, elect_and_merge
 
@@ -250,7 +250,7 @@ def dare_linear(
     Source: DARE, arXiv:2311.03099.
     """
     deltas = _dare_deltas(base, tensors, densities, seed, name, rescale)
-    return add_task_vector(base, linear(deltas, weights, normalize=normalize), lam)
+    return add_task_vector(base, combine_deltas(deltas, weights, normalize=normalize), lam)
 
 
 def dare_ties(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import dare_utils
 import ties_utils
-from linear_utils import add_task_vector, linear
+from linear_utils import add_task_vector, combine_deltas, linear
 from merge_recipe import Parameter
 from merge_stream import Block, Gather, Merge, Passes, TensorTask
 from slerp_utils import apply_slerp, dot_parts, slerp_coefficients
@@ -69,7 +69,7 @@ def merge_task_arithmetic(task: TensorTask) -> Merge:
     weights, normalize = task.parameters["weights"], task.parameters["normalize"]
 
     def merge(block: Block) -> Tensor:
-        delta = linear(block.deltas, weights, normalize=normalize)
+        delta = combine_deltas(block.deltas, weights, normalize=normalize)
         return add_task_vector(_base(block), delta, task.parameters["lam"])
 
     return Merge(merge)
@@ -170,7 +170,7 @@ def merge_dare(task: TensorTask) -> Passes:
         deltas = [delta * factor for delta, factor in zip(dropped(block), factors, strict=True)]
         if parameters["variant"] == "ties":
             return _elect(block, deltas, parameters)
-        delta = linear(deltas, parameters["weights"], normalize=parameters["normalize"])
+        delta = combine_deltas(deltas, parameters["weights"], normalize=parameters["normalize"])
         return add_task_vector(_base(block), delta, parameters["lam"])
 
     return Merge(merge, {"rescale_factors": factors})

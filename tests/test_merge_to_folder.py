@@ -189,9 +189,7 @@ def test_one_model_and_many(tmp_path, method, count):
         assert right.all()
 
 
-@settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     case=st.sampled_from(sorted(CASES)),
     heads=st.sampled_from([(2, 1), (4, 2), (2, 2)]),
