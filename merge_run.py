@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from merge_plan import Plan, format_bytes, free_bytes, open_plan, usable_cores
 from merge_progress import progress_bar
 from merge_recipe import Recipe
 from merge_stream import Sink, StreamSettings, stream
 from model_config import edit_config
+from model_prep import untie_head
 from model_utils import FolderWriter, get_llama, parse_size
 
 if TYPE_CHECKING:
@@ -128,19 +129,10 @@ def merge_to_model(
         model = get_llama(plan.template.path)
         if model.config.vocab_size != plan.alignment.vocab_size:
             model.resize_token_embeddings(plan.alignment.vocab_size)
-        if model.config.tie_word_embeddings and not plan.alignment.tied:
-            model.config.tie_word_embeddings = False
-            model.set_output_embeddings(_copied_head(model))
+        if not plan.alignment.tied:
+            untie_head(model)
         _stream(plan, ModelSink(model), device, threads, progress)
         return model
-
-
-def _copied_head(model: "PreTrainedModel") -> nn.Linear:
-    """A head of its own for a model that used its embedding."""
-    embedding = model.get_input_embeddings().weight
-    head = nn.Linear(embedding.shape[1], embedding.shape[0], bias=False)
-    head.weight = nn.Parameter(embedding.detach().clone())
-    return head
 
 
 class ModelSink:

@@ -13,6 +13,10 @@ from model_errors import ModelCompatibilityError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
+HUB_NEEDED = ("config.json", "*.safetensors", "*.safetensors.index.json")
+HUB_OTHERS = ("*/*", "consolidated*")
+"""Subfolders, and the weights once more in another format."""
+
 MAX_DEPTH = 5
 MAX_LISTED = 10
 
@@ -83,12 +87,17 @@ def _download(model_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
 
     try:
-        return Path(snapshot_download(model_id, allow_patterns=list(HUB_FILES)))
+        return Path(
+            snapshot_download(
+                model_id, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_OTHERS)
+            )
+        )
     except GatedRepoError as error:
         raise ModelCompatibilityError(
             f"{model_id}: access to this Hub model must be requested on its page. "
@@ -99,8 +108,38 @@ def _download(model_id: str) -> Path:
             f"{model_id}: no such folder, and no such model on the Hub (or it is private). "
             "Check the name; for a private model set HF_TOKEN"
         ) from error
-    except (LocalEntryNotFoundError, OSError) as error:
+    except HFValidationError as error:
+        raise ModelCompatibilityError(
+            f"{model_id}: no such folder, and not a name that a Hub model can have. Check the path"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        return _cached(model_id, error)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk, not the network
+        # Which network errors there are depends on the version of huggingface_hub.
+        raise ModelCompatibilityError(
+            f"{model_id}: the download from the Hub broke off ({type(error).__name__}: {error}). "
+            "Run it again; what has arrived is kept"
+        ) from error
+
+
+def _cached(model_id: str, reason: Exception) -> Path:
+    """The cached snapshot if it has at least what a merge needs, whoever downloaded it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                model_id,
+                allow_patterns=list(HUB_NEEDED),
+                ignore_patterns=list(HUB_OTHERS),
+                local_files_only=True,
+            )
+        )
+    except LocalEntryNotFoundError:
         raise ModelCompatibilityError(
             f"{model_id}: no such folder, not in the Hub cache, and the Hub cannot be reached "
-            f"({type(error).__name__}). Go online once to download it, or give a local folder"
-        ) from error
+            f"({type(reason).__name__}). Go online once to download it, or give a local folder"
+        ) from reason

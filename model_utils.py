@@ -392,4 +392,6 @@ def get_llama(model: str | os.PathLike[str], device: str = "cpu") -> "PreTrained
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         find_model_folder(model), dtype=torch.float32, use_safetensors=True, local_files_only=True
     )
+    if loaded.config.tie_word_embeddings:
+        loaded.tie_weights()  # some versions keep a stored head that config.json says is not used
     return loaded.to(device).eval()

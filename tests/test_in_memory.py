@@ -116,6 +116,14 @@ def test_tied_and_untied_models_in_memory_give_an_untied_one_that_stays_so(tmp_p
     assert not torch.equal(stored[HEAD], stored[EMBEDDING])
 
 
+def test_a_head_that_a_tied_model_stores_and_does_not_use_is_left_out(tmp_path):
+    folder = make_llama(tmp_path / "m", tied=True, extra={HEAD: torch.ones(48, 16)}, **SMALL)
+    merged = linear_merge_llama([folder, folder], progress=False)
+    embedding = read_tensors(folder)[EMBEDDING].float()
+    assert torch.equal(merged.lm_head.weight, embedding)
+    assert torch.equal(merged.get_input_embeddings().weight, embedding)
+
+
 # What notebooks do
 
 

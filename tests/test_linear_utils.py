@@ -118,6 +118,7 @@ def test_a_model_with_weight_zero_is_left_out_before_any_arithmetic():
     (model,) = tensors([1, 2])
     endless = torch.tensor([math.inf, math.nan])
     assert combine([1.0, 0.0], [model, endless]).tolist() == [1, 2]
+    assert linear([model, endless], [1.0, 0.0]).tolist() == [1, 2]
 
 
 def test_lerp_ends_are_the_models():

@@ -10,13 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_checkpoints import make_config, make_llama, read_tensors, tensor_shapes
 
+from model_checks import ModelDescription, is_tied
 from model_errors import ModelCompatibilityError
-from model_prep import ModelDescription, align, describe, is_tied, prepare_models_for_merging
+from model_prep import align, describe, prepare_models_for_merging
 from model_safetensors import TensorInfo
 from model_utils import get_llama, open_model_folder
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 UP = "model.layers.0.mlp.up_proj"
+NORM = "model.layers.1.input_layernorm.weight"
 FAMILY = ["llama", "mistral", "qwen2", "qwen3"]
 ADVICE = "Merging needs float weights; use the original checkpoint"
 MIXED = "some models tie their head to the embedding, some do not: the result does not"
@@ -204,7 +206,8 @@ F8, F16, F32 = torch.float8_e4m3fn, torch.float16, torch.float32
 )
 def test_packed_tensors_are_refused_whatever_the_config_says(tensors, count):
     (problem,) = refused(align_folders, folder(drop=[f"{UP}.weight"], extra=tensors))
-    text = rf"a: weights are quantized \({count} packed tensors? such as {UP}\.\S+, \w+\)\. "
+    counted = f"{count} packed tensor" + "s" * (count > 1)
+    text = rf"a: weights are quantized \({counted} \({UP}\.\S+.*\); [UIF]\d+\w*\)\. "
     assert re.fullmatch(text + ADVICE, problem)
 
 
@@ -246,8 +249,8 @@ def test_tensors_of_other_architectures_are_refused_by_name(model_type, name):
     extra = {name: torch.ones(2), "z.weight": torch.ones(2)}
     folder(config_changes={"model_type": model_type}, extra=extra)
     assert refused(align_folders, "a") == [
-        f"a: not a LLaMA-family causal language model: model_type {model_type!r} with 2 tensors "
-        f"such as {name!r}. Expected the tensor names of Llama, Mistral, Qwen2 or Qwen3"
+        f"a: not a LLaMA-family causal language model: model_type {model_type!r} with 2 other "
+        f"tensors ({name}, z.weight). Expected the tensor names of Llama, Mistral, Qwen2 or Qwen3"
     ]
 
 
@@ -274,7 +277,8 @@ def test_missing_tensors_are_counted_and_three_of_them_named(missing):
 @pytest.mark.parametrize("layers", [None, "2", 2.0, True, 0, -1])
 def test_the_number_of_layers_must_be_a_whole_number(layers):
     assert refused(align_folders, folder(config_changes={"num_hidden_layers": layers})) == [
-        f"a: num_hidden_layers in config.json must be a whole number above 0, got {layers!r}"
+        "a: config.json must have whole numbers above 0, got num_hidden_layers "
+        f"{layers!r}. Download or save the model again"
     ]
 
 
@@ -290,17 +294,62 @@ def test_layers_beyond_those_of_the_config_are_refused():
     ]
 
 
-def test_a_config_with_another_vocabulary_than_the_tensors_is_refused():
-    advice = "Set vocab_size to the rows of the tensor"
-    assert refused(align_folders, folder(config_changes={"vocab_size": 47})) == [
-        f"a: {name} has 48 rows, but vocab_size in config.json is 47. {advice}"
-        for name in (EMBEDDING, HEAD)
+@pytest.mark.parametrize(
+    ("options", "shapes"),
+    [
+        (
+            {"config_changes": {"vocab_size": 47}},
+            f"{EMBEDDING} [48, 32] instead of [47, 32] (and 1 more tensor)",
+        ),
+        (
+            {"config_changes": {"num_key_value_heads": 4}},
+            "model.layers.0.self_attn.k_proj.weight [16, 32] instead of [32, 32] "
+            "(and 3 more tensors)",
+        ),
+        (
+            {"config_changes": {"head_dim": 16}},
+            "model.layers.0.self_attn.q_proj.weight [32, 32] instead of [64, 32] "
+            "(and 7 more tensors)",
+        ),
+        ({"extra": {EMBEDDING: torch.ones(())}}, f"{EMBEDDING} [] instead of [48, 32]"),
+        ({"extra": {HEAD: torch.ones(48, 17)}}, f"{HEAD} [48, 17] instead of [48, 32]"),
+        ({"extra": {NORM: torch.ones(31)}}, f"{NORM} [31] instead of [32]"),
+    ],
+)
+def test_shapes_that_are_not_those_of_the_config_are_refused(options, shapes):
+    assert refused(align_folders, folder(**options)) == [
+        f"a: shapes are not those of config.json: {shapes}. "
+        "Use the config.json that belongs to these weights"
     ]
+
+
+def test_a_tensor_that_one_layer_has_must_be_in_all_layers():
+    (problem,) = refused(align_folders, folder(drop=[NORM]))
+    assert problem.startswith(
+        f"a: 1 tensor ({NORM}) missing; num_hidden_layers in config.json is 2"
+    )
+
+
+def test_a_layer_number_is_written_without_zeros_in_front():
+    name = "model.layers.00.mlp.up_proj.weight"
+    (problem,) = refused(align_folders, folder(extra={name: torch.ones(56, 32)}))
+    assert f"1 other tensor ({name})" in problem
+
+
+def test_a_tie_that_is_not_true_or_false_is_refused():
+    assert refused(align_folders, folder(config_changes={"tie_word_embeddings": "false"})) == [
+        "a: tie_word_embeddings in config.json must be true or false, got 'false'"
+    ]
+
+
+def test_what_one_config_leaves_out_and_the_other_says_is_no_difference():
+    get_llama(folder("a")).save_pretrained("b")  # transformers writes head_dim
+    assert "head_dim" in Path("b/config.json").read_text()
+    assert align_folders("a", "b").vocab_size == align_folders("b", "a").vocab_size == 48
 
 
 # Models that do not fit each other
 
-NORM = "model.layers.1.input_layernorm.weight"
 ONE_BASE, ONE_SIZE = "Merge fine-tunes of one base", "Merge models of one size"
 OTHER_TYPE = "model_type 'qwen2', but a has 'llama'. Merge models of one architecture"
 HEADS = f"num_attention_heads 8, but a has 4. {ONE_BASE}"
@@ -313,14 +362,15 @@ ROWS = f"{EMBEDDING} has shape [48, 16], but [48, 32] in a"
     ("options", "texts"),
     [
         ({"model_type": "qwen2"}, [OTHER_TYPE]),
-        ({"hidden_size": 16}, [f"{ROWS} (and 20 more tensors). {ONE_SIZE}"]),
+        ({"hidden_size": 16}, [f"{ROWS} (and 19 more tensors). {ONE_SIZE}"]),
         ({"kv_heads": 4}, [KEY_HEADS, f"{KEYS} (and 3 more tensors). {ONE_SIZE}"]),
         ({"heads": 8, "kv_heads": 4}, [HEADS, KEY_HEADS]),
         ({"layers": 3}, [f"{tensors_of_layer(2)} that a does not have"]),
         ({"layers": 1}, [f"{tensors_of_layer(1)} missing that a has"]),
-        ({"drop": [NORM]}, [f"1 tensor ({NORM}) missing that a has"]),
-        ({"extra": {f"{UP}.bias": torch.ones(56)}}, [f"1 tensor ({UP}.bias) that a does not have"]),
-        ({"extra": {NORM: torch.ones(31)}}, [f"{NORM} has shape [31], but [32] in a. {ONE_SIZE}"]),
+        (
+            {"extra": {f"model.layers.{n}.mlp.up_proj.bias": torch.ones(56) for n in (0, 1)}},
+            [f"2 tensors ({UP}.bias, model.layers.1.mlp.up_proj.bias) that a does not have"],
+        ),
     ],
 )
 def test_models_that_differ_are_refused(options, texts):
@@ -356,8 +406,7 @@ def test_everything_that_is_wrong_with_single_models_is_said_at_once():
     folder("b", extra={"score.weight": torch.ones(2)})
     folder("c", drop=["model.norm.weight"], config_changes={"vocab_size": 50})
     problems = refused(align_folders, "a", "b", "c", folder("d"))
-    starts = ["a: weights are q", "b: not a LLaMA-f", "c: 1 tensor (mod"]
-    starts += ["c: model.embed_t", "c: lm_head.weigh"]
+    starts = ["a: weights are q", "b: not a LLaMA-f", "c: 1 tensor (mod", "c: shapes are no"]
     assert [problem[:16] for problem in problems] == starts
 
 
@@ -402,12 +451,21 @@ def test_models_in_memory_with_one_vocabulary_are_left_alone():
     assert [parameter.data_ptr() for parameter in after] == places
 
 
-def test_a_tied_and_an_untied_model_in_memory_each_keep_their_kind_of_head():
+def test_where_only_some_models_in_memory_are_tied_all_get_a_head_of_their_own():
     base, model = in_memory("a", tied=True), in_memory("b", vocab_size=40)
     prepare_models_for_merging(base, [model])
-    assert base.lm_head.weight is base.model.embed_tokens.weight
-    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    for prepared in (base, model):
+        names = [name for name, _ in prepared.named_parameters()]
+        assert names.count(HEAD) == names.count(EMBEDDING) == 1
+        assert prepared.lm_head.weight is not prepared.model.embed_tokens.weight
+        assert prepared.config.tie_word_embeddings is False
+    assert torch.equal(base.lm_head.weight, base.model.embed_tokens.weight)
     assert base.lm_head.weight.shape == model.lm_head.weight.shape == (40, 32)
+
+
+def test_a_tied_model_in_memory_uses_its_embedding_whatever_head_it_stores():
+    model = in_memory("a", tied=True, extra={HEAD: torch.ones(48, 32)})
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_models_in_memory_that_do_not_fit_are_refused_and_none_is_changed():
@@ -453,5 +511,5 @@ def test_integer_and_float64_weights_in_memory_are_refused():
     problems = refused(prepare_models_for_merging, double, [integer])
     assert [problem.split(". ")[0] for problem in problems] == [
         f"base: weights are stored as torch.float64 ({EMBEDDING})",
-        f"ft_models[0]: weights are quantized (1 packed tensors such as {HEAD}, torch.int8)",
+        f"ft_models[0]: weights are quantized (1 packed tensor ({HEAD}); torch.int8)",
     ]

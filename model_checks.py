@@ -1,0 +1,295 @@
+"""Whether models can be merged: float weights, the LLaMA family, shapes that fit each other.
+
+The rules look at config.json and the tensors' names, dtypes and shapes alone, and yield one text
+for each thing that is wrong.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from model_safetensors import FLOAT_DTYPES, TensorInfo
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+VOCABULARY_TENSORS = (EMBEDDING, HEAD)
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size"),
+    *("num_hidden_layers", "num_attention_heads"),
+)
+HEAD_COUNTS = ("num_attention_heads", "num_key_value_heads", "head_dim")
+
+_PROJECTION = r"self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj"
+_NORM = r"(?:self_attn\.)?\w+norm"
+FAMILY_TENSOR = re.compile(
+    rf"model\.(?:embed_tokens\.weight|norm\.weight"
+    rf"|layers\.(0|[1-9]\d*)\.(?:(?:{_PROJECTION})\.(?:weight|bias)|{_NORM}\.weight))|lm_head\.weight"
+)
+"""Names of the tensors of Llama, Mistral, Qwen2, Qwen3 and models built like them."""
+
+DERIVED_TENSOR = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+"""Constants that old checkpoints store and every loader computes anew."""
+
+QUANTIZED_SUFFIX = re.compile(r"\.(?:scales|weight_scale(?:_inv)?|SCB|meta)$|\.weight\.\w+")
+"""Float tensors that accompany packed weights, which themselves are integers or FP8."""
+
+INTEGER_DTYPE = re.compile(r"[IU]\d+|torch\.u?int\d+")
+
+
+class Model(Protocol):
+    """What the rules look at; a `ModelFolder` has it, and so does a `ModelDescription`."""
+
+    @property
+    def label(self) -> str:
+        """What the user called the model."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """config.json, parsed."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Dtype and shape of every tensor, by name."""
+
+
+class ModelDescription(NamedTuple):
+    """A model reduced to what decides whether it can be merged."""
+
+    label: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+
+
+def is_tied(model: Model) -> bool:
+    """Whether a model uses its embedding as its head.
+
+    As config.json says; where it says nothing, a model without a stored head is tied.
+    """
+    return bool(model.config.get("tie_word_embeddings", HEAD not in model.tensors))
+
+
+def model_problems(model: Model) -> Iterator[str]:
+    """What is wrong with one model on its own; what is not even a candidate is not looked into."""
+    checks = (quantization_problems, family_problems, dtype_problems)
+    for check in checks:
+        problems = list(check(model))
+        if problems:
+            yield from problems
+            return
+    yield from structure_problems(model)
+
+
+def quantization_problems(model: Model) -> Iterator[str]:
+    """Whether a model is quantized, by its config, its tensor names or its dtypes."""
+    advice = "Merging needs float weights; use the original checkpoint"
+    settings = model.config.get("quantization_config") or model.config.get("compression_config")
+    if settings:
+        method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
+        method = getattr(method, "value", method) or "unknown"  # an enum, in transformers' configs
+        yield (
+            f"{model.label}: weights are quantized (quant_method {method!r} in config.json). "
+            f"{advice}"
+        )
+        return
+    packed = [
+        name
+        for name, info in model.tensors.items()
+        if QUANTIZED_SUFFIX.search(name) or INTEGER_DTYPE.fullmatch(info.dtype)
+    ]
+    if packed:
+        yield (
+            f"{model.label}: weights are quantized ({_listed(packed, 'packed tensor')}; "
+            f"{model.tensors[packed[0]].dtype}). {advice}"
+        )
+
+
+def family_problems(model: Model) -> Iterator[str]:
+    """Whether all tensors have the names of a LLaMA-family model."""
+    strange = [
+        name
+        for name in model.tensors
+        if not FAMILY_TENSOR.fullmatch(name) and not DERIVED_TENSOR.fullmatch(name)
+    ]
+    if strange:
+        yield (
+            f"{model.label}: not a LLaMA-family causal language model: model_type "
+            f"{model.config.get('model_type')!r} with {_listed(strange, 'other tensor')}. "
+            "Expected the tensor names of Llama, Mistral, Qwen2 or Qwen3"
+        )
+
+
+def dtype_problems(model: Model) -> Iterator[str]:
+    """Whether all tensors are of a dtype that can be merged."""
+    for name, info in model.tensors.items():
+        if info.dtype not in FLOAT_DTYPES:
+            fp8 = info.dtype.startswith(("F8", "torch.float8"))
+            kind = "quantized to FP8" if fp8 else f"stored as {info.dtype}"
+            yield (
+                f"{model.label}: weights are {kind} ({name}). "
+                "Merging reads float32, float16 and bfloat16; save the model as one of these"
+            )
+            return
+
+
+def structure_problems(model: Model) -> Iterator[str]:
+    """Where tensors and config.json do not say the same: sizes, names, shapes."""
+    wrong = [f"{key} {model.config.get(key)!r}" for key in SIZES if not _is_size(model, key)]
+    tie = model.config.get("tie_word_embeddings", False)
+    if wrong:
+        yield (
+            f"{model.label}: config.json must have whole numbers above 0, got {', '.join(wrong)}. "
+            "Download or save the model again"
+        )
+    if not isinstance(tie, bool):
+        yield (
+            f"{model.label}: tie_word_embeddings in config.json must be true or false, got {tie!r}"
+        )
+    if wrong or not isinstance(tie, bool):
+        return
+    expected = expected_shapes(model)
+    missing = [name for name in expected if name not in model.tensors]
+    layers = model.config["num_hidden_layers"]
+    if missing:
+        yield (
+            f"{model.label}: {_listed(missing, 'tensor')} missing; "
+            f"num_hidden_layers in config.json is {layers}. Download or save the model again"
+        )
+    beyond = [
+        name
+        for name in model.tensors
+        if (match := FAMILY_TENSOR.fullmatch(name)) and match[1] and int(match[1]) >= layers
+    ]
+    if beyond:
+        yield (
+            f"{model.label}: {_listed(beyond, 'tensor')} beyond num_hidden_layers "
+            f"{layers} in config.json. Save the model again"
+        )
+    misshapen = [
+        f"{name} {list(model.tensors[name].shape)} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in model.tensors and model.tensors[name].shape != shape
+    ]
+    if misshapen:
+        yield (
+            f"{model.label}: shapes are not those of config.json: "
+            f"{misshapen[0]}{_more(misshapen)}. "
+            "Use the config.json that belongs to these weights"
+        )
+
+
+def _is_size(model: Model, key: str) -> bool:
+    value = model.config.get(key)
+    return type(value) is int and value > 0
+
+
+def expected_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """The tensors that a model must have, from its config; and in all layers, what one has.
+
+    Only some of the family have biases, norms in the attention or a second norm in the layer.
+    """
+    config = model.config
+    hidden, wide = config["hidden_size"], config["intermediate_size"]
+    heads = config["num_attention_heads"]
+    head_size = config.get("head_dim") or hidden // heads
+    queries, keys = heads * head_size, (config.get("num_key_value_heads") or heads) * head_size
+    layer = {
+        f"{part}.weight": shape
+        for part, shape in {
+            "self_attn.q_proj": (queries, hidden),
+            "self_attn.k_proj": (keys, hidden),
+            "self_attn.v_proj": (keys, hidden),
+            "self_attn.o_proj": (hidden, queries),
+            "mlp.gate_proj": (wide, hidden),
+            "mlp.up_proj": (wide, hidden),
+            "mlp.down_proj": (hidden, wide),
+            "post_attention_layernorm": (hidden,),
+        }.items()
+    }
+    for name in sorted(model.tensors, key=layer_order):
+        if (match := FAMILY_TENSOR.fullmatch(name)) and match[1]:
+            layer.setdefault(name.split(".", 3)[3], model.tensors[name].shape)
+    vocabulary = (config["vocab_size"], hidden)
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: vocabulary, "model.norm.weight": (hidden,)}
+    for number in range(config["num_hidden_layers"]):
+        shapes |= {f"model.layers.{number}.{part}": shape for part, shape in layer.items()}
+    return shapes if is_tied(model) else shapes | {HEAD: vocabulary}
+
+
+def pair_problems(first: Model, model: Model) -> Iterator[str]:
+    """What keeps a model from being merged with the first one."""
+    ours, theirs = first.config.get("model_type"), model.config.get("model_type")
+    if ours != theirs:
+        yield (
+            f"{model.label}: model_type {theirs!r}, but {first.label} has {ours!r}. "
+            "Merge models of one architecture"
+        )
+        return
+    for key in HEAD_COUNTS:
+        values = first.config.get(key), model.config.get(key)
+        if None not in values and values[0] != values[1]:  # what one leaves out, its shapes tell
+            yield (
+                f"{model.label}: {key} {values[1]}, but {first.label} has {values[0]}. "
+                "Merge fine-tunes of one base"
+            )
+    yield from _tensor_differences(first, model)
+
+
+def _tensor_differences(first: Model, model: Model) -> Iterator[str]:
+    names, others = (
+        {name for name in m.tensors if name != HEAD and not DERIVED_TENSOR.fullmatch(name)}
+        for m in (first, model)
+    )
+    if missing := sorted(names - others, key=layer_order):
+        yield f"{model.label}: {_listed(missing, 'tensor')} missing that {first.label} has"
+    if extra := sorted(others - names, key=layer_order):
+        yield f"{model.label}: {_listed(extra, 'tensor')} that {first.label} does not have"
+    wrong = [
+        name
+        for name in sorted(names & others, key=layer_order)
+        if _without_vocabulary(name, first) != _without_vocabulary(name, model)
+    ]
+    if wrong:
+        name = wrong[0]
+        yield (
+            f"{model.label}: {name} has shape {list(model.tensors[name].shape)}, but "
+            f"{list(first.tensors[name].shape)} in {first.label}{_more(wrong)}. "
+            "Merge models of one size"
+        )
+
+
+def _without_vocabulary(name: str, model: Model) -> tuple[int, ...]:
+    shape = model.tensors[name].shape
+    return shape[1:] if name == EMBEDDING else shape
+
+
+def special_id_problems(model: Model, vocab_size: int, smallest: str) -> Iterator[str]:
+    """Special tokens of the merged model that a cut vocabulary no longer has."""
+    for key in SPECIAL_IDS:
+        value = model.config.get(key)
+        for token_id in value if isinstance(value, list) else [value]:
+            if isinstance(token_id, int) and token_id >= vocab_size:
+                yield (
+                    f"{model.label}: {key} {token_id} lies beyond the smallest vocabulary "
+                    f"({vocab_size} rows, {smallest}), to which all models are cut. "
+                    "Merge models that share their special tokens"
+                )
+
+
+def _listed(names: Sequence[str], noun: str) -> str:
+    """ "3 tensors (a, b, c, ...)"."""
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{len(names)} {noun}{'s' if len(names) > 1 else ''} ({shown})"
+
+
+def _more(found: Sequence[str]) -> str:
+    """ " (and 2 more tensors)" after the first of three."""
+    rest = len(found) - 1
+    return f" (and {rest} more tensor{'s' if rest > 1 else ''})" if rest else ""
+
+
+def layer_order(name: str) -> tuple[int, int, str]:
+    """Embedding, layers by number, final norm, head: the order in which a model computes."""
+    if match := re.match(r"model\.layers\.(\d+)\.", name):
+        return (1, int(match[1]), name)
+    return ({EMBEDDING: 0, HEAD: 3}.get(name, 2), 0, name)
