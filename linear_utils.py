@@ -149,16 +149,27 @@ def sequential_lerp(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tens
     >>> sequential_lerp([torch.tensor([1.0]), torch.tensor([3.0])], [1.0, 1.0])
     tensor([2.])
     """
-    check_weights(weights)
-    check_count("weights", weights, tensors)
     check_tensors(tensors)
+    check_count("weights", weights, tensors)
+    merged = tensors[0].clone()
+    for tensor, t in zip(tensors[1:], sequential_steps(weights), strict=True):
+        merged = lerp(merged, tensor, t)
+    return merged
+
+
+def sequential_steps(weights: Sequence[float]) -> list[float]:
+    """How far to go towards the second model, the third, ...: `w_k / (w_1 + ... + w_k)`.
+
+    Raises:
+        ValueError: a weight is negative, or the first is 0.
+
+    >>> sequential_steps([2.0, 2.0, 4.0])
+    [0.5, 0.5]
+    """
+    check_weights(weights)
     if weights[0] <= 0 or min(weights) < 0:
         raise ValueError(f"weights must be >= 0 and the first above 0, got {list(weights)}")
-    merged = tensors[0].clone()
-    for count in range(1, len(tensors)):
-        t = weights[count] / math.fsum(weights[: count + 1])
-        merged = lerp(merged, tensors[count], t)
-    return merged
+    return [weights[k] / math.fsum(weights[: k + 1]) for k in range(1, len(weights))]
 
 
 def task_arithmetic(

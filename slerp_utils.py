@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from linear_utils import combine
-from tensor_utils import check_t, check_tensors, run_sums
+from linear_utils import combine, sequential_steps
+from tensor_utils import check_count, check_t, check_tensors, run_sums
 
 
 class SlerpCoefficients(NamedTuple):
@@ -100,3 +100,30 @@ def slerp(a: Tensor, c: Tensor, t: float, *, dot_threshold: float = 0.9995) -> T
 def apply_slerp(coefficients: SlerpCoefficients, tensors: Sequence[Tensor]) -> Tensor:
     """`first * a + second * c` for any rows of the two tensors (float32, same shape)."""
     return combine([coefficients.first, coefficients.second], tensors)
+
+
+def sequential_slerp(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Fold models in one by one: step k goes `w_k / (w_1 + ... + w_k)` of the way to model k.
+
+    The result depends on the order of the models.
+
+    Args:
+        tensors: float32, all of one shape.
+        weights: one number per tensor, not negative, the first above 0.
+
+    Returns:
+        Same shape, float32; the intermediate results are not rounded to any other dtype.
+
+    Raises:
+        ValueError: counts, shapes or dtypes do not fit; or a weight is out of range.
+
+    >>> import torch
+    >>> sequential_slerp(list(torch.eye(3)), [1.0, 1.0, 1.0])
+    tensor([0.6124, 0.6124, 0.5000])
+    """
+    check_tensors(tensors)
+    check_count("weights", weights, tensors)
+    merged = tensors[0].clone()
+    for tensor, t in zip(tensors[1:], sequential_steps(weights), strict=True):
+        merged = slerp(merged, tensor, t)
+    return merged

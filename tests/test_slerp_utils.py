@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import tensor_lists
 
-from slerp_utils import dot_parts, slerp, slerp_coefficients
+from slerp_utils import dot_parts, sequential_slerp, slerp, slerp_coefficients
 from tensor_utils import RUN, run_sums
 
 
@@ -29,6 +29,19 @@ def vector(*values):
 )
 def test_golden_g3(a, c, t, expected):
     torch.testing.assert_close(slerp(vector(*a), vector(*c), t), vector(*expected))
+
+
+def test_golden_g7_the_order_of_the_models_matters():
+    axes = list(torch.eye(3))
+    there, back = sequential_slerp(axes, [1, 1, 1]), sequential_slerp(axes[::-1], [1, 1, 1])
+    torch.testing.assert_close(there, vector(0.61237244, 0.61237244, 0.5))
+    torch.testing.assert_close(back, vector(0.5, 0.61237244, 0.61237244))
+
+
+def test_one_model_in_sequence_is_that_model_and_a_weight_of_zero_adds_nothing():
+    a, c = vector(1, 2), vector(3, -1)
+    assert torch.equal(sequential_slerp([a], [2.0]), a)
+    assert torch.equal(sequential_slerp([a, c], [1.0, 0.0]), a)
 
 
 @given(tensor_lists(min_models=2, max_models=2))
@@ -110,3 +123,16 @@ def test_t_outside_its_range_is_refused(t):
 def test_shapes_that_differ_are_refused():
     with pytest.raises(ValueError, match="one shape"):
         slerp(vector(1), vector(1, 2), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("weights", "text"),
+    [
+        ([1.0], "one entry per model, got 1 for 2 models"),
+        ([0.0, 1.0], "the first above 0"),
+        ([1.0, -1.0], "weights must be >= 0"),
+    ],
+)
+def test_weights_of_a_sequence_that_do_not_fit_are_refused(weights, text):
+    with pytest.raises(ValueError, match=text):
+        sequential_slerp([vector(1, 2), vector(3, 4)], weights)
