@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from linear_utils import add_task_vector, combine_deltas
-from tensor_utils import check_count, check_tensors, run_sums, select
+from tensor_utils import as_float32, check_count, check_tensors, run_sums, select
 from ties_utils import check_density, elect_and_merge
 
 Key = tuple[int, int]
@@ -125,6 +125,12 @@ def mask_draws(key: Key, start: int, count: int, device: torch.device | str = "c
     return draws[skip : skip + count]
 
 
+def keep_limit(density: float) -> int:
+    """Draws below this keep their element; in [0, 2**32]."""
+    check_density(density)
+    return math.floor(density * 2**32 + 0.5)
+
+
 def keep_mask(density: float, draws: Tensor) -> Tensor:
     """Which elements are kept: those whose draw is below `density * 2**32`, rounded.
 
@@ -135,8 +141,7 @@ def keep_mask(density: float, draws: Tensor) -> Tensor:
     Returns:
         Same shape, bool. The comparison is between integers, so it is the same everywhere.
     """
-    check_density(density)
-    return draws < math.floor(density * 2**32 + 0.5)
+    return draws < keep_limit(density)
 
 
 def drop(delta: Tensor, density: float, key: Key, start: int = 0) -> Tensor:
@@ -152,8 +157,7 @@ def drop(delta: Tensor, density: float, key: Key, start: int = 0) -> Tensor:
         Same shape, float32.
     """
     if density == 1:
-        check_density(density)
-        return delta
+        return delta.clone()
     draws = mask_draws(key, start, delta.numel(), delta.device).view_as(delta)
     return select(keep_mask(density, draws), delta)
 
@@ -181,7 +185,7 @@ def rescale_factor(
     check_rescale(rescale)
     check_density(density)
     if rescale == "inverse_density":
-        return 1.0 / density if density else 0.0
+        return 1.0 / density if keep_limit(density) else 0.0
     if rescale == "l1" and min(l1, l1_kept) >= 1e-7:
         return l1 / l1_kept
     return 1.0
@@ -212,7 +216,7 @@ def dare(
     """
     check_tensors([delta])
     kept = drop(delta, density, key)
-    norms = (math.fsum(absolute_parts(values)) for values in (delta, kept))
+    norms = [math.fsum(absolute_parts(x)) for x in (delta, kept)] if rescale == "l1" else []
     return kept * rescale_factor(rescale, density, *norms)
 
 
@@ -347,10 +351,7 @@ class DARE:
             ValueError: as `dare_linear`.
         """
         merge = dare_linear if self.variant == "linear" else dare_ties
-        base, *tensors = (
-            parameter.detach().to(device=device, dtype=torch.float32)
-            for parameter in (base_model_parameters, *ft_models_parameters)
-        )
+        base, *tensors = as_float32([base_model_parameters, *ft_models_parameters], device)
         return merge(
             base,
             tensors,

@@ -21,6 +21,7 @@ from tensor_utils import (
     check_t,
     check_tensors,
     check_weights,
+    float32_sum,
 )
 
 
@@ -43,7 +44,9 @@ def combine(
     >>> combine([2.0, -1.0], [torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0])])
     tensor([2., 3.])
     """
-    check_weights(coefficients)
+    for coefficient in coefficients:
+        if not math.isfinite(coefficient):
+            raise ValueError(f"coefficients must be finite numbers, got {coefficient}")
     check_count("coefficients", coefficients, tensors)
     check_tensors(tensors, base)
     total = torch.zeros_like(tensors[0])
@@ -97,10 +100,7 @@ def divide_by_sum(total: Tensor, weights: Sequence[float]) -> Tensor:
     tensor([2.])
     """
     check_normalizable(weights)
-    divisor = torch.zeros((), device=total.device)
-    for weight in weights:
-        divisor += weight
-    return total / divisor
+    return total / float32_sum(weights)
 
 
 def combine_deltas(
@@ -113,6 +113,8 @@ def combine_deltas(
     >>> combine_deltas([torch.tensor([1.0]), torch.tensor([-3.0])], [0.5, 0.5], normalize=False)
     tensor([-1.])
     """
+    check_weights(weights)
+    check_count("weights", weights, deltas)
     total = combine(weights, deltas)
     return divide_by_sum(total, weights) if normalize else total
 

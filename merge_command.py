@@ -2,14 +2,18 @@
 
 import argparse
 import errno
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from signal import SIGHUP, SIGINT, SIGTERM
 
 from merge_methods import METHODS
 from merge_plan import describe_plan, open_plan, usable_cores
 from merge_recipe import DEFAULT_SHARD_SIZE, Parameter, Recipe
-from merge_run import merge_to_folder
+from merge_run import merge_to_folder, settings_problems
 from model_errors import ModelCompatibilityError
 from model_safetensors import DTYPE_NAMES
 
@@ -18,11 +22,13 @@ EXIT_USAGE = 2
 EXIT_BAD_INPUT = 3
 EXIT_NO_SPACE = 5
 EXIT_IO = 6
-EXIT_INTERRUPTED = 130
+
+SIGNALS = (SIGINT, SIGTERM, SIGHUP)
 
 EXIT_CODES = """exit status:
   0 merged; 2 wrong arguments; 3 models that cannot be merged; 5 disk full;
-  6 other trouble with files; 130 interrupted. Unless it is 0, nothing has been written."""
+  6 other trouble with files; 129, 130, 143 interrupted. Unless it is 0, there is no
+  output folder."""
 
 
 def run_command(method: str, description: str, argv: Sequence[str] | None = None) -> int:
@@ -53,25 +59,55 @@ def run_command(method: str, description: str, argv: Sequence[str] | None = None
         max_shard_size=arguments.max_shard_size,
     )
     try:
-        if arguments.plan:
-            with open_plan(recipe) as plan:
-                print(describe_plan(plan, arguments.threads or usable_cores()))
-        else:
-            report = merge_to_folder(
-                recipe,
-                device=arguments.device,
-                threads=arguments.threads,
-                progress=not arguments.quiet,
-            )
-            print(report.summary())
+        with _signals_interrupt():
+            text = _carry_out(recipe, arguments)
     except (ValueError, ModelCompatibilityError, OSError) as error:
         for line in _text(error).splitlines():
             print(line if line.startswith(" ") else f"error: {line}", file=sys.stderr)
         return _exit_code(error)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("error: interrupted; nothing has been written", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return 128 + (error.args[0] if error.args else SIGINT)
+    print(text)
     return EXIT_OK
+
+
+def _carry_out(recipe: Recipe, arguments: argparse.Namespace) -> str:
+    """Merge, or plan a merge; what to print."""
+    if arguments.plan:
+        problems = settings_problems(arguments.device, arguments.threads)
+        with open_plan(recipe, problems) as plan:
+            return describe_plan(plan, arguments.threads or usable_cores())
+    return merge_to_folder(
+        recipe,
+        device=arguments.device,
+        threads=arguments.threads,
+        progress=not arguments.quiet,
+    ).summary()
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """A closed terminal and `kill` end a merge as Ctrl-C does, and leave no half folder.
+
+    Further signals are ignored from then on: cleaning up takes no longer than a block.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set signal handlers
+        return
+
+    def interrupt(number: int, _: object) -> None:
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt(number)
+
+    before = {number: signal.signal(number, interrupt) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        if signal.getsignal(SIGINT) is interrupt:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _text(error: Exception) -> str:
@@ -104,6 +140,7 @@ def _parser(method: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         *_spellings("--ft_models"),
         nargs="+",
+        action="extend",
         required=True,
         metavar="MODEL",
         help="the fine-tuned models: folders or Hub ids",
@@ -119,7 +156,7 @@ def _parser(method: str, description: str) -> argparse.ArgumentParser:
 
 
 def _add_parameter(parser: argparse.ArgumentParser, parameter: Parameter) -> None:
-    flags = _spellings(parameter.flag or f"--{parameter.name}")
+    flags = [*_spellings(parameter.flag), *_spellings(f"--{parameter.name}")]
     if parameter.kind is bool:
         parser.add_argument(
             *flags,
@@ -134,6 +171,7 @@ def _add_parameter(parser: argparse.ArgumentParser, parameter: Parameter) -> Non
         dest=parameter.name,
         type=parameter.kind,
         nargs="+" if parameter.per_model else None,
+        action="extend" if parameter.per_model else "store",
         choices=parameter.choices or None,
         metavar=None if parameter.choices else parameter.kind.__name__.upper(),
         help=f"{parameter.help} (default: {parameter.default}{each})",
@@ -166,4 +204,4 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 def _spellings(flag: str) -> list[str]:
     """An option with underscores, and with hyphens."""
-    return list(dict.fromkeys((flag, "--" + flag[2:].replace("_", "-"))))
+    return [] if not flag else list(dict.fromkeys((flag, "--" + flag[2:].replace("_", "-"))))

@@ -7,7 +7,7 @@ its functions in a `*_utils` module, an entry in `METHODS`, a driver, a test.
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,8 @@ class Method:
         uses_base: whether the method needs the models' common ancestor.
         model_count: exact number of fine-tuned models, or None for one or more.
         check: raises `ValueError` for parameters that do not go together.
-        advice: a remark on parameters that are allowed and seldom meant, or "".
+        advice: remarks on parameters that are allowed and seldom meant.
+        remarks: what is worth saying about the findings of all tensors.
     """
 
     merge_tensor: Callable[[TensorTask], Passes | Merge]
@@ -43,7 +44,8 @@ class Method:
     uses_base: bool = True
     model_count: int | None = None
     check: Callable[[Mapping[str, Any]], None] = lambda _: None
-    advice: Callable[[Mapping[str, Any]], str] = lambda _: ""
+    advice: Callable[[Mapping[str, Any]], Iterable[str]] = lambda _: ()
+    remarks: Callable[[Mapping[str, Mapping[str, Any]]], Iterable[str]] = lambda _: ()
 
 
 def merge_linear(task: TensorTask) -> Merge:
@@ -212,11 +214,41 @@ def _check_dare(parameters: Mapping[str, Any]) -> None:
     (_check_ties if parameters["variant"] == "ties" else _check_normalizable)(parameters)
 
 
-def _advise_on_density(parameters: Mapping[str, Any]) -> str:
-    if all(density == 1 for density in parameters["densities"]):
-        return "every density is 1.0, so nothing is trimmed or dropped; 0.2 to 0.5 is usual"
-    return ""
+def _advise(parameters: Mapping[str, Any]) -> Iterator[str]:
+    """On task vectors: densities, weights and lambda that make a result no one wants."""
+    densities = parameters.get("densities", ())
+    if densities and all(density == 1 for density in densities):
+        yield "every density is 1.0, so nothing is trimmed or dropped; 0.2 to 0.5 is usual"
+    for model, density in enumerate(densities, 1):
+        if density == 0:
+            yield f"density 0 leaves nothing of model {model}"
+    if parameters["lam"] == 0:
+        yield "lambda is 0, so the result is the base"
+    reach = abs(parameters["lam"]) * sum(abs(weight) for weight in parameters["weights"])
+    if not parameters["normalize"] and reach > ADVISED_REACH * len(parameters["weights"]):
+        yield (
+            f"lambda times the weights sums to {reach:g}; weights are factors, not percent, "
+            "and 0.3 to 1 for each model is usual"
+        )
 
+
+def _remark_on_slerp(findings: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    lines = [name for name, found in findings.items() if found["branch"] == "lerp"]
+    opposite = [name for name in lines if findings[name]["cosine"] < 0]
+    if lines:
+        yield (
+            f"{len(lines)} of {len(findings)} tensors took the straight line: they are so nearly "
+            "parallel (cosine beyond 0.9995) that the arc is one"
+        )
+    if opposite:
+        yield (
+            f"{len(opposite)} tensors point opposite ways, so that near t 0.5 little is left of "
+            f"them ({', '.join(opposite[:3])})"
+        )
+
+
+ADVISED_REACH = 5.0
+"""Where lambda times the mean weight lies above this, percent were probably meant."""
 
 WEIGHTS = Parameter(
     "weights", float, 1.0, "multiplier of each model", lambda w: check_weights([w]), per_model=True
@@ -251,18 +283,20 @@ METHODS: dict[str, Method] = {
         passes=lambda _: 2,
         uses_base=False,
         model_count=2,
+        remarks=_remark_on_slerp,
     ),
     "task_arithmetic": Method(
         merge_task_arithmetic,
         (WEIGHTS, LAM, _normalize(False, "")),
         check=_check_normalizable,
+        advice=_advise,
     ),
     "ties": Method(
         merge_ties,
         (WEIGHTS, DENSITIES, LAM, _normalize(True, " of the models that agree")),
         passes=lambda p: 4 if any(0 < density < 1 for density in p["densities"]) else 1,
         check=_check_ties,
-        advice=_advise_on_density,
+        advice=_advise,
     ),
     "dare": Method(
         merge_dare,
@@ -289,6 +323,6 @@ METHODS: dict[str, Method] = {
         ),
         passes=lambda p: 2 if p["rescale"] == "l1" else 1,
         check=_check_dare,
-        advice=_advise_on_density,
+        advice=_advise,
     ),
 }

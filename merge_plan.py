@@ -1,12 +1,12 @@
 """From a recipe to what will happen, from config.json and the headers alone.
 
-Every refusal happens here, before any weights are read, and all at once.
+What can be known without reading weights is refused here, all at once.
 """
 
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,8 +87,12 @@ class Plan:
 
 
 @contextmanager
-def open_plan(recipe: Recipe) -> Iterator[Plan]:
+def open_plan(recipe: Recipe, other_problems: Sequence[str] = ()) -> Iterator[Plan]:
     """Check a recipe against its models and lay out the merge; the models are open meanwhile.
+
+    Args:
+        recipe: what to merge.
+        other_problems: what is wrong with the settings, to be said with everything else.
 
     Raises:
         ValueError: something is wrong with the parameters or the output (the text also lists
@@ -97,17 +101,18 @@ def open_plan(recipe: Recipe) -> Iterator[Plan]:
     """
     with ExitStack() as stack:
         parameters, usage = _check_recipe(recipe)
+        usage += other_problems
         names = recipe.models if recipe.base_model is None else (recipe.base_model, *recipe.models)
         sources, broken = _open_all(names, stack)
         alignment = None
-        if sources and not broken:
+        if sources:
             try:
                 alignment = align(sources)
             except ModelCompatibilityError as error:
                 broken += error.problems
         if usage:
             raise ValueError("\n".join([*usage, *broken]))
-        if alignment is None:
+        if broken or alignment is None:
             raise ModelCompatibilityError(broken)
         yield _lay_out(recipe, parameters, sources, alignment)
 
@@ -157,9 +162,31 @@ def _lay_out(
         TensorTask(name, TensorInfo(DTYPE_NAMES[dtype], tensor.shape), tensor.sources, parameters)
         for name, tensor in alignment.tensors.items()
     ]
-    advice = METHODS[recipe.method].advice(parameters)
-    notes = (*([advice] if advice else []), *alignment.notes)
-    return Plan(recipe, parameters, base, models, alignment, tasks, dtype, notes)
+    notes = [*METHODS[recipe.method].advice(parameters), *_model_notes(sources), *alignment.notes]
+    if recipe.dtype is None:
+        notes += _rounding_notes(sources[0], dtype)
+    return Plan(recipe, parameters, base, models, alignment, tasks, dtype, tuple(notes))
+
+
+def _model_notes(sources: Sequence[ModelFolder]) -> Iterator[str]:
+    """Says where one folder stands for two models."""
+    seen: dict[Path, str] = {}
+    for source in sources:
+        path = source.path.resolve()
+        if path in seen:
+            yield f"{source.label}: the same model as {seen[path]}"
+        seen.setdefault(path, source.label)
+
+
+def _rounding_notes(model: ModelFolder, dtype: str) -> Iterator[str]:
+    """Says that a model stores some tensors in another dtype than most, and the result does not."""
+    stored = DTYPE_NAMES[dtype]
+    others = [info.dtype for info in model.tensors.values() if info.dtype != stored]
+    if others:
+        yield (
+            f"{model.label}: {len(others)} tensors are stored as {'/'.join(sorted(set(others)))}, "
+            f"most as {stored}; the result is {dtype} throughout (set dtype for another)"
+        )
 
 
 def _main_dtype(model: ModelFolder) -> str:
@@ -180,10 +207,16 @@ def free_bytes(output_dir: Path) -> int:
 
 
 def working_bytes(plan: Plan, threads: int) -> int:
-    """About how much memory the blocks take: per thread, a few float32 tensors for each input."""
+    """About how much memory the blocks take.
+
+    Per thread a few float32 tensors for each input, and what up to three spans have gathered
+    (for TIES, a histogram per model).
+    """
     rows = (rows_of(task.info.shape) for task in plan.tasks)
     longest = max(min(count * length, max(BLOCK_ELEMENTS, length)) for count, length in rows)
-    return threads * (5 * len(plan.sources) + 6) * 4 * longest
+    blocks = threads * (7 * len(plan.sources) + 8) * 4 * longest
+    gathered = 3 * threads * len(plan.models) * 2**19 if plan.passes > 1 else 0
+    return blocks + gathered
 
 
 def describe_plan(plan: Plan, threads: int) -> str:
@@ -192,7 +225,7 @@ def describe_plan(plan: Plan, threads: int) -> str:
     lines = [f"method      {recipe.method}"]
     lines += [f"  {name:<10}{_shown(value)}" for name, value in plan.parameters.items()]
     lines += [
-        f"{'base' if source is plan.base else 'model':<12}{source.label} ({_stored(source)})"
+        f"{'base' if source is plan.base else 'model':<12}{_place(source)} ({_stored(source)})"
         for source in plan.sources
     ]
     tensors = f"{len(plan.tasks)}, {sum(task.info.numel for task in plan.tasks):,} elements"
@@ -205,13 +238,22 @@ def describe_plan(plan: Plan, threads: int) -> str:
         f"write       {format_bytes(plan.write_bytes)}",
         f"memory      about {format_bytes(working_bytes(plan, threads))} beside Python and torch",
     ]
+    notes = list(plan.notes)
     if recipe.output_dir is not None:
-        lines.append(f"disk free   {format_bytes(free_bytes(recipe.output_dir))}")
-    return "\n".join(lines + [f"note        {note}" for note in plan.notes])
+        free = free_bytes(recipe.output_dir)
+        lines.append(f"disk free   {format_bytes(free)}")
+        if free < plan.write_bytes:
+            notes.append("the disk has too little room; the merge would be refused")
+    return "\n".join(lines + [f"note        {note}" for note in notes])
 
 
 def _shown(value: Any) -> str:
     return ", ".join(str(entry) for entry in value) if isinstance(value, tuple) else str(value)
+
+
+def _place(model: ModelFolder) -> str:
+    """What the user called a model, and the folder if that is another."""
+    return model.label if str(model.path) == model.label else f"{model.label} in {model.path}"
 
 
 def _stored(model: ModelFolder) -> str:

@@ -5,8 +5,9 @@ rule about parameters is checked here, once, from the declarations in `merge_met
 """
 
 import difflib
+import numbers
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,11 +67,26 @@ class Recipe:
     max_shard_size: str | int = DEFAULT_SHARD_SIZE
 
 
+def model_name(model: str | os.PathLike[str], argument: str = "base_model_path") -> str:
+    """A model as a recipe holds it; `TypeError` for anything but a folder or Hub id."""
+    if not isinstance(model, str | os.PathLike) or not os.fspath(model):
+        raise TypeError(
+            f"{argument} must be the name of a model folder or a Hub id, got {_brief(model)}"
+        )
+    return os.fspath(model)
+
+
 def model_names(models: Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
     """Models as a recipe holds them; `TypeError` for one path instead of a list of them."""
-    if isinstance(models, str | os.PathLike):
-        raise TypeError(f"ft_model_paths must be a list of models, got the single {models!r}")
-    return tuple(os.fspath(model) for model in models)
+    if isinstance(models, str | os.PathLike) or not isinstance(models, Iterable):
+        raise TypeError(f"ft_model_paths must be a list of models, got the single {_brief(models)}")
+    return tuple(model_name(model, "each of ft_model_paths") for model in models)
+
+
+def _brief(value: object) -> str:
+    """A value for a message: models and tensors print whole pages."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"a {type(value).__name__}"
 
 
 def resolve_parameters(
@@ -103,6 +119,7 @@ def _resolve(parameter: Parameter, value: Any, model_count: int) -> Any:
         return _convert(parameter, parameter.default if value is None else value)
     if value is None:
         return (parameter.default,) * model_count
+    value = value.tolist() if hasattr(value, "tolist") else value  # numpy, torch
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise ValueError(f"{parameter.name} must be a list with one entry per model, got {value!r}")
     if len(value) != model_count:
@@ -115,7 +132,7 @@ def _resolve(parameter: Parameter, value: Any, model_count: int) -> Any:
 
 def _convert(parameter: Parameter, value: Any) -> Any:
     """One value in the kind that is declared; an int is a float, a bool is neither."""
-    accepted = (int, float) if parameter.kind is float else (parameter.kind,)
+    accepted = {float: numbers.Real, int: numbers.Integral}.get(parameter.kind, parameter.kind)
     if not isinstance(value, accepted) or (isinstance(value, bool) and parameter.kind is not bool):
         raise ValueError(
             f"{parameter.name} must be of type {parameter.kind.__name__}, got {value!r}"

@@ -4,8 +4,9 @@ import errno
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,9 @@ from merge_plan import Plan, format_bytes, free_bytes, open_plan, usable_cores
 from merge_progress import progress_bar
 from merge_recipe import Recipe
 from merge_stream import Sink, StreamSettings, stream
+from model_checks import HEAD
 from model_config import edit_config
+from model_errors import ModelCompatibilityError
 from model_prep import untie_head
 from model_utils import FolderWriter, get_llama, parse_size
 
@@ -24,8 +27,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CARRIED = (
-    *("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
-    *("generation_config.json", "chat_template*", "LICENSE*", "NOTICE*", "USE_POLICY*"),
+    *("tokenizer*.json", "tokenizer*.model", "tokenizer.model.v*", "tekken.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("generation_config.json", "chat_template*.jinja", "chat_template.json"),
+    *("LICENSE*", "NOTICE*", "USE_POLICY*"),
 )
 """Files that go from the base (the first model, where there is no base) into the result."""
 
@@ -62,7 +67,7 @@ class MergeReport:
     files_carried: tuple[str, ...]
     files_left: tuple[str, ...]
     notes: tuple[str, ...]
-    findings: Mapping[str, Mapping[str, Any]]
+    findings: Mapping[str, Mapping[str, Any]] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON can hold it."""
@@ -70,8 +75,9 @@ class MergeReport:
 
     def summary(self) -> str:
         """The report in a few lines."""
+        count = len(self.models)
         lines = [
-            f"merged {len(self.models)} models by {self.method} into "
+            f"merged {count} model{'s' if count > 1 else ''} by {self.method} into "
             f"{self.output_dir or 'memory'}: {self.tensors} tensors, {self.dtype}, "
             f"{format_bytes(self.bytes_written)}",
             f"read {format_bytes(self.bytes_read)} in {self.seconds:.1f} s, "
@@ -102,9 +108,8 @@ def merge_to_folder(
     """
     if recipe.output_dir is None:
         raise ValueError("output_dir must name the folder to make, got None")
-    _check_settings(device, threads)
     started = time.monotonic()
-    with open_plan(recipe) as plan:
+    with open_plan(recipe, settings_problems(device, threads)) as plan:
         _check_space(recipe.output_dir, plan.write_bytes)
         size = parse_size(recipe.max_shard_size)
         with FolderWriter(recipe.output_dir, plan.tensors, size) as writer:
@@ -123,16 +128,30 @@ def merge_to_model(
     Only the result is held in memory, however many models go in.
 
     Arguments and errors as `merge_to_folder`; the recipe has no `output_dir` and no `dtype`.
+    Warns (`UserWarning`) where a vocabulary is cut or a head untied.
     """
-    _check_settings(device, threads)
-    with open_plan(replace(recipe, dtype="float32")) as plan:
+    with open_plan(replace(recipe, dtype="float32"), settings_problems(device, threads)) as plan:
+        for note in plan.alignment.notes:
+            warnings.warn(note, stacklevel=3)
         model = get_llama(plan.template.path)
         if model.config.vocab_size != plan.alignment.vocab_size:
             model.resize_token_embeddings(plan.alignment.vocab_size)
         if not plan.alignment.tied:
             untie_head(model)
+        _check_names(plan, model)
         _stream(plan, ModelSink(model), device, threads, progress)
         return model
+
+
+def _check_names(plan: Plan, model: "PreTrainedModel") -> None:
+    """Every tensor of a loaded model must be merged, and the other way round."""
+    tied = {HEAD} if plan.alignment.tied else set()
+    differing = sorted(model.state_dict().keys() ^ (plan.tensors.keys() | tied))
+    if differing:
+        raise ModelCompatibilityError(
+            f"{plan.template.label}: transformers loads this model with other tensors than its "
+            f"files hold ({', '.join(differing[:3])}). Merge to a folder instead"
+        )
 
 
 class ModelSink:
@@ -154,16 +173,19 @@ def _stream(
         return stream(plan.tasks, plan.method.merge_tensor, plan.base, plan.models, sink, settings)
 
 
-def _check_settings(device: str, threads: int | None) -> None:
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
+def settings_problems(device: str, threads: int | None) -> list[str]:
+    """What is wrong with how a merge is to be run."""
+    problems = []
+    if threads is not None and not (type(threads) is int and threads >= 1):
+        problems.append(f"threads must be a whole number of at least 1, got {threads!r}")
     try:
+        if torch.device(device).type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are known")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"device {device!r} cannot be used here ({reason}). Use device 'cpu'"
-        ) from error
+        problems.append(f"device {device!r} cannot be used here ({reason}). Use device 'cpu'")
+    return problems
 
 
 def merged_config(plan: Plan) -> str:
@@ -236,6 +258,6 @@ def _report(
         peak_memory=peak_memory(),
         files_carried=carried,
         files_left=left,
-        notes=plan.notes,
+        notes=(*plan.notes, *plan.method.remarks(findings)),
         findings=findings,
     )

@@ -14,10 +14,9 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -166,11 +165,11 @@ def stream(
     """
     findings = {}
     buffers = _Buffers()
-    with _workers(settings.threads) as pool:
+    with _Workers(settings.threads) as workers:
         for task in tasks:
             if not task.info.numel:
                 continue
-            work = _TensorWork(task, base, models, settings, buffers, pool)
+            work = _TensorWork(task, base, models, settings, buffers, workers)
             merge = _gather_all(merge_tensor(task), work)
             work.run(functools.partial(write_block, merge, task, sink), lambda *_: None)
             findings[task.name] = merge.findings
@@ -214,14 +213,14 @@ class _TensorWork:
         models: Sequence[Source],
         settings: StreamSettings,
         buffers: "_Buffers",
-        pool: ThreadPoolExecutor,
+        workers: "_Workers",
     ) -> None:
         self.task = task
         self.base = base
         self.sources = [*models] if base is None else [base, *models]
         self.settings = settings
         self.buffers = buffers
-        self.pool = pool
+        self.workers = workers
         self.checked = False
         rows, self.row_length = rows_of(task.info.shape)
         step = max(1, settings.block_elements // max(1, self.row_length))
@@ -246,7 +245,7 @@ class _TensorWork:
         waiting: deque[tuple[range, Future[T]]] = deque()
         for start in range(0, len(self.blocks), SPAN_BLOCKS):
             span = range(start, min(start + SPAN_BLOCKS, len(self.blocks)))
-            waiting.append((span, self.pool.submit(work, span)))
+            waiting.append((span, self.workers.pool.submit(work, span)))
             if len(waiting) > 2 * self.settings.threads:
                 yield self._finish(*waiting.popleft())
         while waiting:
@@ -268,6 +267,8 @@ class _TensorWork:
 
     def read(self, index: int, *, check: bool) -> Block:
         """Read one block of all inputs, as float32 on the device."""
+        if self.workers.stopping.is_set():
+            raise CancelledError
         first, stop = self.blocks[index]
         inputs = []
         for slot, (source, name) in enumerate(zip(self.sources, self.task.sources, strict=True)):
@@ -303,16 +304,45 @@ class _Buffers(threading.local):
         return self.pieces[slot]
 
 
-@contextmanager
-def _workers(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool in which every thread computes on its own, without torch's threads inside."""
-    before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(before)
+class _Workers:
+    """Threads that each compute on their own, without torch's threads inside.
+
+    No thread is left when the block is: they write to files that are closed next, so even a
+    second interrupt has to wait for them, which takes no longer than a block.
+    """
+
+    _lock = threading.Lock()
+    _merges = 0
+    _torch_threads = 1
+
+    def __init__(self, threads: int) -> None:
+        self.stopping = threading.Event()
+        self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+
+    def __enter__(self) -> Self:
+        with _Workers._lock:  # torch's setting is one for the process, whose merges share it
+            if _Workers._merges == 0:
+                _Workers._torch_threads = torch.get_num_threads()
+            _Workers._merges += 1
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        interrupt = None
+        if kind is not None:
+            self.stopping.set()
+        while True:
+            try:
+                self.pool.shutdown(cancel_futures=True)
+                break
+            except KeyboardInterrupt as error:
+                self.stopping.set()
+                interrupt = error
+        with _Workers._lock:
+            _Workers._merges -= 1
+            if _Workers._merges == 0:
+                torch.set_num_threads(_Workers._torch_threads)
+        if interrupt is not None:
+            raise interrupt
 
 
 def all_finite(values: Tensor) -> bool:

@@ -13,6 +13,7 @@ from model_safetensors import FLOAT_DTYPES, TensorInfo
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 VOCABULARY_TENSORS = (EMBEDDING, HEAD)
+KNOWN_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size"),
@@ -64,9 +65,11 @@ class ModelDescription(NamedTuple):
 def is_tied(model: Model) -> bool:
     """Whether a model uses its embedding as its head.
 
-    As config.json says; where it says nothing, a model without a stored head is tied.
+    As config.json says. Where it says nothing, Llama, Mistral, Qwen2 and Qwen3 have a head of
+    their own, as in transformers; others are tied if they store none.
     """
-    return bool(model.config.get("tie_word_embeddings", HEAD not in model.tensors))
+    unsaid = model.config.get("model_type") not in KNOWN_TYPES and HEAD not in model.tensors
+    return bool(model.config.get("tie_word_embeddings", unsaid))
 
 
 def model_problems(model: Model) -> Iterator[str]:
@@ -147,9 +150,15 @@ def structure_problems(model: Model) -> Iterator[str]:
         )
     if wrong or not isinstance(tie, bool):
         return
+    layers = model.config["num_hidden_layers"]
+    if layers > len(model.tensors):
+        yield (
+            f"{model.label}: num_hidden_layers in config.json is {layers}, but there are only "
+            f"{len(model.tensors)} tensors. Download or save the model again"
+        )
+        return
     expected = expected_shapes(model)
     missing = [name for name in expected if name not in model.tensors]
-    layers = model.config["num_hidden_layers"]
     if missing:
         yield (
             f"{model.label}: {_listed(missing, 'tensor')} missing; "
@@ -164,6 +173,17 @@ def structure_problems(model: Model) -> Iterator[str]:
         yield (
             f"{model.label}: {_listed(beyond, 'tensor')} beyond num_hidden_layers "
             f"{layers} in config.json. Save the model again"
+        )
+    unused = sorted(
+        name
+        for name in model.tensors.keys() - expected.keys() - {HEAD, *beyond}
+        if not DERIVED_TENSOR.fullmatch(name)
+    )
+    if unused:
+        yield (
+            f"{model.label}: {_listed(unused, 'tensor')} that a {model.config['model_type']} with "
+            "this config.json does not have; loaders would ignore them. Use the config.json that "
+            "belongs to these weights"
         )
     misshapen = [
         f"{name} {list(model.tensors[name].shape)} instead of {list(shape)}"
@@ -184,16 +204,17 @@ def _is_size(model: Model, key: str) -> bool:
 
 
 def expected_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """The tensors that a model must have, from its config; and in all layers, what one has.
+    """The tensors that a model must have, and their shapes, from its config.
 
-    Only some of the family have biases, norms in the attention or a second norm in the layer.
+    Of types other than `KNOWN_TYPES`, which may have other norms and biases, only the projections
+    are known; their layers must be alike.
     """
     config = model.config
     hidden, wide = config["hidden_size"], config["intermediate_size"]
     heads = config["num_attention_heads"]
     head_size = config.get("head_dim") or hidden // heads
     queries, keys = heads * head_size, (config.get("num_key_value_heads") or heads) * head_size
-    layer = {
+    layer: dict[str, tuple[int, ...]] = {
         f"{part}.weight": shape
         for part, shape in {
             "self_attn.q_proj": (queries, hidden),
@@ -203,17 +224,48 @@ def expected_shapes(model: Model) -> dict[str, tuple[int, ...]]:
             "mlp.gate_proj": (wide, hidden),
             "mlp.up_proj": (wide, hidden),
             "mlp.down_proj": (hidden, wide),
-            "post_attention_layernorm": (hidden,),
         }.items()
     }
-    for name in sorted(model.tensors, key=layer_order):
-        if (match := FAMILY_TENSOR.fullmatch(name)) and match[1]:
-            layer.setdefault(name.split(".", 3)[3], model.tensors[name].shape)
+    if config.get("model_type") in KNOWN_TYPES:
+        layer |= _norms_and_biases(config, layer, head_size)
+    else:
+        layer |= _parts_of_any_layer(model, layer)
     vocabulary = (config["vocab_size"], hidden)
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: vocabulary, "model.norm.weight": (hidden,)}
     for number in range(config["num_hidden_layers"]):
         shapes |= {f"model.layers.{number}.{part}": shape for part, shape in layer.items()}
     return shapes if is_tied(model) else shapes | {HEAD: vocabulary}
+
+
+def _norms_and_biases(
+    config: Mapping[str, Any], projections: Mapping[str, tuple[int, ...]], head_size: int
+) -> dict[str, tuple[int, ...]]:
+    """What a layer of a known type has besides its projections."""
+    kind, hidden = config["model_type"], config["hidden_size"]
+    parts: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+    }
+    if kind == "qwen3":
+        parts |= dict.fromkeys(("self_attn.q_norm.weight", "self_attn.k_norm.weight"), (head_size,))
+    biased = {"qwen2": "qkv", "mistral": ""}.get(
+        kind, "qkvo" if config.get("attention_bias") else ""
+    )
+    names = [f"self_attn.{letter}_proj" for letter in biased]
+    if kind == "llama" and config.get("mlp_bias"):
+        names += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    return parts | {f"{name}.bias": projections[f"{name}.weight"][:1] for name in names}
+
+
+def _parts_of_any_layer(
+    model: Model, projections: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """What some layer has besides the projections, with the shape in the first that has it."""
+    parts: dict[str, tuple[int, ...]] = {}
+    for name in sorted(model.tensors, key=layer_order):
+        if (match := FAMILY_TENSOR.fullmatch(name)) and match[1]:
+            parts.setdefault(name.split(".", 3)[3], model.tensors[name].shape)
+    return {part: shape for part, shape in parts.items() if part not in projections}
 
 
 def pair_problems(first: Model, model: Model) -> Iterator[str]:

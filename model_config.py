@@ -12,7 +12,10 @@ from typing import Any
 
 def read_config(text: str) -> dict[str, Any]:
     """The JSON object in `text`; `ValueError` if it is something else."""
-    config = json.loads(text)
+    try:
+        config = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     if not isinstance(config, dict):
         raise ValueError("expected a JSON object")
     return config

@@ -40,6 +40,11 @@ def find_model_folder(model: str | os.PathLike[str]) -> Path:
         raise ModelCompatibilityError(
             f"{model}: expected a model folder with config.json and safetensors files, got a file"
         )
+    if path.parent.name and path.parent.is_dir():
+        near = ", ".join(sorted(child.name for child in path.parent.iterdir())[:MAX_LISTED])
+        raise ModelCompatibilityError(
+            f"{model}: no such folder; {path.parent} has {near or 'nothing in it'}. Check the name"
+        )
     if HUB_ID.fullmatch(str(model)):
         return _download(str(model))
     raise ModelCompatibilityError(
@@ -48,6 +53,11 @@ def find_model_folder(model: str | os.PathLike[str]) -> Path:
 
 
 def _folder_below(path: Path) -> Path:
+    if (path / "adapter_config.json").is_file():
+        raise ModelCompatibilityError(
+            f"{path}: is a LoRA adapter, not a model (it has adapter_config.json). "
+            "Fold it into its base first (PEFT: merge_and_unload, then save_pretrained)"
+        )
     if (path / "config.json").is_file():
         return path
     found = sorted(_walk(path, MAX_DEPTH))
@@ -59,11 +69,6 @@ def _folder_below(path: Path) -> Path:
         raise ModelCompatibilityError(
             f"{path}: has no config.json itself and {len(found)} model folders below it. "
             f"Name one of them:{listed}{more}"
-        )
-    if (path / "adapter_config.json").is_file():
-        raise ModelCompatibilityError(
-            f"{path}: is a LoRA adapter, not a model (adapter_config.json, no config.json). "
-            "Fold it into its base first (PEFT: merge_and_unload, then save_pretrained)"
         )
     raise ModelCompatibilityError(
         f"{path}: no config.json in this folder or up to {MAX_DEPTH} levels below it. "

@@ -4,6 +4,7 @@ The same rules serve models in memory (`prepare_models_for_merging`) and model f
 config.json and headers are enough (`align`).
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -78,14 +79,16 @@ def align(models: Sequence[Model]) -> Alignment:
         ModelCompatibilityError: a model is quantized, not of the LLaMA family or incomplete;
             architectures or shapes differ; a special token would be cut off.
     """
-    problems = [problem for model in models for problem in model_problems(model)]
-    if problems:
-        raise ModelCompatibilityError(problems)
-    problems = [problem for model in models[1:] for problem in pair_problems(models[0], model)]
-    sizes = [model.tensors[EMBEDDING].shape[0] for model in models]
-    vocab_size = min(sizes)
-    smallest = models[sizes.index(vocab_size)]
-    problems += special_id_problems(models[0], vocab_size, smallest.label)
+    found = [list(model_problems(model)) for model in models]
+    problems = [problem for of_one in found for problem in of_one]
+    sound = [model for model, of_one in zip(models, found, strict=True) if not of_one]
+    sizes = [model.tensors[EMBEDDING].shape[0] for model in sound]
+    vocab_size = min(sizes, default=0)
+    if sound and sound[0] is models[0]:
+        for model in sound[1:]:
+            problems += pair_problems(models[0], model)
+        smallest = sound[sizes.index(vocab_size)]
+        problems += special_id_problems(models[0], vocab_size, smallest.label)
     if problems:
         raise ModelCompatibilityError(problems)
     tied = [is_tied(model) for model in models]
@@ -153,6 +156,9 @@ def prepare_models_for_merging(
     Raises:
         ModelCompatibilityError: a model is quantized, architectures or shapes differ, or a
             special token would be cut off. Nothing has been changed then.
+
+    Warns:
+        UserWarning: a vocabulary is cut, or a head is untied.
     """
     models = [base, *ft_models]
     labels = ["base", *(f"ft_models[{index}]" for index in range(len(ft_models)))]
@@ -164,8 +170,10 @@ def prepare_models_for_merging(
     if quantized:
         raise ModelCompatibilityError(quantized)
     alignment = align([describe(label, model) for label, model in zip(labels, models, strict=True)])
+    for note in alignment.notes:
+        warnings.warn(note, stacklevel=2)
     for model in models:
-        if model.config.vocab_size != alignment.vocab_size:
+        if len(model.get_input_embeddings().weight) != alignment.vocab_size:
             model.resize_token_embeddings(alignment.vocab_size)
         if not alignment.tied:
             untie_head(model)
@@ -174,7 +182,7 @@ def prepare_models_for_merging(
 
 def untie_head(model: "PreTrainedModel") -> None:
     """Give a model whose head is its embedding a head of its own, with the same weights."""
-    if not model.config.tie_word_embeddings:
+    if not _has_tied_head(model):
         return
     embedding = model.get_input_embeddings().weight.detach()
     head = nn.Linear(
@@ -185,14 +193,22 @@ def untie_head(model: "PreTrainedModel") -> None:
     model.set_output_embeddings(head)
 
 
+def _has_tied_head(model: "PreTrainedModel") -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
 def describe(label: str, model: "PreTrainedModel") -> ModelDescription:
-    """A transformers model as the rules see it."""
+    """A transformers model as the rules see it; its head is tied if it is so in fact."""
     names = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
+    tied = _has_tied_head(model)
     tensors = {
         name: TensorInfo(names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
         for name, tensor in model.state_dict().items()
+        if not (tied and name == HEAD)
     }
-    return ModelDescription(label, model.config.to_dict(), tensors)
+    config = model.config.to_dict() | {"tie_word_embeddings": tied}
+    return ModelDescription(label, config, tensors)
 
 
 def _quantized_modules(label: str, model: "PreTrainedModel") -> Iterator[str]:

@@ -162,7 +162,7 @@ def open_model_folder(model: str | os.PathLike[str]) -> ModelFolder:
     label = str(model)
     folder = ModelFolder(label, find_model_folder(model))
     try:
-        folder.config_text = (folder.path / "config.json").read_text("utf-8")
+        folder.config_text = (folder.path / "config.json").read_bytes().decode("utf-8")
         folder.config = read_config(folder.config_text)
         folder._open_weights()
     except ValueError as error:
@@ -231,17 +231,23 @@ class FolderWriter:
         self, output_dir: Path, tensors: Mapping[str, TensorInfo], max_shard_size: int
     ) -> None:
         check_output_dir(output_dir)
-        self.output_dir = output_dir
+        self.output_dir = Path(os.path.abspath(output_dir))
         self.tensors = tensors
         self.shards = plan_shards(tensors, max_shard_size)
-        self.partial = output_dir.with_name(f".{output_dir.name}.partial-{secrets.token_hex(4)}")
+        self.partial = self.output_dir.with_name(
+            f".{self.output_dir.name}.partial-{secrets.token_hex(4)}"
+        )
+        self._parents_made: list[Path] = []
         self._places: dict[str, tuple[int, HeaderEntry]] = {}
         self._descriptors: list[int] = []
 
     def __enter__(self) -> Self:
-        self.output_dir.parent.mkdir(parents=True, exist_ok=True)
-        self.partial.mkdir()
         try:
+            for parent in reversed(self.output_dir.parents):
+                if not parent.exists():
+                    parent.mkdir()
+                    self._parents_made.append(parent)
+            self.partial.mkdir()
             for file, names in self.shards.items():
                 self._create_shard(file, names)
         except BaseException:
@@ -277,7 +283,7 @@ class FolderWriter:
 
     def write_text(self, name: str, text: str) -> None:
         """Add a text file."""
-        (self.partial / name).write_text(text, "utf-8")
+        (self.partial / name).write_bytes(text.encode("utf-8"))
 
     def copy_file(self, source: Path) -> None:
         """Add a file, byte for byte."""
@@ -287,13 +293,12 @@ class FolderWriter:
         """Bring everything to the disk and give the folder its name."""
         if len(self.shards) > 1:
             self.write_text(INDEX, self._index())
-        for descriptor in self._descriptors:
-            os.fsync(descriptor)
         for file in self.partial.iterdir():
             _fsync_path(file)
         _fsync_path(self.partial)
         check_output_dir(self.output_dir)
         os.rename(self.partial, self.output_dir)
+        self._parents_made.clear()
         _fsync_path(self.output_dir.parent)
 
     def _create_shard(self, file: str, names: Sequence[str]) -> None:
@@ -316,18 +321,28 @@ class FolderWriter:
         return json.dumps(index, indent=2) + "\n"
 
     def _abandon(self) -> None:
-        """Close the files; remove the temporary folder if it was not renamed."""
+        """Close the files; remove what was made if it was not renamed."""
         while self._descriptors:
             os.close(self._descriptors.pop())
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self.partial)
+        while self._parents_made:
+            with contextlib.suppress(OSError):  # someone else has put something there meanwhile
+                self._parents_made.pop().rmdir()
 
 
 def check_output_dir(output_dir: Path) -> None:
-    """Raise `FileExistsError` unless `output_dir` is free: not there, or an empty folder."""
+    """Raise `FileExistsError` unless `output_dir` is free: not there, or an empty folder.
+
+    A complete folder takes its place by being renamed, which works with no link or mount point.
+    """
+    if output_dir.is_symlink() or os.path.ismount(output_dir):
+        raise FileExistsError(
+            f"{output_dir}: the output is a link or a mount point. Name a new folder inside it"
+        )
     if output_dir.is_dir() and not any(output_dir.iterdir()):
         return
-    if output_dir.exists() or output_dir.is_symlink():
+    if output_dir.exists():
         raise FileExistsError(
             f"{output_dir}: the output exists already. Choose another name or remove it first"
         )
@@ -384,14 +399,32 @@ def get_llama(model: str | os.PathLike[str], device: str = "cpu") -> "PreTrained
         device: such as "cpu" or "cuda".
 
     Raises:
-        ModelCompatibilityError: there is no such model.
-        OSError: transformers cannot load it.
+        ModelCompatibilityError: there is no such model, transformers does not know its
+            architecture, or its weights are not all there.
+        OSError: a file cannot be read.
     """
     from transformers import AutoModelForCausalLM
 
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        find_model_folder(model), dtype=torch.float32, use_safetensors=True, local_files_only=True
-    )
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            find_model_folder(model),
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except ValueError as error:
+        raise ModelCompatibilityError(
+            f"{model}: transformers cannot load this model: {error}"
+        ) from error
+    random = sorted(info["missing_keys"])
+    if random:
+        raise ModelCompatibilityError(
+            f"{model}: {len(random)} tensors that transformers expects are missing "
+            f"({', '.join(random[:3])}); it would fill them at random. Download the model again"
+        )
     if loaded.config.tie_word_embeddings:
         loaded.tie_weights()  # some versions keep a stored head that config.json says is not used
-    return loaded.to(device).eval()
+    ready: PreTrainedModel = loaded.to(device).eval()
+    return ready

@@ -14,26 +14,46 @@ RUN = 2**14
 rows of a tensor are grouped into blocks."""
 
 
+SMALLEST, LARGEST = 1e-30, 1e30
+"""Weights beyond these magnitudes are refused: products with them leave the range of float32."""
+
+
 def check_weights(weights: Sequence[float]) -> None:
-    """Raise `ValueError` unless there is at least one weight and all are finite."""
+    """Raise `ValueError` unless there is a weight, and all are 0 or of a magnitude in range."""
     if not weights:
         raise ValueError("weights must have at least one entry, got none")
     for weight in weights:
-        if not math.isfinite(weight):
-            raise ValueError(f"weights must be finite numbers, got {weight}")
+        if not (weight == 0 or SMALLEST <= abs(weight) <= LARGEST):
+            raise ValueError(
+                f"weights must be 0 or between {SMALLEST:g} and {LARGEST:g} in magnitude, "
+                f"got {weight}"
+            )
 
 
 def check_normalizable(weights: Sequence[float]) -> None:
     """Raise `ValueError` when dividing by the sum of `weights` makes no sense.
 
-    The sum counts as zero below 1e-12 of the summed magnitudes.
+    The sum counts as zero below 1e-12 of the summed magnitudes, and where float32 sees none.
     """
     total = math.fsum(weights)
-    if abs(total) <= 1e-12 * math.fsum(abs(weight) for weight in weights):
+    magnitude = math.fsum(abs(weight) for weight in weights)
+    if abs(total) <= 1e-12 * magnitude or float32_sum(weights) == 0:
         raise ValueError(
             f"weights {list(weights)} sum to {total:g}, so they cannot be normalized. "
-            "Change a weight, or pass normalize=False to take the plain sum"
+            "Change a weight, or turn normalize off to take the plain sum"
         )
+
+
+def float32_sum(weights: Sequence[float]) -> float:
+    """Sum of the weights as float32 arithmetic applies them, in their order.
+
+    >>> float32_sum([1.0, -0.999999999])
+    0.0
+    """
+    total = torch.zeros(())
+    for weight in weights:
+        total += weight
+    return float(total)
 
 
 def check_tensors(tensors: Sequence[Tensor], base: Tensor | None = None) -> None:
@@ -48,6 +68,17 @@ def check_tensors(tensors: Sequence[Tensor], base: Tensor | None = None) -> None
             raise ValueError(
                 f"tensors must have one shape, got {tuple(first.shape)} and {tuple(tensor.shape)}"
             )
+
+
+def as_float32(parameters: Sequence[Tensor], device: str | torch.device) -> list[Tensor]:
+    """Parameters of loaded models, detached, float32, on `device`; `ValueError` if not floats."""
+    for parameter in parameters:
+        if not isinstance(parameter, Tensor) or not parameter.is_floating_point():
+            kind = parameter.dtype if isinstance(parameter, Tensor) else type(parameter).__name__
+            raise ValueError(
+                f"parameters must be float tensors, got {kind}. Quantized weights cannot be merged"
+            )
+    return [parameter.detach().to(device=device, dtype=torch.float32) for parameter in parameters]
 
 
 def check_count(name: str, values: Sequence[float], tensors: Sequence[Tensor]) -> None:
@@ -65,9 +96,9 @@ def check_t(t: float) -> None:
 
 
 def check_lam(lam: float) -> None:
-    """Raise `ValueError` unless `lam` is finite."""
-    if not math.isfinite(lam):
-        raise ValueError(f"lam must be a finite number, got {lam}")
+    """Raise `ValueError` unless `lam` is a number of a magnitude in range."""
+    if not abs(lam) <= LARGEST:
+        raise ValueError(f"lam must be a number up to {LARGEST:g} in magnitude, got {lam}")
 
 
 def select(mask: Tensor, values: Tensor) -> Tensor:

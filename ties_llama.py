@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_command import run_command
-from merge_recipe import DEFAULT_SHARD_SIZE, Recipe, model_names
+from merge_recipe import DEFAULT_SHARD_SIZE, Recipe, model_name, model_names
 from merge_run import MergeReport, merge_to_folder, merge_to_model
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def ties_merge_llama(
     """
     recipe = Recipe(
         method=METHOD,
-        base_model=os.fspath(base_model_path),
+        base_model=model_name(base_model_path),
         models=model_names(ft_model_paths),
         parameters={
             "weights": weights,
@@ -94,7 +94,7 @@ def ties_merge_llama_to_folder(
     """
     recipe = Recipe(
         method=METHOD,
-        base_model=os.fspath(base_model_path),
+        base_model=model_name(base_model_path),
         models=model_names(ft_model_paths),
         parameters={
             "weights": weights,

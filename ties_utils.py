@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from linear_utils import add_task_vector
-from tensor_utils import check_count, check_tensors, check_weights, select
+from tensor_utils import as_float32, check_count, check_tensors, check_weights, select
 
 
 class TrimThreshold(NamedTuple):
@@ -44,6 +44,7 @@ def check_density(density: float) -> None:
     if not 0.0 <= density <= 1.0:
         raise ValueError(
             f"densities must be in [0, 1] (the share of each task vector kept), got {density}"
+            f"{f'; for {density:g} percent write {density / 100:g}' if 1 < density <= 100 else ''}"
         )
 
 
@@ -57,7 +58,7 @@ def check_ties_weights(weights: Sequence[float], *, normalize: bool) -> None:
     if normalize and min(weights) < 0:
         raise ValueError(
             f"weights must not be negative when normalize is on, got {list(weights)}. "
-            "Pass normalize=False to subtract a model"
+            "Turn normalize off to subtract a model"
         )
 
 
@@ -261,7 +262,7 @@ def disjoint_mean(
         if normalize:
             divisor += agreeing.sign() * weight
     total *= signs
-    # Weights are not negative here, so the divisor is 0 only where the total is 0 as well.
+    # Weights are 0 or at least 1e-30 here, so the divisor is 0 only where the total is as well.
     return total / divisor.clamp_(min=torch.finfo(torch.float32).tiny) if normalize else total
 
 
@@ -359,10 +360,7 @@ class TIES:
         Raises:
             ValueError: as `ties`.
         """
-        base, *tensors = (
-            parameter.detach().to(device=device, dtype=torch.float32)
-            for parameter in (base_model_parameters, *ft_models_parameters)
-        )
+        base, *tensors = as_float32([base_model_parameters, *ft_models_parameters], device)
         return ties(base, tensors, weights, densities, lam=self.lam, normalize=self.normalize)
 
 

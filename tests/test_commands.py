@@ -4,10 +4,13 @@ import importlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from tiny_checkpoints import make_llama, read_tensors, tensor_hashes
@@ -58,7 +61,10 @@ def command(*arguments, cwd):
     [
         ({"weights": [1.0]}, r"weights must have one entry per model: got 1 \(1.0\) for 2 models"),
         ({"weights": [1, 2, 3]}, r"weights must have one entry per model: got 3 \(1, 2, 3\)"),
-        ({"weights": [1.0, math.nan]}, "weights must be finite numbers, got nan"),
+        (
+            {"weights": [1.0, math.nan]},
+            "weights must be 0 or between 1e-30 and 1e\\+30 in magnitude, got nan",
+        ),
         ({"weights": [1.0, "x"]}, "weights must be of type float, got 'x'"),
         ({"weights": [True, 1.0]}, "weights must be of type float, got True"),
         ({"weights": 0.5}, "weights must be a list with one entry per model, got 0.5"),
@@ -67,11 +73,11 @@ def command(*arguments, cwd):
         ({"densities": [0.5, 1.5]}, r"densities must be in \[0, 1\] .* got 1.5"),
         ({"densities": [0.5, 20]}, r"densities must be in \[0, 1\] .* got 20"),
         ({"densities": [0.5, math.nan]}, r"densities must be in \[0, 1\] .* got nan"),
-        ({"lam": math.inf}, "lam must be a finite number, got inf"),
+        ({"lam": math.inf}, "lam must be a number up to .* in magnitude, got inf"),
         ({"normalize": "yes"}, "normalize must be of type bool, got 'yes'"),
         ({"dtype": "fp16"}, "dtype must be one of float32, float16, bfloat16, got 'fp16'"),
         ({"max_shard_size": "5 apples"}, "max_shard_size must be a size such as 5GB"),
-        ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"threads": 0}, "threads must be a whole number of at least 1, got 0"),
         ({"device": "nowhere"}, "device 'nowhere' cannot be used here"),
         ({"output_dir": "a"}, "a: the output exists already"),
         ({"ft_model_paths": []}, "ties takes at least 1 fine-tuned models, got 0"),
@@ -82,6 +88,34 @@ def test_parameters_out_of_range_are_refused(models, options, text):
     with pytest.raises((ValueError, FileExistsError), match=text):
         ties_merge_llama_to_folder("base", **arguments)
     assert sorted(os.listdir(models)) == ["a", "b", "base"]
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(models):
+    numpy.testing.assert_equal(
+        *(
+            ties_merge_llama_to_folder(
+                "base", ["a", "b"], weights, densities, output_dir=out, progress=False
+            ).parameters
+            for weights, densities, out in (
+                ([0.5, 0.25], [0.5, 1.0], "x"),
+                (numpy.array([0.5, 0.25], "float32"), torch.tensor([0.5, 1.0]), "y"),
+            )
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: ties_merge_llama(["a"], "base"), "base_model_path must be the name .* got .'a'."),
+        (lambda: ties_merge_llama("base", [torch.nn.Linear(2, 2)]), "each of ft_model_paths must"),
+        (lambda: ties_merge_llama("base", None), "ft_model_paths must be a list of models, got"),
+        (lambda: ties_merge_llama("", ["a"]), "base_model_path must be the name"),
+    ],
+)
+def test_arguments_of_another_type_are_named(models, call, text):
+    with pytest.raises(TypeError, match=text):
+        call()
 
 
 @pytest.mark.parametrize(
@@ -198,6 +232,29 @@ def test_a_full_disk_ends_with_status_5(models, capsys, monkeypatch):
     assert capsys.readouterr().err.startswith("error: out: the result needs")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_two_signals_in_the_middle_leave_nothing_behind(models, tmp_path, number):
+    """Threads must be gone before their files are closed, even if one more comes meanwhile."""
+    large = {"layers": 2, "hidden_size": 256, "intermediate_size": 2048, "vocab_size": 2048}
+    base = make_llama(tmp_path / "base", **large)
+    make_llama(tmp_path / "a", base=base, **large)
+    arguments = ["base", "--ft_models", "a", "--densities", "0.5", "--save", "new/out", "--quiet"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "dare_llama.py", *arguments],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not list(tmp_path.glob("new/.out.partial-*/model.safetensors")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(number)
+    time.sleep(0.02)
+    process.send_signal(number)
+    _, error = process.communicate()
+    assert process.returncode == 128 + number
+    assert error == "error: interrupted; nothing has been written\n"
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "base"]
+
+
 def test_an_interrupt_leaves_nothing_and_ends_with_status_130(models, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -283,15 +340,49 @@ def test_a_plan_reads_no_weights_and_writes_nothing(models, capsys, monkeypatch)
         "tensors     12, 2,992 elements, vocabulary 32, head of its own",
         "read        71.81 KB in 4 passes",
         "write       11.97 KB",
-        "memory      about 86.02 KB beside Python and torch",
+        "memory      about 6.41 MB beside Python and torch",
     ):
         assert line in lines
     assert not (models / "out").exists()
 
 
-def test_a_plan_says_what_is_seldom_meant(models, capsys):
-    assert ties("--plan") == 0
-    assert "note        every density is 1.0, so nothing is trimmed" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("arguments", "note"),
+    [
+        ([], "every density is 1.0, so nothing is trimmed or dropped; 0.2 to 0.5 is usual"),
+        (["--densities", 0, 0.5], "density 0 leaves nothing of model 1"),
+        (["--lambda", 0], "lambda is 0, so the result is the base"),
+        (["--weights", 50, 50, "--no-normalize"], "lambda times the weights sums to 100; weights"),
+        (["--ft_models", "base", "--densities", 1, 1, 1], "base: the same model as base"),
+    ],
+)
+def test_a_plan_says_what_is_seldom_meant(models, capsys, arguments, note):
+    assert ties("--plan", *arguments) == 0
+    assert f"note        {note}" in capsys.readouterr().out
+
+
+def test_a_plan_refuses_what_the_merge_would_refuse(models, capsys, monkeypatch):
+    assert ties("--plan", "--threads", -2) == 2
+    assert "threads must be a whole number of at least 1, got -2" in capsys.readouterr().err
+    monkeypatch.setattr("merge_plan.free_bytes", lambda _: 10)
+    assert ties("--plan", "--save", "out") == 0
+    assert "note        the disk has too little room" in capsys.readouterr().out
+
+
+def test_an_option_given_twice_adds_to_the_list(models, capsys):
+    options = ("--weights", 0.5, "--ft_models", "base", "--weights", 0.25, 0.5)
+    assert ties(*options, "--save", "out") == 0
+    report = capsys.readouterr().out
+    assert report.startswith("merged 3 models by ties into out")
+
+
+def test_a_misspelt_folder_is_told_from_a_hub_id(models, capsys):
+    (models / "models").mkdir()
+    (models / "base").rename(models / "models/base")
+    assert ties_main(["models/bas", "--ft_models", "a", "--plan"]) == 3
+    assert capsys.readouterr().err == (
+        "error: models/bas: no such folder; models has base. Check the name\n"
+    )
 
 
 def test_a_streamed_merge_imports_no_transformers(models):
@@ -334,8 +425,8 @@ def test_a_script_runs_from_another_folder_and_prints_no_traceback(models):
 
 def test_models_of_two_kinds_of_problem_are_all_named(models):
     change_config("a", quantize)
-    change_config("b", lambda config: config.update(model_type="qwen2"))
+    change_config("b", lambda config: config.update(hidden_size=99))
     change_config("base", lambda config: config.update(num_hidden_layers=2))
     with pytest.raises(ModelCompatibilityError) as caught:
         ties_merge_llama_to_folder("base", ["a", "b"], output_dir="out")
-    assert [problem.split(":")[0] for problem in caught.value.problems] == ["base", "a"]
+    assert [problem.split(":")[0] for problem in caught.value.problems] == ["base", "a", "b"]

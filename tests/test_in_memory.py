@@ -83,9 +83,14 @@ def test_both_functions_take_the_same_arguments_in_the_same_order(method):
         assert memory[parameter.name].default == default
 
 
+CUT = "vocabularies cut to the smallest, 40 rows"
+MIXED = "some models tie their head"
+
+
 def test_a_smaller_vocabulary_in_memory(tmp_path):
     base, *models = make_family(tmp_path, sizes=(40, 48, 44))
-    merged = ties_merge_llama(base, models, progress=False)
+    with pytest.warns(UserWarning, match=CUT):
+        merged = ties_merge_llama(base, models, progress=False)
     assert merged.config.vocab_size == 40
     assert merged.get_input_embeddings().weight.shape == (40, 16)
     assert merged.lm_head.weight.shape == (40, 16)
@@ -95,14 +100,16 @@ def test_a_smaller_vocabulary_in_memory(tmp_path):
 
 def test_a_base_with_the_larger_vocabulary_in_memory(tmp_path):
     base, *models = make_family(tmp_path, sizes=(48, 40, 44))
-    merged = ties_merge_llama(base, models, progress=False)
+    with pytest.warns(UserWarning, match=CUT):
+        merged = ties_merge_llama(base, models, progress=False)
     assert merged.config.vocab_size == 40
     assert merged(torch.tensor([[3, 4]])).logits.shape == (1, 2, 40)
 
 
 def test_tied_and_untied_models_in_memory_give_an_untied_one_that_stays_so(tmp_path):
     base, *models = make_family(tmp_path, tied=(True, False, True))
-    merged = ties_merge_llama(base, models, lam=0.7, progress=False)
+    with pytest.warns(UserWarning, match=MIXED):
+        merged = ties_merge_llama(base, models, lam=0.7, progress=False)
     ties_merge_llama_to_folder(
         base, models, lam=0.7, output_dir=tmp_path / "out", dtype="float32", progress=False
     )
@@ -118,7 +125,8 @@ def test_tied_and_untied_models_in_memory_give_an_untied_one_that_stays_so(tmp_p
 
 def test_a_head_that_a_tied_model_stores_and_does_not_use_is_left_out(tmp_path):
     folder = make_llama(tmp_path / "m", tied=True, extra={HEAD: torch.ones(48, 16)}, **SMALL)
-    merged = linear_merge_llama([folder, folder], progress=False)
+    with pytest.warns(UserWarning, match=r"its stored lm_head\.weight is not used"):
+        merged = linear_merge_llama([folder, folder], progress=False)
     embedding = read_tensors(folder)[EMBEDDING].float()
     assert torch.equal(merged.lm_head.weight, embedding)
     assert torch.equal(merged.get_input_embeddings().weight, embedding)
@@ -175,7 +183,8 @@ def test_preparing_and_merging_by_hand(tmp_path):
     base, ft1, ft2 = (
         get_llama(str(path), device="cpu") for path in make_family(tmp_path, sizes=(48, 40, 44))
     )
-    base, [ft1, ft2] = prepare_models_for_merging(base, [ft1, ft2])
+    with pytest.warns(UserWarning, match=CUT):
+        base, [ft1, ft2] = prepare_models_for_merging(base, [ft1, ft2])
     assert base.config.vocab_size == ft1.config.vocab_size == 40
     assert base.lm_head.weight.shape[0] == ft1.lm_head.weight.shape[0] == 40
     for _, module in base.named_modules():

@@ -14,12 +14,20 @@ MERGE = [n for n in MODULES if n.startswith("merge_")]
 DRIVERS = [n for n in MODULES if n.endswith("_llama")]
 
 
+def nodes_of(node: ast.AST, *, functions: bool):
+    """All nodes below one; without functions, those that run when a module is imported."""
+    for child in ast.iter_child_nodes(node):
+        later = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+        later |= isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+        if functions or not later:
+            yield child
+            yield from nodes_of(child, functions=functions)
+
+
 def imports(source: str, *, top_level: bool = False) -> set[str]:
     """First parts of all imported names; `top_level` leaves out those inside functions."""
-    tree = ast.parse(source)
-    nodes = tree.body if top_level else list(ast.walk(tree))
     found = set()
-    for node in nodes:
+    for node in nodes_of(ast.parse(source), functions=not top_level):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -66,6 +74,6 @@ def test_every_module_is_installed():
 
 
 def test_the_import_finder_sees_imports_inside_functions():
-    source = "import os.path\ndef f():\n    from transformers import X\n"
+    source = "if 1:\n    import os.path\ndef f():\n    from transformers import X\n"
     assert imports(source) == {"os", "transformers"}
     assert imports(source, top_level=True) == {"os"}

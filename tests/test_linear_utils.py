@@ -142,13 +142,13 @@ def test_inputs_are_unchanged():
     [
         (lambda x: linear([x, x], [1.0]), "one entry per model, got 1 for 2 models"),
         (lambda x: linear([x, x], [1.0, -1.0]), "sum to 0, so they cannot be normalized"),
-        (lambda x: linear([x], [math.nan]), "weights must be finite numbers, got nan"),
+        (lambda x: linear([x], [math.nan]), "weights must be 0 or between .* got nan"),
         (lambda x: linear([], []), "weights must have at least one entry"),
         (lambda x: linear([x, x[:1]], [1, 1]), r"one shape, got \(2,\) and \(1,\)"),
         (lambda x: linear([x.double()], [1]), "must be float32, got torch.float64"),
         (lambda x: lerp(x, x, 1.5), r"t must be in \[0, 1\] .* got 1.5"),
         (lambda x: lerp(x, x, math.nan), r"t must be in \[0, 1\] .* got nan"),
-        (lambda x: task_arithmetic(x, [x], [1.0], lam=math.inf), "lam must be a finite number"),
+        (lambda x: task_arithmetic(x, [x], [1.0], lam=math.inf), "lam must be a number up to"),
         (lambda x: sequential_lerp([x, x], [0, 1]), "the first above 0"),
     ],
 )

@@ -4,6 +4,8 @@ import functools
 import json
 import math
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from merge_methods import METHODS
 from merge_plan import open_plan
 from merge_recipe import Recipe
 from merge_run import merge_to_folder
-from merge_stream import StreamSettings, stream
+from merge_stream import Gather, Merge, StreamSettings, stream
 from model_errors import ModelCompatibilityError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -245,9 +247,12 @@ def test_vocabularies_are_cut_to_the_smallest_and_the_report_says_so(tmp_path):
     assert merged[EMBEDDING].shape == merged[HEAD].shape == (24, 16)
     assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == 24
     assert report.rows_aligned == {str(base): 8, str(models[1]): 8, str(models[2]): 4}
-    cut = make_family(tmp_path / "cut", vocab_size=24)
-    run("ties", cut[0], cut[1], tmp_path / "same", parameters=CASES["ties"][1])
-    assert merged.keys() == read_tensors(tmp_path / "same").keys()
+    stored = [read_tensors(folder) for folder in (base, *models)]
+    for name in (EMBEDDING, HEAD):  # the first rows of each
+        first, *rest = (tensors[name][:24].double().numpy() for tensors in stored)
+        want = reference.ties(first, rest, **CASES["ties"][1])
+        wrong = np.abs(merged[name].numpy() - want) > 1e-5
+        assert not (wrong & ~close_votes(CASES["ties"][1], first, rest)).any()
 
 
 # What goes wrong while it runs
@@ -264,6 +269,63 @@ def test_weights_that_are_not_numbers_are_refused_by_place(tmp_path, value, show
         run("ties", base, models, tmp_path / "out")
     assert str(caught.value).startswith(f"{models[1]}: model.layers.0")
     assert sorted(os.listdir(tmp_path)) == ["base", "model-2", "model-3", "model-4"]
+
+
+def test_every_block_is_checked_and_large_sums_are_no_infinities(tmp_path, monkeypatch):
+    small = functools.partial(StreamSettings, block_elements=50)
+    monkeypatch.setattr(merge_run, "StreamSettings", small)
+    base, models = make_family(tmp_path)
+    tensors = read_tensors(models[1])
+    tensors["lm_head.weight"][-1] = 3e38  # finite, but their sum is not
+    save_tensors(models[1], tensors, 1)
+    run("slerp", base, models, tmp_path / "out")
+    tensors["lm_head.weight"][-1, 5] = math.nan
+    save_tensors(models[1], tensors, 1)
+    with pytest.raises(ModelCompatibilityError, match=r"row 31, column 5 \(nan; 1 such"):
+        run("slerp", base, models, tmp_path / "again")
+
+
+def test_what_is_gathered_does_not_pile_up(tmp_path, monkeypatch):
+    """A slow fold must hold the threads back, or results wait in memory for it."""
+    monkeypatch.setattr(merge_stream, "SPAN_BLOCKS", 1)
+    alive, most = set(), 0
+
+    class Result:
+        def __init__(self):
+            nonlocal most
+            alive.add(id(self))
+            most = max(most, len(alive))
+
+        def __del__(self):
+            alive.discard(id(self))
+
+    def slow_fold(left, right):
+        time.sleep(0.001)
+        return left
+
+    def merge_tensor(task):
+        yield Gather(lambda block: Result(), slow_fold)
+        return Merge(lambda block: block.models[0])
+
+    _, (model,) = make_family(tmp_path, ("float32",) * 2)
+    with open_plan(Recipe(method="linear", models=(str(model),))) as plan:
+        settings = StreamSettings(threads=2, block_elements=1)
+        stream(plan.tasks, merge_tensor, None, plan.models, Nowhere(), settings)
+    assert most <= 2 * 2 + 3
+
+
+def test_merges_at_the_same_time_leave_torchs_threads_as_they_were(tmp_path):
+    base, models = make_family(tmp_path)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda n: run("ties", base, models, tmp_path / f"{n}"), range(8)))
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 2
+        assert len({str(tensor_hashes(tmp_path / f"{n}")) for n in range(8)}) == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_model_with_weight_zero_is_still_checked(tmp_path):
@@ -332,9 +394,13 @@ def test_the_report_says_what_was_done(tmp_path):
     up = report.findings["model.layers.0.mlp.up_proj.weight"]["trim"][0]
     assert up["kept"] == 24 * 16 // 2
     assert up["threshold"] > 0
-    slerp = run("slerp", base, models, tmp_path / "slerp").findings["lm_head.weight"]
-    assert slerp["branch"] == "slerp"
-    assert 0.8 < slerp["cosine"] < 0.9995
+    slerp = run("slerp", base, models, tmp_path / "slerp")
+    found = slerp.findings["lm_head.weight"]
+    assert found["branch"] == "slerp"
+    assert 0.8 < found["cosine"] < 0.9995
+    same = run("slerp", base, [base, base], tmp_path / "same")
+    assert {found["branch"] for found in same.findings.values()} == {"lerp"}
+    assert any(note.startswith("12 of 12 tensors took the straight line") for note in same.notes)
     assert json.loads(json.dumps(report.to_dict()))["rows_aligned"] == {}
     assert "merged 3 models by ties" in report.summary()
 
@@ -364,6 +430,14 @@ def test_config_keeps_its_spelling_and_tells_the_stored_dtype(tmp_path):
     run("task_arithmetic", base, models, tmp_path / "out", dtype="float16")
     merged = (tmp_path / "out/config.json").read_text()
     assert merged == text.replace('"torch_dtype": "float32"', '"torch_dtype": "float16"')
+
+
+def test_a_template_of_several_dtypes_is_said_to_be_rounded(tmp_path):
+    norm = {"model.norm.weight": torch.ones(16) * 1.001}
+    base, models = make_family(tmp_path, ("bfloat16",) * 2, changes=({"extra": norm}, {}))
+    report = run("ties", base, models, tmp_path / "out", dtype=None)
+    (note,) = [note for note in report.notes if "stored as" in note]
+    assert "1 tensors are stored as F32, most as BF16; the result is bfloat16" in note
 
 
 def test_the_dtype_is_that_of_the_base_unless_another_is_asked_for(tmp_path):

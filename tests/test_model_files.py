@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +68,7 @@ def test_headers_of_the_library_are_read_as_the_library_reads_them(tmp_path_fact
         (b"[1, 2]", b"", "not a JSON object"),
         (b'{"a": 1, "a": 2}', b"", "a name stands in it twice"),
         ({"a": {"dtype": "F32"}}, b"", "'a' is not dtype, shape and data_offsets"),
+        ({"a": entry(["F32"], [1], 0, 4)}, b"1234", "'a' has the unknown dtype"),
         ({"a": entry("F99", [1], 0, 4)}, b"1234", "'a' has the unknown dtype 'F99'"),
         ({"a": entry("F32", [-1], 0, 4)}, b"1234", "not whole numbers"),
         ({"a": entry("F32", [2], 0, 4)}, b"1234", "does not fill its bytes"),
@@ -152,6 +154,7 @@ def test_several_folders_below_are_listed(tmp_path):
         ("nowhere/at/all", "no such folder, and not the id of a Hub model"),
         ("empty", "no config.json in this folder or up to 5 levels below"),
         ("adapter", "is a LoRA adapter, not a model .* merge_and_unload"),
+        ("both", "is a LoRA adapter, not a model .* merge_and_unload"),
         ("file", "expected a model folder .* got a file"),
     ],
 )
@@ -159,6 +162,7 @@ def test_what_is_not_a_model_is_refused(tmp_path, name, text):
     (tmp_path / "empty").mkdir()
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    (make_llama(tmp_path / "both") / "adapter_config.json").write_text("{}")
     (tmp_path / "file").write_text("")
     with pytest.raises(ModelCompatibilityError, match=text):
         find_model_folder(tmp_path / name)
@@ -219,6 +223,7 @@ def move_tensor(index):
         (1, pickle_only, "has only pickle weights .pytorch_model.bin.* Convert them"),
         (1, lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
         (1, lambda f: (f / "config.json").write_text("[]"), "expected a JSON object"),
+        (1, lambda f: (f / "config.json").write_text("[" * 10**5), "nested too deeply"),
         (2, remove("model-00002-of-00002.safetensors"), "1 of 2 weight files are missing"),
         (2, edit_index(lambda i: i.pop("weight_map")), "not a safetensors index"),
         (2, edit_index(lambda i: i.update(weight_map={"a": "../x.safetensors"})), "in the model's"),
@@ -305,10 +310,42 @@ def test_an_output_that_exists_is_refused_and_an_empty_folder_is_used(tmp_path):
     for name in ("full", "file"):
         with pytest.raises(FileExistsError, match=f"{name}: the output exists already"):
             FolderWriter(tmp_path / name, TENSORS, 50)
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    with pytest.raises(FileExistsError, match="link: the output is a link or a mount point"):
+        FolderWriter(tmp_path / "link", TENSORS, 50)
     with FolderWriter(tmp_path / "empty", TENSORS, 50) as writer:
         write_all(writer)
         writer.commit()
     assert len(read_tensors(tmp_path / "empty")) == 3
+
+
+def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path):
+    with FolderWriter(tmp_path / "new/out", TENSORS, 50) as writer:
+        write_all(writer)
+        (tmp_path / "new/out").mkdir()
+        (tmp_path / "new/out/x").write_text("mine")
+        with pytest.raises(FileExistsError, match="exists already"):
+            writer.commit()
+    assert os.listdir(tmp_path / "new") == ["out"]
+    assert os.listdir(tmp_path / "new/out") == ["x"]
+
+
+def test_the_current_folder_can_be_the_output_if_it_is_empty(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with FolderWriter(Path("."), TENSORS, 10**9) as writer:
+        write_all(writer)
+        writer.commit()
+    assert os.listdir(tmp_path) == ["here"]
+    assert len(read_tensors(tmp_path / "here")) == 3
+
+
+def test_text_is_written_as_it_is(tmp_path):
+    with FolderWriter(tmp_path / "out", TENSORS, 10**9) as writer:
+        writer.write_text("config.json", '{"a":\r\n1}')
+        write_all(writer)
+        writer.commit()
+    assert (tmp_path / "out/config.json").read_bytes() == b'{"a":\r\n1}'
 
 
 def test_rows_of_another_dtype_are_not_cast(tmp_path):

@@ -120,11 +120,75 @@ def test_a_head_stored_in_a_tied_model_is_not_used_and_that_is_said():
     assert with_untied.notes == (MIXED, unused)
 
 
-@pytest.mark.parametrize(("drop", "tied"), [((HEAD,), True), ((), False)])
-def test_where_the_config_says_nothing_a_model_without_a_stored_head_is_tied(drop, tied):
+@pytest.mark.parametrize(
+    ("model_type", "drop", "tied"),
+    [("llama", (HEAD,), False), ("olmo2", (HEAD,), True), ("olmo2", (), False)],
+)
+def test_a_config_silent_about_ties_means_what_its_type_means(model_type, drop, tied):
     model = description(drop=drop)
     silent = {key: value for key, value in model.config.items() if key != "tie_word_embeddings"}
-    assert is_tied(model._replace(config=silent)) == tied
+    assert is_tied(model._replace(config=silent | {"model_type": model_type})) == tied
+
+
+def test_a_llama_without_a_head_and_without_a_word_about_ties_is_refused():
+    path = Path(folder(drop=[HEAD]), "config.json")
+    path.write_text(path.read_text().replace('"tie_word_embeddings": false,', ""))
+    (problem,) = refused(align_folders, "a")
+    assert problem.startswith(f"a: 1 tensor ({HEAD}) missing")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "biases"),
+    [
+        ("llama", {"attention_bias": True}, [f"self_attn.{letter}_proj" for letter in "qkvo"]),
+        ("llama", {"mlp_bias": True}, ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]),
+        ("qwen3", {"attention_bias": True}, [f"self_attn.{letter}_proj" for letter in "qkvo"]),
+    ],
+)
+def test_biases_that_the_config_asks_for_belong_to_the_model(model_type, settings, biases):
+    shapes = read_tensors(folder("plain", model_type=model_type))
+    extra = {
+        f"model.layers.{layer}.{name}.bias": torch.ones(
+            len(shapes[f"model.layers.{layer}.{name}.weight"])
+        )
+        for layer in (0, 1)
+        for name in biases
+    }
+    folder("a", model_type=model_type, config_changes=settings, extra=extra)
+    assert align_folders("a").tensors.keys() >= extra.keys()
+    folder("b", model_type=model_type, extra=extra)
+    (problem,) = refused(align_folders, "b")
+    assert "with this config.json does not have; loaders would ignore them" in problem
+    folder("c", model_type=model_type, config_changes=settings)
+    (problem,) = refused(align_folders, "c")
+    assert f"{len(extra)} tensors (" in problem
+
+
+@pytest.mark.parametrize(
+    ("model_type", "part"),
+    [
+        ("llama", "input_layernorm.weight"),
+        ("qwen2", "self_attn.q_proj.bias"),
+        ("qwen3", "self_attn.k_norm.weight"),
+    ],
+)
+def test_what_all_layers_of_a_known_type_have_may_not_be_missing_in_all(model_type, part):
+    drop = [f"model.layers.{layer}.{part}" for layer in (0, 1)]
+    (problem,) = refused(align_folders, folder(model_type=model_type, drop=drop))
+    assert problem.startswith(f"a: 2 tensors ({', '.join(drop)}) missing")
+
+
+def test_a_type_that_is_not_known_must_only_have_layers_that_are_alike():
+    folder("a", config_changes={"model_type": "olmo2"})
+    assert align_folders("a").vocab_size == 48
+    folder("b", config_changes={"model_type": "olmo2"}, drop=[NORM])
+    (problem,) = refused(align_folders, "b")
+    assert problem.startswith(f"b: 1 tensor ({NORM}) missing")
+
+
+def test_more_layers_than_tensors_are_not_even_counted():
+    (problem,) = refused(align_folders, folder(config_changes={"num_hidden_layers": 10**9}))
+    assert "is 1000000000, but there are only 21 tensors" in problem
 
 
 def test_stored_rotary_frequencies_are_left_out_and_that_is_said():
@@ -369,7 +433,11 @@ ROWS = f"{EMBEDDING} has shape [48, 16], but [48, 32] in a"
         ({"layers": 1}, [f"{tensors_of_layer(1)} missing that a has"]),
         (
             {"extra": {f"model.layers.{n}.mlp.up_proj.bias": torch.ones(56) for n in (0, 1)}},
-            [f"2 tensors ({UP}.bias, model.layers.1.mlp.up_proj.bias) that a does not have"],
+            [
+                f"2 tensors ({UP}.bias, model.layers.1.mlp.up_proj.bias) that a llama with this "
+                "config.json does not have; loaders would ignore them. Use the config.json that "
+                "belongs to these weights"
+            ],
         ),
     ],
 )
@@ -429,7 +497,8 @@ def test_models_in_memory_are_cut_together_and_still_compute(model_type, tied):
     before = [{name: t.clone() for name, t in m.state_dict().items()} for m in models]
     tokens = torch.tensor([[1, 39, 7]])
     logits = models[0](tokens).logits[..., :40]
-    base, fine_tuned = prepare_models_for_merging(models[0], models[1:])
+    with pytest.warns(UserWarning, match="vocabularies cut to the smallest, 40 rows"):
+        base, fine_tuned = prepare_models_for_merging(models[0], models[1:])
     assert [base, *fine_tuned] == models
     for model, old in zip(models, before, strict=True):
         assert model.config.vocab_size == 40
@@ -453,7 +522,11 @@ def test_models_in_memory_with_one_vocabulary_are_left_alone():
 
 def test_where_only_some_models_in_memory_are_tied_all_get_a_head_of_their_own():
     base, model = in_memory("a", tied=True), in_memory("b", vocab_size=40)
-    prepare_models_for_merging(base, [model])
+    with (
+        pytest.warns(UserWarning, match=MIXED),
+        pytest.warns(UserWarning, match="vocabularies cut"),
+    ):
+        prepare_models_for_merging(base, [model])
     for prepared in (base, model):
         names = [name for name, _ in prepared.named_parameters()]
         assert names.count(HEAD) == names.count(EMBEDDING) == 1
@@ -461,6 +534,14 @@ def test_where_only_some_models_in_memory_are_tied_all_get_a_head_of_their_own()
         assert prepared.config.tie_word_embeddings is False
     assert torch.equal(base.lm_head.weight, base.model.embed_tokens.weight)
     assert base.lm_head.weight.shape == model.lm_head.weight.shape == (40, 32)
+
+
+def test_models_in_memory_that_share_a_config_are_all_cut():
+    base, model = in_memory("a"), in_memory("b")
+    model.config = base.config
+    with pytest.warns(UserWarning, match="vocabularies cut"):
+        prepare_models_for_merging(in_memory("c", vocab_size=40), [base, model])
+    assert len(base.lm_head.weight) == len(model.lm_head.weight) == 40
 
 
 def test_a_tied_model_in_memory_uses_its_embedding_whatever_head_it_stores():
