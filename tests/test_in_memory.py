@@ -9,6 +9,7 @@ from tiny_checkpoints import make_llama, read_tensors
 from transformers import AutoModelForCausalLM
 
 from dare_llama import dare_merge_llama
+from dare_utils import DARE
 from linear_llama import linear_merge_llama
 from merge_methods import METHODS
 from model_prep import prepare_models_for_merging
@@ -130,6 +131,26 @@ def test_a_head_that_a_tied_model_stores_and_does_not_use_is_left_out(tmp_path):
     embedding = read_tensors(folder)[EMBEDDING].float()
     assert torch.equal(merged.lm_head.weight, embedding)
     assert torch.equal(merged.get_input_embeddings().weight, embedding)
+
+
+def test_dare_parameter_by_parameter_is_the_merge_in_memory(tmp_path):
+    paths = make_family(tmp_path)
+    base, ft1, ft2 = (get_llama(path) for path in paths)
+    base, [ft1, ft2] = prepare_models_for_merging(base, [ft1, ft2])
+    tuned = [dict(model.named_parameters()) for model in (ft1, ft2)]
+    for name, parameter in base.named_parameters():
+        others = [parameters[name] for parameters in tuned]
+        parameter.data = DARE().merge([0.5, 0.4], parameter, others, [0.5, 0.3], seed=1, name=name)
+    merged = dare_merge_llama(paths[0], paths[1:], [0.5, 0.4], [0.5, 0.3], seed=1, progress=False)
+    for name, tensor in merged.state_dict().items():
+        assert torch.equal(base.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("method", [TIES(), DARE()])
+def test_packed_parameters_are_refused(method):
+    packed = torch.zeros(3, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"must be float tensors, got torch\.int8"):
+        method.merge([1.0], torch.zeros(3), [packed], [1.0])
 
 
 # What notebooks do
