@@ -281,7 +281,7 @@ def test_every_block_is_checked_and_large_sums_are_no_infinities(tmp_path, monke
     run("slerp", base, models, tmp_path / "out")
     tensors["lm_head.weight"][-1, 5] = math.nan
     save_tensors(models[1], tensors, 1)
-    with pytest.raises(ModelCompatibilityError, match=r"row 31, column 5 \(nan; 1 such"):
+    with pytest.raises(ModelCompatibilityError, match=r"infinite weights: row 31, column 5"):
         run("slerp", base, models, tmp_path / "again")
 
 
