@@ -9,7 +9,7 @@ out before any arithmetic.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -151,27 +151,27 @@ def sequential_lerp(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tens
     >>> sequential_lerp([torch.tensor([1.0]), torch.tensor([3.0])], [1.0, 1.0])
     tensor([2.])
     """
+    return fold_in(tensors, weights, lerp)
+
+
+def fold_in(
+    tensors: Sequence[Tensor],
+    weights: Sequence[float],
+    interpolate: Callable[[Tensor, Tensor, float], Tensor],
+) -> Tensor:
+    """`interpolate(merged, tensor_k, w_k / (w_1 + ... + w_k))` from the second tensor on.
+
+    Arguments, result and errors as `sequential_lerp`, whose `interpolate` is `lerp`.
+    """
     check_tensors(tensors)
     check_count("weights", weights, tensors)
-    merged = tensors[0].clone()
-    for tensor, t in zip(tensors[1:], sequential_steps(weights), strict=True):
-        merged = lerp(merged, tensor, t)
-    return merged
-
-
-def sequential_steps(weights: Sequence[float]) -> list[float]:
-    """How far to go towards the second model, the third, ...: `w_k / (w_1 + ... + w_k)`.
-
-    Raises:
-        ValueError: a weight is negative, or the first is 0.
-
-    >>> sequential_steps([2.0, 2.0, 4.0])
-    [0.5, 0.5]
-    """
     check_weights(weights)
     if weights[0] <= 0 or min(weights) < 0:
         raise ValueError(f"weights must be >= 0 and the first above 0, got {list(weights)}")
-    return [weights[k] / math.fsum(weights[: k + 1]) for k in range(1, len(weights))]
+    merged = tensors[0].clone()
+    for k in range(1, len(tensors)):
+        merged = interpolate(merged, tensors[k], weights[k] / math.fsum(weights[: k + 1]))
+    return merged
 
 
 def task_arithmetic(

@@ -128,11 +128,11 @@ def merge_ties(task: TensorTask) -> Passes:
 def _trim_findings(
     ranks: list[int], thresholds: list[TrimThreshold], tied: list[int]
 ) -> list[dict[str, Any]]:
-    """Per model: entries kept, the smallest magnitude kept, and how many share it."""
+    """Per model: entries kept, the smallest magnitude kept (if any), and how many share it."""
     return [
         {
             "kept": rank,
-            "threshold": ties_utils.magnitude(threshold),
+            "threshold": ties_utils.magnitude(threshold) if rank else None,
             "tied": count,
             "tied_kept": threshold.ties,
         }

@@ -184,8 +184,9 @@ def _rounding_notes(model: ModelFolder, dtype: str) -> Iterator[str]:
     others = [info.dtype for info in model.tensors.values() if info.dtype != stored]
     if others:
         yield (
-            f"{model.label}: {len(others)} tensors are stored as {'/'.join(sorted(set(others)))}, "
-            f"most as {stored}; the result is {dtype} throughout (set dtype for another)"
+            f"{model.label}: stores {'/'.join(sorted(set(others)))} in {len(others)} of "
+            f"{len(model.tensors)} tensors, {stored} in most; the result is {dtype} throughout "
+            "(set dtype for another)"
         )
 
 

@@ -168,7 +168,7 @@ def stream(
     with _Workers(settings.threads) as workers:
         for task in tasks:
             if not task.info.numel:
-                continue
+                continue  # nothing to read, to merge or to write
             work = _TensorWork(task, base, models, settings, buffers, workers)
             merge = _gather_all(merge_tensor(task), work)
             work.run(functools.partial(write_block, merge, task, sink), lambda *_: None)

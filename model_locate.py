@@ -34,22 +34,31 @@ def find_model_folder(model: str | os.PathLike[str]) -> Path:
             cannot be reached.
     """
     path = Path(model)
+    if not str(model):
+        raise ModelCompatibilityError("a model's name is empty. Give a folder or a Hub id")
     if path.is_dir():
         return _folder_below(path)
     if path.exists():
         raise ModelCompatibilityError(
             f"{model}: expected a model folder with config.json and safetensors files, got a file"
         )
-    if path.parent.name and path.parent.is_dir():
-        near = ", ".join(sorted(child.name for child in path.parent.iterdir())[:MAX_LISTED])
-        raise ModelCompatibilityError(
-            f"{model}: no such folder; {path.parent} has {near or 'nothing in it'}. Check the name"
-        )
     if HUB_ID.fullmatch(str(model)):
-        return _download(str(model))
+        try:
+            return _download(str(model))
+        except ModelCompatibilityError as error:
+            raise ModelCompatibilityError(f"{error}{_neighbours(path)}") from error
     raise ModelCompatibilityError(
         f"{model}: no such folder, and not the id of a Hub model (org/name). Check the path"
+        f"{_neighbours(path)}"
     )
+
+
+def _neighbours(path: Path) -> str:
+    """What stands where a folder was looked for; a name may be misspelt."""
+    if not path.parent.name or not path.parent.is_dir():
+        return ""
+    names = sorted(child.name for child in path.parent.iterdir())
+    return f"; the folder {path.parent} holds {', '.join(names[:MAX_LISTED]) or 'nothing'}"
 
 
 def _folder_below(path: Path) -> Path:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from linear_utils import combine, sequential_steps
-from tensor_utils import check_count, check_t, check_tensors, run_sums
+from linear_utils import combine, fold_in
+from tensor_utils import check_t, check_tensors, run_sums
 
 
 class SlerpCoefficients(NamedTuple):
@@ -121,9 +121,4 @@ def sequential_slerp(tensors: Sequence[Tensor], weights: Sequence[float]) -> Ten
     >>> sequential_slerp(list(torch.eye(3)), [1.0, 1.0, 1.0])
     tensor([0.6124, 0.6124, 0.5000])
     """
-    check_tensors(tensors)
-    check_count("weights", weights, tensors)
-    merged = tensors[0].clone()
-    for tensor, t in zip(tensors[1:], sequential_steps(weights), strict=True):
-        merged = slerp(merged, tensor, t)
-    return merged
+    return fold_in(tensors, weights, slerp)

@@ -45,6 +45,7 @@ def task_arithmetic_merge_llama(
         A transformers model on the CPU in float32. It is the only model held in memory.
 
     Raises:
+        TypeError: a model is not named by a path or Hub id.
         ValueError: a parameter is out of range or its count is wrong.
         ModelCompatibilityError: models cannot be read or do not fit together.
 

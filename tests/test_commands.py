@@ -376,13 +376,26 @@ def test_an_option_given_twice_adds_to_the_list(models, capsys):
     assert report.startswith("merged 3 models by ties into out")
 
 
-def test_a_misspelt_folder_is_told_from_a_hub_id(models, capsys):
+def not_on_the_hub(model):
+    raise ModelCompatibilityError(f"{model}: not on the Hub")
+
+
+def test_a_misspelt_folder_is_told_from_a_hub_id(models, capsys, monkeypatch):
     (models / "models").mkdir()
     (models / "base").rename(models / "models/base")
-    assert ties_main(["models/bas", "--ft_models", "a", "--plan"]) == 3
+    monkeypatch.setattr("model_locate._download", not_on_the_hub)
+    assert ties_main(["models/bas", "--ft_models", "models/x/a", "--plan"]) == 3
     assert capsys.readouterr().err == (
-        "error: models/bas: no such folder; models has base. Check the name\n"
+        "error: models/bas: not on the Hub; the folder models holds base\n"
+        "error: models/x/a: no such folder, and not the id of a Hub model (org/name). "
+        "Check the path\n"
     )
+
+
+def test_a_hub_model_is_found_though_a_folder_has_the_name_of_its_owner(models, monkeypatch):
+    (models / "org").mkdir()
+    monkeypatch.setattr("model_locate._download", lambda model: models / "base")
+    assert ties_main(["org/model", "--ft_models", "a", "--plan"]) == 0
 
 
 def test_a_streamed_merge_imports_no_transformers(models):

@@ -402,6 +402,9 @@ def test_the_report_says_what_was_done(tmp_path):
     assert {found["branch"] for found in same.findings.values()} == {"lerp"}
     assert any(note.startswith("12 of 12 tensors took the straight line") for note in same.notes)
     assert json.loads(json.dumps(report.to_dict()))["rows_aligned"] == {}
+    none = run("ties", base, models, tmp_path / "none", parameters={"densities": (0.0, 1.0, 0.5)})
+    json.dumps(none.to_dict(), allow_nan=False)
+    assert none.findings["model.norm.weight"]["trim"][0]["threshold"] is None
     assert "merged 3 models by ties" in report.summary()
 
 
@@ -436,8 +439,8 @@ def test_a_template_of_several_dtypes_is_said_to_be_rounded(tmp_path):
     norm = {"model.norm.weight": torch.ones(16) * 1.001}
     base, models = make_family(tmp_path, ("bfloat16",) * 2, changes=({"extra": norm}, {}))
     report = run("ties", base, models, tmp_path / "out", dtype=None)
-    (note,) = [note for note in report.notes if "stored as" in note]
-    assert "1 tensors are stored as F32, most as BF16; the result is bfloat16" in note
+    (note,) = [note for note in report.notes if "stores" in note]
+    assert "stores F32 in 1 of 12 tensors, BF16 in most; the result is bfloat16" in note
 
 
 def test_the_dtype_is_that_of_the_base_unless_another_is_asked_for(tmp_path):

@@ -151,6 +151,7 @@ def test_several_folders_below_are_listed(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text"),
     [
+        (None, "a model's name is empty"),
         ("nowhere/at/all", "no such folder, and not the id of a Hub model"),
         ("empty", "no config.json in this folder or up to 5 levels below"),
         ("adapter", "is a LoRA adapter, not a model .* merge_and_unload"),
@@ -165,7 +166,7 @@ def test_what_is_not_a_model_is_refused(tmp_path, name, text):
     (make_llama(tmp_path / "both") / "adapter_config.json").write_text("{}")
     (tmp_path / "file").write_text("")
     with pytest.raises(ModelCompatibilityError, match=text):
-        find_model_folder(tmp_path / name)
+        find_model_folder(tmp_path / name if name else "")
 
 
 # Opening and reading
