@@ -7,13 +7,20 @@ the id of a model on the Hugging Face Hub.
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from model_errors import ModelCompatibilityError
 
+if TYPE_CHECKING:
+    from model_safetensors import TensorInfo  # loads torch, which finding a folder does not need
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
-HUB_NEEDED = ("config.json", "*.safetensors", "*.safetensors.index.json")
+HUB_WEIGHTS = "*.safetensors"
+HUB_FILES = (HUB_WEIGHTS, "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
+HUB_NEEDED = ("config.json", HUB_WEIGHTS, "*.safetensors.index.json")
 HUB_OTHERS = ("*/*", "consolidated*")
 """Subfolders, and the weights once more in another format."""
 
@@ -21,13 +28,14 @@ MAX_DEPTH = 5
 MAX_LISTED = 10
 
 
-def find_model_folder(model: str | os.PathLike[str]) -> Path:
+def find_model_folder(model: str | os.PathLike[str], *, weights: bool = True) -> Path:
     """The folder of a model that a user named.
 
     Args:
         model: a folder with config.json; a folder with exactly one such folder at most five
             levels below it; or a Hub id such as "org/name", taken from the local cache or
             downloaded into it.
+        weights: download the weights of a Hub model too, not only its small files.
 
     Raises:
         ModelCompatibilityError: there is none, there are several (they are listed), or the Hub
@@ -44,7 +52,7 @@ def find_model_folder(model: str | os.PathLike[str]) -> Path:
         )
     if HUB_ID.fullmatch(str(model)):
         try:
-            return _download(str(model))
+            return _with_config(str(model), _download(str(model), weights))
         except ModelCompatibilityError as error:
             raise ModelCompatibilityError(f"{error}{_neighbours(path)}") from error
     raise ModelCompatibilityError(
@@ -61,12 +69,27 @@ def _neighbours(path: Path) -> str:
     return f"; the folder {path.parent} holds {', '.join(names[:MAX_LISTED]) or 'nothing'}"
 
 
-def _folder_below(path: Path) -> Path:
+def _with_config(model_id: str, snapshot: Path) -> Path:
+    """The snapshot of a Hub model, which must be a transformers model."""
+    _refuse_adapter(model_id, snapshot)
+    if not (snapshot / "config.json").is_file():
+        raise ModelCompatibilityError(
+            f"{model_id}: this Hub model has no config.json, so it is none of transformers (GGUF "
+            "files alone cannot be merged). Give the original model"
+        )
+    return snapshot
+
+
+def _refuse_adapter(label: str, path: Path) -> None:
     if (path / "adapter_config.json").is_file():
         raise ModelCompatibilityError(
-            f"{path}: is a LoRA adapter, not a model (it has adapter_config.json). "
+            f"{label}: is a LoRA adapter, not a model (it has adapter_config.json). "
             "Fold it into its base first (PEFT: merge_and_unload, then save_pretrained)"
         )
+
+
+def _folder_below(path: Path) -> Path:
+    _refuse_adapter(str(path), path)
     if (path / "config.json").is_file():
         return path
     found = sorted(_walk(path, MAX_DEPTH))
@@ -96,22 +119,125 @@ def _walk(path: Path, depth: int) -> Iterator[Path]:
             yield from _walk(child, depth - 1)
 
 
-def _download(model_id: str) -> Path:
+def files_left_on_hub(model: str | os.PathLike[str], folder: Path) -> dict[str, int]:
+    """Sizes of a Hub model's files that its snapshot does not have, by name.
+
+    Args:
+        model: what the user called the model.
+        folder: what `find_model_folder` found; its name is the revision.
+
+    Returns:
+        Nothing for a local folder, or if the Hub cannot be asked and the weights are all there.
+        A size is 0 where the Hub does not say it, as some mirrors do not.
+
+    Raises:
+        ModelCompatibilityError: the Hub cannot be asked and weights are missing.
+    """
+    if Path(model).is_dir():
+        return {}
+    with _hub_errors(str(model)):
+        return {
+            file: size
+            for file, size in _list_files(str(model), folder.name)
+            if not any(fnmatch(file, pattern) for pattern in HUB_OTHERS)
+            and not (folder / file).is_file()
+        }
+
+
+def read_hub_header(model_id: str, revision: str, file: str) -> "dict[str, TensorInfo]":
+    """Dtype and shape of every tensor of a weight file on the Hub, from its first bytes.
+
+    Checks that each tensor fills its bytes; `model_safetensors.read_header` has stricter rules,
+    for when the file is there.
+    """
+    from huggingface_hub import HfApi
+
+    with _hub_errors(model_id):
+        header = HfApi().parse_safetensors_file_metadata(model_id, file, revision=revision)
+        return {name: _tensor_info(name, tensor) for name, tensor in header.tensors.items()}
+
+
+def _tensor_info(name: str, tensor: Any) -> "TensorInfo":
+    """Our description of a tensor from huggingface_hub's, which may hold any JSON."""
+    from huggingface_hub.errors import SafetensorsParsingError
+
+    from model_safetensors import TensorInfo
+
+    with suppress(KeyError, TypeError, ValueError):
+        info = TensorInfo(tensor.dtype, tuple(tensor.shape))
+        begin, end = tensor.data_offsets
+        if info.nbytes == end - begin:
+            return info
+    raise SafetensorsParsingError(
+        f"{name!r} with {tensor.dtype} {tensor.shape} does not fill its bytes {tensor.data_offsets}"
+    )
+
+
+def _list_files(model_id: str, revision: str) -> list[tuple[str, int]]:
+    """Names and sizes of a Hub model's files; nothing if it cannot be asked but need not be."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:  # (list_repo_tree tries again and again where there is no network)
+        info = HfApi().model_info(model_id, revision=revision, files_metadata=True)
+    except Exception as error:
+        with suppress(LocalEntryNotFoundError):
+            _cached(model_id)
+            return []
+        if isinstance(error, RepositoryNotFoundError):
+            raise
+        raise LocalEntryNotFoundError(f"the files of {model_id} cannot be listed") from error
+    return [(file.rfilename, file.size or 0) for file in info.siblings]
+
+
+def _download(model_id: str, weights: bool) -> Path:
     """The snapshot of a Hub model in the local cache, completed from the Hub where possible."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    ignored = HUB_OTHERS if weights else (*HUB_OTHERS, HUB_WEIGHTS)
+    with _hub_errors(model_id):
+        try:
+            return Path(
+                snapshot_download(
+                    model_id, allow_patterns=list(HUB_FILES), ignore_patterns=list(ignored)
+                )
+            )
+        except LocalEntryNotFoundError:
+            return _cached(model_id)
+
+
+def _cached(model_id: str) -> Path:
+    """The cached snapshot if it has at least what a merge needs, whoever downloaded it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    folder = Path(
+        snapshot_download(
+            model_id,
+            allow_patterns=list(HUB_NEEDED),
+            ignore_patterns=list(HUB_OTHERS),
+            local_files_only=True,
+        )
+    )
+    if not any(folder.glob(HUB_WEIGHTS)):  # older versions return whatever there is
+        raise LocalEntryNotFoundError(f"{folder} has no {HUB_WEIGHTS}")
+    return folder
+
+
+@contextmanager
+def _hub_errors(model_id: str) -> Iterator[None]:
+    """Says what goes wrong with the Hub and its cache in our words."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        SafetensorsParsingError,
     )
 
     try:
-        return Path(
-            snapshot_download(
-                model_id, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_OTHERS)
-            )
-        )
+        yield
     except GatedRepoError as error:
         raise ModelCompatibilityError(
             f"{model_id}: access to this Hub model must be requested on its page. "
@@ -127,7 +253,15 @@ def _download(model_id: str) -> Path:
             f"{model_id}: no such folder, and not a name that a Hub model can have. Check the path"
         ) from error
     except LocalEntryNotFoundError as error:
-        return _cached(model_id, error)
+        raise ModelCompatibilityError(
+            f"{model_id}: no such folder, not in the Hub cache, and the Hub cannot be reached "
+            f"({type(error).__name__}). Go online once to download it, or give a local folder"
+        ) from error
+    except SafetensorsParsingError as error:
+        raise ModelCompatibilityError(
+            f"{model_id}: a safetensors header on the Hub is corrupt: {error}. "
+            "Use another model, or report it on this one's page"
+        ) from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk, not the network
@@ -136,24 +270,3 @@ def _download(model_id: str) -> Path:
             f"{model_id}: the download from the Hub broke off ({type(error).__name__}: {error}). "
             "Run it again; what has arrived is kept"
         ) from error
-
-
-def _cached(model_id: str, reason: Exception) -> Path:
-    """The cached snapshot if it has at least what a merge needs, whoever downloaded it."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                model_id,
-                allow_patterns=list(HUB_NEEDED),
-                ignore_patterns=list(HUB_OTHERS),
-                local_files_only=True,
-            )
-        )
-    except LocalEntryNotFoundError:
-        raise ModelCompatibilityError(
-            f"{model_id}: no such folder, not in the Hub cache, and the Hub cannot be reached "
-            f"({type(reason).__name__}). Go online once to download it, or give a local folder"
-        ) from reason

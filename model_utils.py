@@ -6,6 +6,8 @@ places that are known beforehand, so neither side ever holds a whole tensor.
 """
 
 import contextlib
+import fnmatch
+import functools
 import json
 import os
 import re
@@ -21,8 +23,9 @@ from torch import Tensor
 
 from model_config import read_config
 from model_errors import ModelCompatibilityError
-from model_locate import find_model_folder
+from model_locate import files_left_on_hub, find_model_folder, read_hub_header
 from model_safetensors import FLOAT_DTYPES, HeaderEntry, TensorInfo, build_header, read_header
+from model_tokenizer import TokenTable, read_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,14 +50,25 @@ class ModelFolder:
     Reading is safe from several threads. Close it, or use it in a `with` block.
     """
 
-    def __init__(self, label: str, path: Path) -> None:
+    def __init__(self, label: str, path: Path, on_hub: Mapping[str, int] | None = None) -> None:
         self.label = label
         self.path = path
+        self._on_hub = dict(on_hub or {})
         self.config_text = ""
         self.config: dict[str, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self._places: dict[str, tuple[int, int]] = {}
         self._descriptors: list[int] = []
+
+    @property
+    def download_bytes(self) -> int:
+        """Size of the weight files that are on the Hub only; their tensors cannot be read."""
+        return sum(self._on_hub[file] for file in fnmatch.filter(self._on_hub, "*.safetensors"))
+
+    @functools.cached_property
+    def tokens(self) -> TokenTable | None:
+        """The tokens of its tokenizer files; None where there are none."""
+        return read_tokens(self.path, self.label)
 
     def read_rows(self, name: str, first: int, stop: int, buffer: Tensor) -> Tensor:
         """Rows `first` to `stop` of a tensor, as stored.
@@ -69,17 +83,23 @@ class ModelFolder:
             Shape (stop - first, row length), in the stored dtype.
 
         Raises:
-            ModelCompatibilityError: the file has become shorter since it was opened.
+            ModelCompatibilityError: the file has become shorter since it was opened, or is on
+                the Hub only.
         """
         info = self.tensors[name]
+        if name not in self._places:
+            raise ModelCompatibilityError(
+                f"{self.label}: {name} cannot be read: its weights are not downloaded, only its "
+                "header was read. Open the model with its weights"
+            )
         row_count, row_length = rows_of(info.shape)
         row_bytes = info.nbytes // row_count if row_count else 0
         descriptor, begin = self._places[name]
         target = buffer[: (stop - first) * row_bytes]
         if not _read_fully(descriptor, target, begin + first * row_bytes):
             raise ModelCompatibilityError(
-                f"{self.label}: {name} ends early: the file changed while it was being merged. "
-                "Leave inputs alone during a merge and run it again"
+                f"{self.label}: {name} ends early: the file changed while it was being read. "
+                "Leave it alone meanwhile and run it again"
             )
         return target.view(FLOAT_DTYPES[info.dtype]).view(stop - first, row_length)
 
@@ -98,16 +118,14 @@ class ModelFolder:
         """Open the weight files and take in their headers."""
         index = self._read_index()
         files = sorted(set(index.values())) if index else [WEIGHTS]
-        missing = [name for name in files if not (self.path / name).is_file()]
+        missing = [name for name in files if not self._has(name)]
         if missing:
             raise ModelCompatibilityError(
                 f"{self.label}: {len(missing)} of {len(files)} weight files are missing "
                 f"({', '.join(missing[:3])}). Download the model again"
             )
         for file in files:
-            descriptor = os.open(self.path / file, os.O_RDONLY)
-            self._descriptors.append(descriptor)
-            self._add_file(file, descriptor, index)
+            self._add_file(file, index)
         absent = sorted(index.keys() - self.tensors.keys())
         if absent:
             raise ModelCompatibilityError(
@@ -115,20 +133,34 @@ class ModelFolder:
                 f"({', '.join(absent[:3])}). Download the model again"
             )
 
-    def _add_file(self, file: str, descriptor: int, index: Mapping[str, str]) -> None:
-        for name, entry in read_header(descriptor, f"{self.label}/{file}").items():
+    def _has(self, file: str) -> bool:
+        return file in self._on_hub or (self.path / file).is_file()
+
+    def _add_file(self, file: str, index: Mapping[str, str]) -> None:
+        for name, info in self._read_infos(file).items():
             if index and index.get(name) != file:
                 raise ModelCompatibilityError(
                     f"{self.label}: {file} holds {name}, which {INDEX} says is in "
                     f"{index.get(name, 'no file')}. Save the model again"
                 )
-            self.tensors[name] = entry.info
-            self._places[name] = (descriptor, entry.begin)
+            self.tensors[name] = info
+
+    def _read_infos(self, file: str) -> dict[str, TensorInfo]:
+        """The header of a weight file, which stays open, or of one on the Hub."""
+        if file in self._on_hub:
+            infos = read_hub_header(self.label, self.path.name, file)
+            self._on_hub[file] = self._on_hub[file] or sum(info.nbytes for info in infos.values())
+            return infos
+        descriptor = os.open(self.path / file, os.O_RDONLY)
+        self._descriptors.append(descriptor)
+        entries = read_header(descriptor, f"{self.label}/{file}")
+        self._places.update({name: (descriptor, entry.begin) for name, entry in entries.items()})
+        return {name: entry.info for name, entry in entries.items()}
 
     def _read_index(self) -> dict[str, str]:
         """Tensor name to file name; empty for a folder with a single weight file."""
         path = self.path / INDEX
-        if (self.path / WEIGHTS).is_file():
+        if self._has(WEIGHTS):
             return {}
         if not path.is_file():
             raise ModelCompatibilityError(_no_weights(self.label, self.path))
@@ -149,8 +181,13 @@ class ModelFolder:
         return dict(weight_map)
 
 
-def open_model_folder(model: str | os.PathLike[str]) -> ModelFolder:
+def open_model_folder(model: str | os.PathLike[str], *, weights: bool = True) -> ModelFolder:
     """Open a model by folder or Hub id; reads config.json and the headers, no weights.
+
+    Args:
+        model: a folder or a Hub id.
+        weights: download the weights of a Hub model where the cache lacks them. Without, their
+            headers are read from the Hub: `tensors` is known, `read_rows` is refused.
 
     Raises:
         ModelCompatibilityError: no such model; no config.json; no safetensors weights, or
@@ -160,7 +197,8 @@ def open_model_folder(model: str | os.PathLike[str]) -> ModelFolder:
     See `model_locate.find_model_folder` for what a model may be called.
     """
     label = str(model)
-    folder = ModelFolder(label, find_model_folder(model))
+    path = find_model_folder(model, weights=weights)
+    folder = ModelFolder(label, path, None if weights else files_left_on_hub(model, path))
     try:
         folder.config_text = (folder.path / "config.json").read_bytes().decode("utf-8")
         folder.config = read_config(folder.config_text)
@@ -199,14 +237,15 @@ def _read_fully(descriptor: int, target: Tensor, offset: int) -> bool:
 
 
 def _no_weights(label: str, path: Path) -> str:
-    pickles = sorted(file.name for pattern in _PICKLE_NAMES for file in path.glob(pattern))
+    files = sorted({*os.listdir(path), *files_left_on_hub(label, path)})
+    pickles = sorted(file for name in _PICKLE_NAMES for file in fnmatch.filter(files, name))
     if pickles:
         return (
             f"{label}: has only pickle weights ({pickles[0]}), which can run code when loaded. "
             "Convert them in a place you trust: AutoModelForCausalLM.from_pretrained(...)"
             '.save_pretrained("converted")'
         )
-    others = sorted(file.name for file in path.glob("*.safetensors"))
+    others = fnmatch.filter(files, "*.safetensors")
     found = f"; found {', '.join(others[:3])}" if others else ""
     return f"{label}: no {WEIGHTS} and no {INDEX}{found}. Expected a folder from save_pretrained"
 
@@ -250,6 +289,8 @@ class FolderWriter:
             self.partial.mkdir()
             for file, names in self.shards.items():
                 self._create_shard(file, names)
+            if len(self.shards) > 1:
+                self.write_text(INDEX, self._index())
         except BaseException:
             self._abandon()
             raise
@@ -291,8 +332,6 @@ class FolderWriter:
 
     def commit(self) -> None:
         """Bring everything to the disk and give the folder its name."""
-        if len(self.shards) > 1:
-            self.write_text(INDEX, self._index())
         for file in self.partial.iterdir():
             _fsync_path(file)
         _fsync_path(self.partial)

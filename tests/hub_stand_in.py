@@ -37,12 +37,14 @@ class HubStandIn:
     """A context manager: serves `root` on a free loopback port and yields the base URL.
 
     `requests` holds every request so far as (method, path without the query). The client may make
-    some of its own accord, so count those of one kind rather than all.
+    some of its own accord, so count those of one kind rather than all. `served` holds the path and
+    the number of bytes of every body sent.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.requests: list[tuple[str, str]] = []
+        self.served: list[tuple[str, int]] = []
 
     def __enter__(self) -> str:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), make_handler(self))
@@ -64,6 +66,10 @@ class HubStandIn:
         """How many requests of this method had a path with this ending."""
         return sum(m == method and path.endswith(ending) for m, path in self.requests)
 
+    def count_bytes(self, ending: str) -> int:
+        """How many bytes were sent of files with this ending."""
+        return sum(size for path, size in self.served if path.endswith(ending))
+
 
 def make_handler(hub: HubStandIn) -> type[BaseHTTPRequestHandler]:
     """A request handler that notes requests in `hub` and sends what `answer` says."""
@@ -78,13 +84,14 @@ def make_handler(hub: HubStandIn) -> type[BaseHTTPRequestHandler]:
         def reply(self, with_body: bool) -> None:
             path = urlsplit(self.path).path
             hub.requests.append((self.command, unquote(path)))
-            reply = part_of(answer(hub.root, path), self.headers.get("Range"))
+            reply = part_of(answer(hub.root, self.path), self.headers.get("Range"))
             self.send_response(reply.status)
             headers = {"Content-Length": str(len(reply.body))} | reply.headers
             for header, value in headers.items():
                 self.send_header(header, value)
             self.end_headers()
             if with_body:
+                hub.served.append((unquote(path), len(reply.body)))
                 self.wfile.write(reply.body)
 
         def log_message(self, format: str, *args: Any) -> None:
@@ -96,25 +103,30 @@ def make_handler(hub: HubStandIn) -> type[BaseHTTPRequestHandler]:
 # What is answered, as a function of the folder and the path
 
 
-def answer(root: Path, path: str) -> Reply:
-    """The reply to a path, still percent-encoded, without its query."""
+def answer(root: Path, url: str) -> Reply:
+    """The reply to a path and its query, still percent-encoded."""
+    path, query = urlsplit(url).path, urlsplit(url).query
     if match := API.fullmatch(path):
-        name, kind, revision = match.groups()
-        return answer_repository(root, unquote(name), unquote(revision or "main"), kind or "")
+        name, revision = unquote(match[1]), unquote(match[3] or "main")
+        kind = match[2] or ""
+        return answer_repository(root, name, revision, kind, sizes="blobs=true" in query.lower())
     if match := RESOLVE.fullmatch(path):
         name, revision, file = map(unquote, match.groups())
         return answer_file(root, name, revision, file)
     return refuse("EntryNotFound", f"{path!a} is nothing that a Hub serves")
 
 
-def answer_repository(root: Path, name: str, revision: str, kind: str) -> Reply:
-    """Model information, or with kind "tree" the list of files."""
+def answer_repository(root: Path, name: str, revision: str, kind: str, sizes: bool) -> Reply:
+    """Model information, with or without the sizes of files; for "tree" the list of files."""
     files = read_repository(root, name)
     if refusal := check_revision(files, name, revision):
         return refusal
     content: Any = [describe(path, data) for path, data in files.items()]
     if kind != "tree":
-        siblings = [{"rfilename": path} for path in files]
+        siblings = [
+            {"rfilename": path} | ({"size": len(data)} if sizes else {})
+            for path, data in files.items()
+        ]
         content = {"_id": "0", "id": name, "modelId": name, "private": False, "tags": []}
         content |= {"sha": commit_of(files), "siblings": siblings, "downloads": 0, "likes": 0}
     return Reply(body=json.dumps(content).encode(), headers={"Content-Type": "application/json"})
@@ -147,7 +159,7 @@ def refuse(code: str, message: str, headers: dict[str, str] | None = None) -> Re
 
 
 def part_of(reply: Reply, requested: str | None) -> Reply:
-    """The part that a Range header "bytes=N-" asks for, to resume a download."""
+    """The part that a Range header asks for: "bytes=N-" to resume a download, or "bytes=N-M"."""
     match = re.fullmatch(r"bytes=(\d+)-(\d*)", requested or "")
     if not match or reply.status != 200:
         return reply

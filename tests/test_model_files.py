@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_checkpoints import make_llama, read_tensors
 
-from model_config import edit_config, read_config
+from model_config import edit_config, merged_config, read_config
 from model_errors import ModelCompatibilityError
 from model_locate import find_model_folder
 from model_safetensors import TensorInfo, build_header, read_header
@@ -130,6 +130,24 @@ objects = st.dictionaries(st.text(max_size=4), st.one_of(scalars, st.lists(scala
 def test_editing_is_updating(config, changes, indent):
     text = json.dumps(config, indent=indent)
     assert read_config(edit_config(text, changes)) == {**config, **changes}
+
+
+def test_configs_inside_a_config_follow_where_they_have_the_key():
+    text = (
+        '{"vocab_size":10,"text_config": {"vocab_size" : 10, "deep_config": {"vocab_size":10}},\n'
+        ' "vision_config": {"size": 1}, "a_config": 7, "extra": {"vocab_size": 10}}'
+    )
+    changed = text.replace('"vocab_size":10', '"vocab_size":8').replace('ze" : 10', 'ze" : 8')
+    assert merged_config(text, {"vocab_size": 8}) == changed
+    assert merged_config('{"b_config": {}}', {"c": 1}) == '{"b_config": {},\n  "c": 1}'
+
+
+@given(objects, objects, objects)
+def test_merging_configs_updates_all_levels(outer, inner, changes):
+    text = json.dumps({**outer, "x_config": inner})
+    within = {key: changes.get(key, value) for key, value in inner.items()}
+    changes = {key: value for key, value in changes.items() if key != "x_config"}
+    assert read_config(merged_config(text, changes)) == {**outer, **changes, "x_config": within}
 
 
 # Finding a model
