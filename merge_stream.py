@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 from model_errors import ModelCompatibilityError
+from model_rows import MappedRows
 from model_safetensors import FLOAT_DTYPES, TensorInfo
 from model_utils import rows_of
+from model_vocabulary import RowMap
 
 T = TypeVar("T")
 
@@ -65,12 +67,14 @@ class TensorTask:
         info: dtype and shape in the merged model.
         sources: which tensor of each model feeds it, the base (if any) first.
         parameters: the method's parameters for this tensor.
+        row_map: which rows of the models feed its rows, where these are not the same.
     """
 
     name: str
     info: TensorInfo
     sources: tuple[str, ...]
     parameters: Mapping[str, Any]
+    row_map: RowMap | None = None
 
 
 @dataclass(frozen=True)
@@ -222,6 +226,9 @@ class _TensorWork:
         self.buffers = buffers
         self.workers = workers
         self.checked = False
+        self.mapped = None
+        if task.row_map is not None:
+            self.mapped = MappedRows(self.sources, task.sources, task.row_map)
         rows, self.row_length = rows_of(task.info.shape)
         step = max(1, settings.block_elements // max(1, self.row_length))
         self.blocks = [(first, min(first + step, rows)) for first in range(0, rows, step)]
@@ -270,17 +277,25 @@ class _TensorWork:
         if self.workers.stopping.is_set():
             raise CancelledError
         first, stop = self.blocks[index]
-        inputs = []
-        for slot, (source, name) in enumerate(zip(self.sources, self.task.sources, strict=True)):
-            size = (stop - first) * self.row_length * 4
-            stored = source.read_rows(name, first, stop, self.buffers.get(slot, size))
-            inputs.append(stored.to(device=self.settings.device, dtype=torch.float32))
+        inputs = [
+            rows.to(device=self.settings.device, dtype=torch.float32)
+            for rows in self._rows(first, stop)
+        ]
         start = first * self.row_length
         base = None if self.base is None else inputs[0]
         block = Block(index, first, start, base, inputs if base is None else inputs[1:])
         if check:
             self._check_finite(inputs, block)
         return block
+
+    def _rows(self, first: int, stop: int) -> Iterator[Tensor]:
+        """The same rows of every input, on the CPU."""
+        if self.mapped is not None:
+            yield from self.mapped.read(first, stop, self.buffers.get)
+            return
+        size = (stop - first) * self.row_length * 4
+        for slot, (source, name) in enumerate(zip(self.sources, self.task.sources, strict=True)):
+            yield source.read_rows(name, first, stop, self.buffers.get(slot, size))
 
     def _check_finite(self, inputs: Sequence[Tensor], block: Block) -> None:
         for source, name, values in zip(self.sources, self.task.sources, inputs, strict=True):

@@ -9,17 +9,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from model_safetensors import FLOAT_DTYPES, TensorInfo
+from model_tokenizer import TokenTable
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 VOCABULARY_TENSORS = (EMBEDDING, HEAD)
 KNOWN_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size"),
     *("num_hidden_layers", "num_attention_heads"),
 )
-HEAD_COUNTS = ("num_attention_heads", "num_key_value_heads", "head_dim")
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
+SAME_SETTINGS = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act")
+"""Settings by which the same weights would be another model."""
+
+OWN_SETTINGS = (
+    *("_name_or_path", "architectures", "auto_map", "transformers_version", "model_type"),
+    *("dtype", "torch_dtype", "use_cache", "vocab_size", "tie_word_embeddings"),
+    *("rope_theta", "rope_scaling", "rope_parameters", "initializer_range", "pretraining_tp"),
+    *("attention_dropout", "output_attentions", "output_hidden_states", "return_dict"),
+)
+"""Settings that a merge decides itself, compares in its own way, or that do not matter to it."""
+
+DEFAULT_ROPE_THETA = 10000.0
 
 _PROJECTION = r"self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj"
 _NORM = r"(?:self_attn\.)?\w+norm"
@@ -53,6 +65,10 @@ class Model(Protocol):
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Dtype and shape of every tensor, by name."""
 
+    @property
+    def tokens(self) -> TokenTable | None:
+        """Its tokenizer's tokens; None where that is not known."""
+
 
 class ModelDescription(NamedTuple):
     """A model reduced to what decides whether it can be merged."""
@@ -60,6 +76,7 @@ class ModelDescription(NamedTuple):
     label: str
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
+    tokens: TokenTable | None = None
 
 
 def is_tied(model: Model) -> bool:
@@ -138,6 +155,11 @@ def dtype_problems(model: Model) -> Iterator[str]:
 def structure_problems(model: Model) -> Iterator[str]:
     """Where tensors and config.json do not say the same: sizes, names, shapes."""
     wrong = [f"{key} {model.config.get(key)!r}" for key in SIZES if not _is_size(model, key)]
+    wrong += [
+        f"{key} {model.config[key]!r}"
+        for key in OPTIONAL_SIZES
+        if model.config.get(key) is not None and not _is_size(model, key)
+    ]
     tie = model.config.get("tie_word_embeddings", False)
     if wrong:
         yield (
@@ -277,14 +299,59 @@ def pair_problems(first: Model, model: Model) -> Iterator[str]:
             "Merge models of one architecture"
         )
         return
-    for key in HEAD_COUNTS:
+    for key in SAME_SETTINGS:
         values = first.config.get(key), model.config.get(key)
         if None not in values and values[0] != values[1]:  # what one leaves out, its shapes tell
             yield (
                 f"{model.label}: {key} {values[1]}, but {first.label} has {values[0]}. "
                 "Merge fine-tunes of one base"
             )
+    ours, theirs = rope_settings(first.config), rope_settings(model.config)
+    differing = [
+        f"{key} {theirs.get(key)}, but {first.label} has {ours.get(key)}"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
+    ]
+    if differing:
+        yield (
+            f"{model.label}: other rotary positions: {'; '.join(differing)}. Weights trained for "
+            "one do not fit the other. If they are known to, give both models the same settings "
+            "in config.json"
+        )
     yield from _tensor_differences(first, model)
+
+
+def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How positions are turned, whichever way transformers 4 or 5 spells it.
+
+    >>> rope_settings({"rope_theta": 5e5, "rope_scaling": None})
+    {'rope_theta': 500000.0}
+    >>> rope_settings({"rope_parameters": {"rope_type": "default", "rope_theta": 500000}})
+    {'rope_theta': 500000.0}
+    """
+    settings = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    kind = settings.pop("rope_type", None) or settings.pop("type", None) or "default"
+    settings.pop("type", None)
+    settings.setdefault("rope_theta", config.get("rope_theta", DEFAULT_ROPE_THETA))
+    settings = {
+        key: float(value) if isinstance(value, int | float) else value
+        for key, value in settings.items()
+    }
+    return settings if kind == "default" else settings | {"rope_type": kind}
+
+
+def pair_notes(first: Model, model: Model) -> Iterator[str]:
+    """Settings that differ and leave shapes as they are; the result has those of the first."""
+    differing = [
+        f"{key} {model.config.get(key)!r} ({first.label}: {first.config.get(key)!r})"
+        for key in sorted(first.config.keys() | model.config.keys())
+        if first.config.get(key) != model.config.get(key)
+        and key not in {*SAME_SETTINGS, *OWN_SETTINGS}
+        and not key.endswith("_token_id")
+        and None not in (first.config.get(key), model.config.get(key))
+    ]
+    if differing:
+        yield f"{model.label}: {', '.join(differing)}; the result is as {first.label}"
 
 
 def _tensor_differences(first: Model, model: Model) -> Iterator[str]:
@@ -315,16 +382,31 @@ def _without_vocabulary(name: str, model: Model) -> tuple[int, ...]:
     return shape[1:] if name == EMBEDDING else shape
 
 
-def special_id_problems(model: Model, vocab_size: int, smallest: str) -> Iterator[str]:
-    """Special tokens of the merged model that a cut vocabulary no longer has."""
-    for key in SPECIAL_IDS:
-        value = model.config.get(key)
-        for token_id in value if isinstance(value, list) else [value]:
-            if isinstance(token_id, int) and token_id >= vocab_size:
+def special_ids(config: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Ids of special tokens by key; -1 and null stand for none.
+
+    >>> special_ids({"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": None})
+    {'bos_token_id': [1], 'eos_token_id': [2, 7]}
+    """
+    ids = {
+        key: [i for i in (value if isinstance(value, list) else [value]) if type(i) is int]
+        for key, value in config.items()
+        if key.endswith("_token_id")
+    }
+    return {key: kept for key, value in ids.items() if (kept := [i for i in value if i >= 0])}
+
+
+def special_id_problems(
+    label: str, file: str, config: Mapping[str, Any], rows: int
+) -> Iterator[str]:
+    """Special tokens of the result that its vocabulary does not have."""
+    for key, ids in special_ids(config).items():
+        for token_id in ids:
+            if token_id >= rows:
                 yield (
-                    f"{model.label}: {key} {token_id} lies beyond the smallest vocabulary "
-                    f"({vocab_size} rows, {smallest}), to which all models are cut. "
-                    "Merge models that share their special tokens"
+                    f"{label}: {key} {token_id} in {file} lies beyond the vocabulary of the result "
+                    f"({rows} rows). Keep the row (vocabulary 'pad', 'union' or 'base') or choose "
+                    "a model with other special tokens (tokenizer_source)"
                 )
 
 

@@ -39,14 +39,39 @@ def edit_config(text: str, changes: Mapping[str, Any]) -> str:
     for key in sorted(changes.keys() & spans.keys(), key=lambda key: spans[key], reverse=True):
         if present[key] != changes[key] or type(present[key]) is not type(changes[key]):
             start, stop = spans[key]
-            text = text[:start] + json.dumps(changes[key]) + text[stop:]
-    added = [f"\n  {json.dumps(key)}: {json.dumps(changes[key])}" for key in changes.keys() - spans]
+            text = text[:start] + _written(changes[key]) + text[stop:]
+    added = [f"\n  {json.dumps(key)}: {_written(changes[key])}" for key in changes.keys() - spans]
     if added:
         end = text.rindex("}")
         before = text[:end].rstrip()
         comma = "" if before.endswith("{") else ","
         text = before + comma + ",".join(sorted(added)) + text[len(before) : end] + text[end:]
     return text
+
+
+def merged_config(text: str, changes: Mapping[str, Any]) -> str:
+    """`edit_config`, also of the configs inside a config (such as `text_config`).
+
+    Inside, only keys that are there are changed.
+
+    >>> merged_config('{"vocab_size": 10, "text_config": {"vocab_size": 10}}', {"vocab_size": 8})
+    '{"vocab_size": 8, "text_config": {"vocab_size": 8}}'
+    """
+    text = edit_config(text, changes)
+    for key, value in read_config(text).items():
+        if isinstance(value, dict) and key.endswith("_config"):
+            start, stop = _value_spans(text)[key]
+            inside = {name: new for name, new in changes.items() if name in value}
+            text = text[:start] + merged_config(text[start:stop], inside) + text[stop:]
+    return text
+
+
+def _written(value: Any) -> str:
+    """A value as JSON, over several lines if there are objects in it."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if not any(isinstance(part, dict) for part in parts):
+        return json.dumps(value)
+    return json.dumps(value, indent=2).replace("\n", "\n  ")
 
 
 def _value_spans(text: str) -> dict[str, tuple[int, int]]:

@@ -4,12 +4,15 @@ The same rules serve models in memory (`prepare_models_for_merging`) and model f
 config.json and headers are enough (`align`).
 """
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from model_checks import (
     DERIVED_TENSOR,
@@ -21,16 +24,31 @@ from model_checks import (
     is_tied,
     layer_order,
     model_problems,
+    pair_notes,
     pair_problems,
     special_id_problems,
 )
 from model_errors import ModelCompatibilityError
+from model_rows import MappedRows, TensorRows
 from model_safetensors import FLOAT_DTYPES, TensorInfo
+from model_tokenizer import TokenTable, added_token, read_tokens
+from model_vocabulary import (
+    MergedVocabulary,
+    RowMap,
+    Side,
+    VocabularySettings,
+    chosen_donor,
+    merge_vocabularies,
+    settings_problems,
+    vocabulary_settings,
+)
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["ModelCompatibilityError", "align", "prepare_models_for_merging"]
+
+DEFAULT_VOCABULARY = VocabularySettings()
 
 QUANTIZING_PACKAGES = (
     *("bitsandbytes", "auto_gptq", "gptqmodel", "awq", "hqq", "compressed_tensors"),
@@ -39,10 +57,17 @@ QUANTIZING_PACKAGES = (
 
 
 class AlignedTensor(NamedTuple):
-    """A tensor of the merged model: its shape, and which tensor of each model feeds it."""
+    """A tensor of the merged model.
+
+    Attributes:
+        shape: in the merged model.
+        sources: which tensor of each model feeds it.
+        row_map: which of their rows feeds which row; None where the numbers are the same.
+    """
 
     shape: tuple[int, ...]
     sources: tuple[str, ...]
+    row_map: RowMap | None = None
 
 
 @dataclass(frozen=True)
@@ -51,114 +76,159 @@ class Alignment:
 
     Attributes:
         tensors: every tensor of the merged model by name, in the order of the layers.
-        vocab_size: rows of the embedding and the head in the merged model.
+        vocabulary: its tokens, and where their rows come from.
         tied: the merged model's head is its embedding.
-        rows_cut: rows that each model loses, by label; only models that lose some.
+        special_ids: `*_token_id` entries of the merged config, where they are not those of the
+            first model.
         notes: what was decided, for the report.
     """
 
     tensors: Mapping[str, AlignedTensor]
-    vocab_size: int
+    vocabulary: MergedVocabulary
     tied: bool
-    rows_cut: Mapping[str, int] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    special_ids: Mapping[str, Any]
+    notes: tuple[str, ...]
 
 
-def align(models: Sequence[Model]) -> Alignment:
+def align(
+    models: Sequence[Model],
+    vocabulary: VocabularySettings = DEFAULT_VOCABULARY,
+    *,
+    donor: int | None = None,
+    has_base: bool = True,
+    weights: Sequence[float] | None = None,
+) -> Alignment:
     """Decide how models are brought together, or say everything that speaks against it.
 
     Args:
         models: the first one gives the structure: the base, or the first model.
-
-    Returns:
-        The tensors of the merged model. Vocabularies of different sizes are cut to the
-        smallest, embedding and head together; token ids below it must mean the same in all
-        models. Where only some models tie their head, the merged one has a head of its own.
+        vocabulary: how their vocabularies are brought together.
+        donor: index of the model whose tokenizer and special tokens the result has; see
+            `model_vocabulary.chosen_donor` and `merge_vocabularies`.
+        has_base: whether the first model is a base, whose rows stand in for missing ones.
+        weights: of the models, for `linear_missing` "renormalise".
 
     Raises:
         ModelCompatibilityError: a model is quantized, not of the LLaMA family or incomplete;
-            architectures or shapes differ; a special token would be cut off.
+            architectures, shapes or settings differ; token ids do not agree; a special token
+            would be lost.
     """
-    found = [list(model_problems(model)) for model in models]
-    problems = [problem for of_one in found for problem in of_one]
-    sound = [model for model, of_one in zip(models, found, strict=True) if not of_one]
-    sizes = [model.tensors[EMBEDDING].shape[0] for model in sound]
-    vocab_size = min(sizes, default=0)
-    if sound and sound[0] is models[0]:
-        for model in sound[1:]:
-            problems += pair_problems(models[0], model)
-        smallest = sound[sizes.index(vocab_size)]
-        problems += special_id_problems(models[0], vocab_size, smallest.label)
+    problems = fit_problems(models)
+    if not all(_vocabulary_rows(model) for model in models):
+        raise ModelCompatibilityError(problems)
+    merged, wrong = merge_vocabularies(
+        [Side(model.label, _vocabulary_rows(model), model.tokens) for model in models],
+        vocabulary,
+        donor=donor,
+        has_base=has_base,
+        weights=weights,
+    )
+    special = models[merged.donor]
+    problems += wrong
+    problems += special_id_problems(special.label, "config.json", special.config, merged.rows)
     if problems:
         raise ModelCompatibilityError(problems)
     tied = [is_tied(model) for model in models]
+    result_tied = tied[0] if vocabulary.tie == "base" else all(tied)
     return Alignment(
-        tensors=_aligned_tensors(models, tied, vocab_size),
-        vocab_size=vocab_size,
-        tied=all(tied),
-        rows_cut={
-            model.label: size - vocab_size
-            for model, size in zip(models, sizes, strict=True)
-            if size > vocab_size
-        },
-        notes=tuple(_notes(models, tied, sizes)),
+        tensors=_aligned_tensors(models, tied, result_tied, merged),
+        vocabulary=merged,
+        tied=result_tied,
+        special_ids=_other_special_ids(models[0].config, special.config),
+        notes=(
+            *merged.notes,
+            *filter(None, [merged.assumption]),
+            *_notes(models, tied, result_tied),
+        ),
     )
 
 
+def _vocabulary_rows(model: Model) -> int:
+    """Rows of the embedding; 0 where it is missing or no matrix."""
+    embedding = model.tensors.get(EMBEDDING)
+    return embedding.shape[0] if embedding is not None and len(embedding.shape) == 2 else 0
+
+
+def fit_problems(models: Sequence[Model]) -> list[str]:
+    """What is wrong with each model, and what keeps it from being merged with the first one."""
+    found = [list(model_problems(model)) for model in models]
+    problems = [problem for of_one in found for problem in of_one]
+    sound = [model for model, of_one in zip(models, found, strict=True) if not of_one]
+    if sound and sound[0] is models[0]:
+        for model in sound[1:]:
+            problems += pair_problems(models[0], model)
+    return problems
+
+
+def _other_special_ids(first: Mapping[str, Any], donor: Mapping[str, Any]) -> dict[str, Any]:
+    """The donor's special ids where the first model's config says something else."""
+    keys = [key for key in (*first, *donor) if key.endswith("_token_id")]
+    return {key: donor.get(key) for key in keys if donor.get(key) != first.get(key)}
+
+
 def _aligned_tensors(
-    models: Sequence[Model], tied: Sequence[bool], vocab_size: int
+    models: Sequence[Model], tied: Sequence[bool], result_tied: bool, merged: MergedVocabulary
 ) -> dict[str, AlignedTensor]:
     names = [name for name in models[0].tensors if not DERIVED_TENSOR.fullmatch(name)]
-    if all(tied):
-        names = [name for name in names if name != HEAD]
-    elif HEAD not in names:
-        names.append(HEAD)
+    names = [name for name in names if name != HEAD] + [HEAD] * (not result_tied)
     aligned = {}
     for name in sorted(names, key=layer_order):
         sources = tuple(EMBEDDING if name == HEAD and model_tied else name for model_tied in tied)
         shape = models[0].tensors[sources[0]].shape
         if name in VOCABULARY_TENSORS:
-            shape = (vocab_size, *shape[1:])
-        aligned[name] = AlignedTensor(shape, sources)
+            aligned[name] = AlignedTensor((merged.rows, *shape[1:]), sources, merged.row_map)
+        else:
+            aligned[name] = AlignedTensor(shape, sources)
     return aligned
 
 
-def _notes(models: Sequence[Model], tied: Sequence[bool], sizes: Sequence[int]) -> Iterator[str]:
-    if min(sizes) < max(sizes):
-        rows = ", ".join(f"{model.label} {size}" for model, size in zip(models, sizes, strict=True))
+def _notes(models: Sequence[Model], tied: Sequence[bool], result_tied: bool) -> Iterator[str]:
+    if result_tied and not all(tied):
+        heads = [model.label for model, own in zip(models, tied, strict=True) if not own]
         yield (
-            f"vocabularies cut to the smallest, {min(sizes)} rows ({rows}); "
-            "token ids are taken to mean the same in all models"
+            f"the result ties its head to the embedding as {models[0].label} does; the trained "
+            f"heads of {', '.join(heads)} are lost"
         )
-    if any(tied) and not all(tied):
+    elif any(tied) and not all(tied):
         yield "some models tie their head to the embedding, some do not: the result does not"
     for model, model_tied in zip(models, tied, strict=True):
         if model_tied and HEAD in model.tensors:
             yield f"{model.label}: ties its head to the embedding, so its stored {HEAD} is not used"
         if any(DERIVED_TENSOR.fullmatch(name) for name in model.tensors):
             yield f"{model.label}: stored rotary_emb.inv_freq left out (loaders compute it)"
+    for model in models[1:]:
+        yield from pair_notes(models[0], model)
 
 
 def prepare_models_for_merging(
-    base: "PreTrainedModel", ft_models: "Sequence[PreTrainedModel]"
+    base: "PreTrainedModel",
+    ft_models: "Sequence[PreTrainedModel]",
+    *,
+    vocabulary: str | VocabularySettings = "truncate",
+    tokenizers: "Sequence[str | os.PathLike[str] | PreTrainedTokenizerBase] | None" = None,
 ) -> "tuple[PreTrainedModel, list[PreTrainedModel]]":
-    """Check models in memory and cut them to the smallest vocabulary.
+    """Check models in memory and bring them to one vocabulary, by default the smallest.
 
     Args:
         base: a transformers causal language model of the LLaMA family.
         ft_models: its fine-tunes.
+        vocabulary: as in a merge of folders; see `model_vocabulary.VocabularySettings`.
+        tokenizers: of the base and the models, as folders or transformers tokenizers; by
+            default those in the folders from which the models were loaded, if they hold any.
 
     Returns:
-        The same models, changed in place: where a vocabulary was larger than the smallest, it
-        is cut, embedding, head and `config.vocab_size` together; where only some models tie
+        The same models, changed in place: embedding, head, `config.vocab_size` and special
+        token ids are those of the merged vocabulary in all of them; where only some models tie
         their head to the embedding, those get a head of their own.
 
     Raises:
-        ModelCompatibilityError: a model is quantized, architectures or shapes differ, or a
-            special token would be cut off. Nothing has been changed then.
+        ModelCompatibilityError: a model is quantized, architectures, shapes or settings differ,
+            token ids do not agree, or a special token would be lost. Nothing has been changed
+            then.
+        ValueError: the settings are wrong, or the number of tokenizers.
 
     Warns:
-        UserWarning: a vocabulary is cut, or a head is untied.
+        UserWarning: for everything that the report of a merge would note.
     """
     models = [base, *ft_models]
     labels = ["base", *(f"ft_models[{index}]" for index in range(len(ft_models)))]
@@ -169,15 +239,75 @@ def prepare_models_for_merging(
     ]
     if quantized:
         raise ModelCompatibilityError(quantized)
-    alignment = align([describe(label, model) for label, model in zip(labels, models, strict=True)])
-    for note in alignment.notes:
-        warnings.warn(note, stacklevel=2)
-    for model in models:
-        if len(model.get_input_embeddings().weight) != alignment.vocab_size:
-            model.resize_token_embeddings(alignment.vocab_size)
-        if not alignment.tied:
-            untie_head(model)
+    sources = [None] * len(models) if tokenizers is None else list(tokenizers)
+    if len(sources) != len(models):
+        raise ValueError(f"tokenizers: got {len(sources)} for {len(models)} models, base included")
+    settings = vocabulary_settings(vocabulary)
+    donor, wrong = chosen_donor(labels, settings, None)
+    if wrong := [*settings_problems(settings), *wrong]:
+        raise ValueError("\n".join(wrong))
+    described = [describe(*each) for each in zip(labels, models, sources, strict=True)]
+    alignment = align(described, settings, donor=donor)
+    warn_about(alignment, stacklevel=3)
+    _give_vocabulary(models, alignment)
     return base, list(ft_models)
+
+
+def warn_about(alignment: Alignment, stacklevel: int) -> None:
+    """One warning with everything that the user should know.
+
+    That ids were taken to agree is worth one only beside something else: models in memory seldom
+    have their tokenizers with them.
+    """
+    assumption = alignment.vocabulary.assumption
+    if any(note != assumption for note in alignment.notes):
+        warnings.warn("\n".join(alignment.notes), stacklevel=stacklevel)
+
+
+def _give_vocabulary(models: "Sequence[PreTrainedModel]", alignment: Alignment) -> None:
+    """Give every model the rows of the merged vocabulary."""
+    rows = alignment.vocabulary.rows
+    states = [model.state_dict() for model in models]
+    mapped = {
+        name: _mapped(states, tensor)
+        for name, tensor in alignment.tensors.items()
+        if tensor.row_map is not None
+    }
+    for index, model in enumerate(models):
+        resize_vocabulary(model, rows, tied=alignment.tied)
+        state = model.state_dict()
+        for name, values in mapped.items():
+            state[name].copy_(values[index])
+        set_special_ids(model, alignment.special_ids)
+
+
+def _mapped(states: "Sequence[Mapping[str, Tensor]]", tensor: AlignedTensor) -> list[Tensor]:
+    """The rows of the merged vocabulary of each model, float32, from its parameters."""
+    assert tensor.row_map is not None
+    sources = [
+        TensorRows({name: state[name]}) for name, state in zip(tensor.sources, states, strict=True)
+    ]
+    rows = MappedRows(sources, tensor.sources, tensor.row_map)
+    return rows.read(0, tensor.shape[0], lambda _, size: torch.empty(size, dtype=torch.uint8))
+
+
+def resize_vocabulary(model: "PreTrainedModel", rows: int, *, tied: bool) -> None:
+    """Give a model so many rows, the last ones cut or undefined, and a head of its own or none."""
+    if len(model.get_input_embeddings().weight) != rows:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    if tied and not _has_tied_head(model):
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    if not tied:
+        untie_head(model)
+
+
+def set_special_ids(model: "PreTrainedModel", special_ids: Mapping[str, Any]) -> None:
+    """Set `*_token_id` entries in a model's config and generation config."""
+    for key, value in special_ids.items():
+        setattr(model.config, key, value)
+        if model.generation_config is not None:
+            setattr(model.generation_config, key, value)
 
 
 def untie_head(model: "PreTrainedModel") -> None:
@@ -198,7 +328,11 @@ def _has_tied_head(model: "PreTrainedModel") -> bool:
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
-def describe(label: str, model: "PreTrainedModel") -> ModelDescription:
+def describe(
+    label: str,
+    model: "PreTrainedModel",
+    tokenizer: "str | os.PathLike[str] | PreTrainedTokenizerBase | None" = None,
+) -> ModelDescription:
     """A transformers model as the rules see it; its head is tied if it is so in fact."""
     names = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
     tied = _has_tied_head(model)
@@ -208,7 +342,23 @@ def describe(label: str, model: "PreTrainedModel") -> ModelDescription:
         if not (tied and name == HEAD)
     }
     config = model.config.to_dict() | {"tie_word_embeddings": tied}
-    return ModelDescription(label, config, tensors)
+    return ModelDescription(label, config, tensors, _tokens(label, model, tokenizer))
+
+
+def _tokens(
+    label: str,
+    model: "PreTrainedModel",
+    tokenizer: "str | os.PathLike[str] | PreTrainedTokenizerBase | None",
+) -> TokenTable | None:
+    if tokenizer is None:
+        tokenizer = model.name_or_path or None
+    if tokenizer is None or isinstance(tokenizer, str | os.PathLike):
+        return read_tokens(Path(tokenizer), label) if tokenizer is not None else None
+    added = {
+        str(token): added_token(token_id, str(token), vars(token))
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+    }
+    return TokenTable({token_id: token for token, token_id in tokenizer.get_vocab().items()}, added)
 
 
 def _quantized_modules(label: str, model: "PreTrainedModel") -> Iterator[str]:

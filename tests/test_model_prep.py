@@ -15,12 +15,14 @@ from model_errors import ModelCompatibilityError
 from model_prep import align, describe, prepare_models_for_merging
 from model_safetensors import TensorInfo
 from model_utils import get_llama, open_model_folder
+from model_vocabulary import VocabularySettings
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 UP = "model.layers.0.mlp.up_proj"
 NORM = "model.layers.1.input_layernorm.weight"
 FAMILY = ["llama", "mistral", "qwen2", "qwen3"]
 ADVICE = "Merging needs float weights; use the original checkpoint"
+ASSUMED = "token ids are taken to mean the same in all models"
 MIXED = "some models tie their head to the embedding, some do not: the result does not"
 
 
@@ -35,7 +37,7 @@ def folder(name="a", **options):
 
 
 def in_memory(name="a", **options):
-    return get_llama(folder(name, **options))
+    return get_llama(folder(name, tokenizer=True, **options))
 
 
 def description(label="a", vocab_size=48, tied=False, drop=()):
@@ -50,6 +52,13 @@ def description(label="a", vocab_size=48, tied=False, drop=()):
 def align_folders(*folders):
     with ExitStack() as stack:
         return align([stack.enter_context(open_model_folder(path)) for path in folders])
+
+
+def notes_of(alignment):
+    """All but the one that every alignment of folders without tokenizers has."""
+    assumed = [note for note in alignment.notes if note.startswith("no tokenizer files in ")]
+    assert assumed
+    return tuple(note for note in alignment.notes if note not in assumed)
 
 
 def refused(function, *arguments):
@@ -68,22 +77,23 @@ def test_a_model_of_each_type_aligns_with_itself_tensor_by_tensor(model_type):
     stored = read_tensors(folder(model_type=model_type))
     alignment = align_folders("a", "a", "a")
     assert dict(alignment.tensors) == {
-        name: (tuple(tensor.shape), (name, name, name)) for name, tensor in stored.items()
+        name: (tuple(tensor.shape), (name, name, name), None) for name, tensor in stored.items()
     }
-    assert (alignment.vocab_size, alignment.tied) == (48, False)
-    assert (alignment.rows_cut, alignment.notes) == ({}, ())
+    assert (alignment.vocabulary.rows, alignment.tied) == (48, False)
+    assert (alignment.vocabulary.changes, notes_of(alignment)) == ({}, ())
+    assert alignment.notes == (f"no tokenizer files in a: {ASSUMED}",)
 
 
 def test_vocabularies_are_cut_to_the_smallest_embedding_and_head_together():
     sizes = {"a": 48, "b": 40, "c": 44}
     alignment = align_folders(*(folder(name, vocab_size=size) for name, size in sizes.items()))
-    assert alignment.vocab_size == 40
+    assert alignment.vocabulary.rows == 40
     assert alignment.tensors[EMBEDDING].shape == alignment.tensors[HEAD].shape == (40, 32)
     assert alignment.tensors[f"{UP}.weight"].shape == (56, 32)
-    assert alignment.rows_cut == {"a": 8, "c": 4}
+    assert alignment.vocabulary.changes == {"a": {"cut": 8}, "c": {"cut": 4}}
     assert alignment.notes == (
-        "vocabularies cut to the smallest, 40 rows (a 48, b 40, c 44); "
-        "token ids are taken to mean the same in all models",
+        "vocabularies cut to the smallest, 40 rows (a 48, b 40, c 44)",
+        f"no tokenizer files in a, b, c: {ASSUMED}",
     )
 
 
@@ -98,14 +108,14 @@ def test_tensors_come_in_the_order_of_the_layers():
     ("tied", "head", "notes"),
     [
         ((True, True), None, ()),
-        ((False, False), ((48, 32), (HEAD, HEAD)), ()),
-        ((True, False), ((48, 32), (EMBEDDING, HEAD)), (MIXED,)),
-        ((False, True), ((48, 32), (HEAD, EMBEDDING)), (MIXED,)),
+        ((False, False), ((48, 32), (HEAD, HEAD), None), ()),
+        ((True, False), ((48, 32), (EMBEDDING, HEAD), None), (MIXED,)),
+        ((False, True), ((48, 32), (HEAD, EMBEDDING), None), (MIXED,)),
     ],
 )
 def test_the_result_ties_its_head_only_where_all_models_do(tied, head, notes):
     alignment = align_folders(folder("a", tied=tied[0]), folder("b", tied=tied[1]))
-    assert (alignment.tied, alignment.notes) == (head is None, notes)
+    assert (alignment.tied, notes_of(alignment)) == (head is None, notes)
     assert alignment.tensors[EMBEDDING].sources == (EMBEDDING, EMBEDDING)
     assert alignment.tensors.get(HEAD) == head
 
@@ -114,10 +124,10 @@ def test_a_head_stored_in_a_tied_model_is_not_used_and_that_is_said():
     folder("a", tied=True, extra={HEAD: torch.zeros(48, 32)})
     unused = f"a: ties its head to the embedding, so its stored {HEAD} is not used"
     with_tied = align_folders("a", folder("b", tied=True))
-    assert (HEAD in with_tied.tensors, with_tied.notes) == (False, (unused,))
+    assert (HEAD in with_tied.tensors, notes_of(with_tied)) == (False, (unused,))
     with_untied = align_folders("a", folder("c"))
     assert with_untied.tensors[HEAD].sources == (EMBEDDING, HEAD)
-    assert with_untied.notes == (MIXED, unused)
+    assert notes_of(with_untied) == (MIXED, unused)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +190,7 @@ def test_what_all_layers_of_a_known_type_have_may_not_be_missing_in_all(model_ty
 
 def test_a_type_that_is_not_known_must_only_have_layers_that_are_alike():
     folder("a", config_changes={"model_type": "olmo2"})
-    assert align_folders("a").vocab_size == 48
+    assert align_folders("a").vocabulary.rows == 48
     folder("b", config_changes={"model_type": "olmo2"}, drop=[NORM])
     (problem,) = refused(align_folders, "b")
     assert problem.startswith(f"b: 1 tensor ({NORM}) missing")
@@ -194,7 +204,7 @@ def test_more_layers_than_tensors_are_not_even_counted():
 def test_stored_rotary_frequencies_are_left_out_and_that_is_said():
     inverse = "model.layers.1.self_attn.rotary_emb.inv_freq"
     alignment = align_folders(folder("a"), folder("b", extra={inverse: torch.ones(4)}))
-    assert alignment.notes == ("b: stored rotary_emb.inv_freq left out (loaders compute it)",)
+    assert notes_of(alignment) == ("b: stored rotary_emb.inv_freq left out (loaders compute it)",)
     assert inverse not in align_folders("b", "a").tensors
 
 
@@ -208,10 +218,10 @@ def test_any_vocabularies_are_cut_to_the_smallest_whatever_the_order_of_the_mode
     )
     first, second = align(models), align(reordered)
     smallest = min(size for size, _ in orders[0])
-    assert first.vocab_size == second.vocab_size == smallest
+    assert first.vocabulary.rows == second.vocabulary.rows == smallest
     assert first.tied == second.tied == all(tied for _, tied in orders[0])
-    assert first.rows_cut == second.rows_cut
-    for name, (shape, sources) in first.tensors.items():
+    assert first.vocabulary.changes == second.vocabulary.changes
+    for name, (shape, sources, _) in first.tensors.items():
         assert second.tensors[name].shape == shape
         for model, source in zip(models, sources, strict=True):
             rows, *rest = model.tensors[source].shape
@@ -409,7 +419,8 @@ def test_a_tie_that_is_not_true_or_false_is_refused():
 def test_what_one_config_leaves_out_and_the_other_says_is_no_difference():
     get_llama(folder("a")).save_pretrained("b")  # transformers writes head_dim
     assert "head_dim" in Path("b/config.json").read_text()
-    assert align_folders("a", "b").vocab_size == align_folders("b", "a").vocab_size == 48
+    assert align_folders("a", "b").vocabulary.rows == 48
+    assert align_folders("b", "a").vocabulary.rows == 48
 
 
 # Models that do not fit each other
@@ -457,16 +468,83 @@ def test_models_that_differ_are_refused(options, texts):
 def test_special_tokens_of_the_first_model_must_survive_the_cut(key, value, beyond):
     folder("a", config_changes={key: value})
     assert refused(align_folders, "a", folder("b", vocab_size=44), folder("c", vocab_size=40)) == [
-        f"a: {key} {token} lies beyond the smallest vocabulary (40 rows, c), to which all models "
-        "are cut. Merge models that share their special tokens"
+        f"a: {key} {token} in config.json lies beyond the vocabulary of the result (40 rows). Keep "
+        "the row (vocabulary 'pad', 'union' or 'base') or choose a model with other special tokens "
+        "(tokenizer_source)"
         for token in beyond
     ]
-    assert align_folders("c", "a").vocab_size == 40  # the result has the special tokens of c
+    assert align_folders("c", "a").vocabulary.rows == 40  # the result has the special tokens of c
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
+POSITIONS = "Weights trained for one do not fit the other"
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "text"),
+    [
+        ({}, {"rope_theta": 5e5}, "rope_theta 500000.0, but a has 10000.0"),
+        (
+            {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+            {"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"factor": 32.0}},
+            "factor 32.0, but a has 8.0",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            "factor None, but a has 2.0; rope_type None, but a has linear",
+        ),
+    ],
+)
+def test_models_that_turn_positions_in_other_ways_are_refused(ours, theirs, text):
+    folder("a", config_changes=ours)
+    (problem,) = refused(align_folders, "a", folder("b", config_changes=theirs))
+    assert problem.startswith(f"b: other rotary positions: {text}. {POSITIONS}")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({"rope_scaling": None}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+        (
+            {"rope_theta": 500000, "rope_scaling": {"type": "linear", "factor": 2}},
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}},
+        ),
+    ],
+)
+def test_both_spellings_of_rotary_settings_are_the_same(ours, theirs):
+    assert notes_of(
+        align_folders(folder("a", config_changes=ours), folder("b", config_changes=theirs))
+    ) == ()  # fmt: skip
+
+
+def test_another_activation_is_refused_and_other_settings_are_named():
+    folder("a")
+    (problem,) = refused(align_folders, "a", folder("b", config_changes={"hidden_act": "gelu"}))
+    assert problem == f"b: hidden_act gelu, but a has silu. {ONE_BASE}"
+    changes = {"rms_norm_eps": 1e-6, "max_position_embeddings": 4096, "bos_token_id": 5}
+    assert notes_of(align_folders("a", folder("c", config_changes=changes))) == (
+        "c: max_position_embeddings 4096 (a: 128), rms_norm_eps 1e-06 (a: 1e-05); the result is "
+        "as a",
+    )
+
+
+def test_the_head_may_be_tied_because_the_base_ties_it_and_what_that_costs_is_said():
+    folder("a", tied=True)
+    folder("b")
+    with open_model_folder("a") as base, open_model_folder("b") as tuned:
+        alignment = align([base, tuned], VocabularySettings(tie="base"))
+        untied = align([tuned, base], VocabularySettings(tie="base"))
+    assert (alignment.tied, HEAD in alignment.tensors) == (True, False)
+    assert notes_of(alignment) == (
+        "the result ties its head to the embedding as a does; the trained heads of b are lost",
+    )
+    assert (untied.tied, untied.tensors[HEAD].sources) == (False, (HEAD, EMBEDDING))
 
 
 def test_the_last_row_kept_may_be_a_special_token():
     folder("a", config_changes={"pad_token_id": 39, "bos_token_id": None})
-    assert align_folders("a", folder("b", vocab_size=40)).vocab_size == 40
+    assert align_folders("a", folder("b", vocab_size=40)).vocabulary.rows == 40
 
 
 def test_everything_that_is_wrong_with_single_models_is_said_at_once():
@@ -522,10 +600,7 @@ def test_models_in_memory_with_one_vocabulary_are_left_alone():
 
 def test_where_only_some_models_in_memory_are_tied_all_get_a_head_of_their_own():
     base, model = in_memory("a", tied=True), in_memory("b", vocab_size=40)
-    with (
-        pytest.warns(UserWarning, match=MIXED),
-        pytest.warns(UserWarning, match="vocabularies cut"),
-    ):
+    with pytest.warns(UserWarning, match=f"(?s)vocabularies cut.*{MIXED}"):
         prepare_models_for_merging(base, [model])
     for prepared in (base, model):
         names = [name for name, _ in prepared.named_parameters()]
@@ -562,7 +637,7 @@ def test_models_in_memory_that_do_not_fit_are_refused_and_none_is_changed():
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_model_in_memory_is_described_as_its_folder(dtype):
     model = in_memory("a", dtype=dtype, model_type="qwen2").to(getattr(torch, dtype))
-    label, config, tensors = describe("x", model)
+    label, config, tensors, _ = describe("x", model)
     with open_model_folder("a") as stored:
         assert (label, tensors) == ("x", stored.tensors)
     assert [config[key] for key in ("vocab_size", "num_hidden_layers")] == [48, 2]
