@@ -1,0 +1,822 @@
+"""The small files of a model folder: tokenizer, chat template, generation config, licence.
+
+The result takes them from one model, the donor, byte for byte (licences from the first model).
+Only what must change is edited: tokens that a union adds or a cut removes, and the chat template
+and end tokens where they come from another model than the tokenizer.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from model_checks import special_id_problems, special_ids
+from model_config import edit_config, read_config
+from model_errors import ModelCompatibilityError
+from model_tokenizer import (
+    ADDED,
+    CONFIG,
+    MERGES,
+    SENTENCEPIECE,
+    SPECIAL,
+    TOKENIZER,
+    VOCABULARY,
+)
+from model_utils import ModelFolder
+from model_vocabulary import MergedVocabulary, model_index
+
+GENERATION = "generation_config.json"
+TEMPLATE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
+OLD_TEMPLATE = "chat_template.json"
+MISTRAL_FORMS = ("tekken.json", "tokenizer.model.v*")
+DONOR_FILES = (
+    *("tokenizer*.json", "tokenizer*.model", *MISTRAL_FORMS, VOCABULARY, "vocab.txt", MERGES),
+    *(SPECIAL, ADDED, GENERATION, "chat_template*.jinja", OLD_TEMPLATE),
+)
+"""Files that come from the donor."""
+
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+"""Files that come from the first model."""
+
+TOKEN_FILES = (TOKENIZER, CONFIG, SPECIAL, ADDED, VOCABULARY, MERGES)
+"""Files that list tokens and can be edited."""
+
+MAIN_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+"""Roles whose token a loader adds to a tokenizer that lacks it."""
+
+SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
+DECODER = "added_tokens_decoder"
+
+NO_TEMPLATE, AUTO_TEMPLATE = "none", "auto"
+DEFAULT = "default"
+
+SHOWN = 3
+
+MAX_BYTES = 500_000_000
+"""More than any of these files has."""
+
+CACHED_FILE = re.compile(r"/models--[^/]+/blobs/[^/]+$|/blobs/[0-9a-f]{2}/[0-9a-f]{64}$")
+"""Where the links of a Hub snapshot lead."""
+
+UNFIT = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What an edit raises where a file is of another form than expected."""
+
+
+class Companions:
+    """The small files of one model folder, read when they are asked for.
+
+    Attributes:
+        index: of the model among all, 0 for the first one.
+        model: the open folder.
+    """
+
+    def __init__(self, index: int, model: ModelFolder) -> None:
+        self.index = index
+        self.model = model
+        self.label = model.label
+        self.path = model.path
+
+    @cached_property
+    def generation(self) -> dict[str, Any] | None:
+        """generation_config.json; None where there is none."""
+        return self._object(GENERATION)
+
+    @cached_property
+    def tokenizer_config(self) -> dict[str, Any]:
+        """tokenizer_config.json; empty where there is none."""
+        return self._object(CONFIG) or {}
+
+    @cached_property
+    def special_map(self) -> dict[str, Any]:
+        """special_tokens_map.json; empty where there is none."""
+        return self._object(SPECIAL) or {}
+
+    @cached_property
+    def special_settings(self) -> dict[str, Any]:
+        """tokenizer_config.json, with special_tokens_map.json where that counts.
+
+        As in transformers, it counts where tokenizer_config.json lists no added tokens.
+        """
+        own = self.tokenizer_config
+        return own if DECODER in own else own | self.special_map
+
+    @cached_property
+    def template_files(self) -> dict[str, Path]:
+        """Files that hold a chat template, by its name."""
+        more = sorted((self.path / TEMPLATE_FOLDER).glob("*.jinja"))
+        named = {DEFAULT: self.path / TEMPLATE} | {file.stem: file for file in more}
+        return {name: file for name, file in named.items() if file.is_file()}
+
+    @cached_property
+    def templates(self) -> dict[str, str]:
+        """Chat templates by name; there is seldom another than the default one.
+
+        Files of their own come before tokenizer_config.json, as in transformers.
+        """
+        texts = _filled({name: self._text(file) for name, file in self.template_files.items()})
+        for name in (CONFIG, OLD_TEMPLATE):
+            try:
+                texts = texts or _named_templates((self._object(name) or {}).get("chat_template"))
+            except (LookupError, TypeError) as error:
+                raise ModelCompatibilityError(
+                    f"{self.label}: chat_template in {name} is neither a text nor a list of "
+                    "named texts. Download the model again"
+                ) from error
+        return texts
+
+    @cached_property
+    def end_ids(self) -> list[int]:
+        """Ids at which the model stops generating."""
+        for config in (self.generation or {}, self.model.config):
+            if ids := special_ids(config).get("eos_token_id"):
+                return ids
+        return []
+
+    @cached_property
+    def licences(self) -> dict[str, bytes]:
+        """Licence files by name."""
+        files = _files(self.path, LICENCES)
+        return {file.name: file.read_bytes() for file in files if file.is_file()}
+
+    def problems(self) -> list[str]:
+        """What is wrong with the files that are read here."""
+        found: dict[str, None] = {}
+        for name in ("generation", "special_settings", "templates"):
+            try:
+                getattr(self, name)
+            except ModelCompatibilityError as error:
+                found |= dict.fromkeys(error.problems)
+        return list(found)
+
+    def _object(self, name: str) -> dict[str, Any] | None:
+        if not (self.path / name).is_file():
+            return None
+        try:
+            return read_config((self.path / name).read_bytes().decode("utf-8"))
+        except ValueError as error:
+            raise ModelCompatibilityError(
+                f"{self.label}: {name} is not a valid JSON object ({error}). "
+                "Download the model again"
+            ) from error
+
+    def _text(self, file: Path) -> str:
+        try:
+            return file.read_bytes().decode("utf-8")
+        except ValueError as error:
+            raise ModelCompatibilityError(
+                f"{self.label}: {file.name} is not UTF-8 text ({error}). Download the model again"
+            ) from error
+
+
+def _named_templates(value: Any) -> dict[str, str]:
+    """Chat templates by name, from the forms in which a JSON file holds them."""
+    if isinstance(value, list):
+        value = {entry["name"]: entry["template"] for entry in value}
+    named = value if isinstance(value, dict) else {DEFAULT: "" if value is None else value}
+    if not all(isinstance(text, str) for text in named.values()):
+        raise TypeError
+    return _filled(named)
+
+
+def _filled(texts: Mapping[str, str]) -> dict[str, str]:
+    return {name: text for name, text in texts.items() if text.strip()}
+
+
+def _roles(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Strings of special tokens by role, such as "eos_token"; only of roles that are filled."""
+    tokens = {role: _content(token) for role, token in settings.items() if role.endswith("_token")}
+    return {role: token for role, token in tokens.items() if token}
+
+
+def _content(token: Any) -> str | None:
+    """The string of a special token, written as a string or as an object."""
+    content = token.get("content") if isinstance(token, Mapping) else token
+    return content if isinstance(content, str) else None
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A file of the donor with changes.
+
+    Attributes:
+        source: the file as it is; None for a new one.
+        vocabulary: whose tokens it shall have, if it lists tokens.
+        changes: top-level values to set.
+        text: the whole text, instead.
+    """
+
+    source: Path | None
+    vocabulary: MergedVocabulary | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    text: str | None = None
+
+    def make(self) -> str:
+        """The text of the edited file."""
+        if self.text is not None:
+            return self.text
+        text = "{}\n" if self.source is None else self.source.read_bytes().decode("utf-8")
+        if self.vocabulary is not None and self.source is not None:
+            text = _with_vocabulary(self.source, text, self.vocabulary)
+        return edit_config(text, self.changes) if self.changes else text
+
+
+@dataclass(frozen=True)
+class CarriedFiles:
+    """What goes into the result besides weights and config.json.
+
+    Attributes:
+        copies: files taken over as they are.
+        edits: edited files by name; each text is made when it is written, as it can be long.
+        left: names of files of the first model and the donor that are not taken over.
+        notes: what the user should know.
+    """
+
+    copies: tuple[Path, ...] = ()
+    edits: Mapping[str, Edit] = field(default_factory=dict)
+    left: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all files, sorted."""
+        return tuple(sorted({*(path.name for path in self.copies), *self.edits}))
+
+
+@dataclass
+class _Draft:
+    """What has been decided so far.
+
+    Attributes:
+        by_model: of every model; those of the same folder are one object.
+        donor: the one whose files are taken.
+        vocabulary: of the result.
+        files: of the donor, by name, that are taken as they are or edited.
+        edits, notes, problems: as they come.
+    """
+
+    by_model: list[Companions]
+    donor: Companions
+    vocabulary: MergedVocabulary
+    files: dict[str, Path]
+    edits: dict[str, Edit] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def sides(self) -> list[Companions]:
+        """Every folder once."""
+        return list(dict.fromkeys(self.by_model))
+
+
+def carry(
+    models: Sequence[ModelFolder], vocabulary: MergedVocabulary, chat_template: str = AUTO_TEMPLATE
+) -> tuple[CarriedFiles, list[str]]:
+    """Decide what the result has besides weights and config.json.
+
+    Args:
+        models: the open folders; the first one gives the licence.
+        vocabulary: of the result; its donor gives the tokenizer and the generation config.
+        chat_template: "auto" takes the donor's, or that of the others if it has none and they
+            have but one; "none" takes none; the name of a model takes that model's.
+
+    Returns:
+        The files, and what is wrong with them.
+
+    With a template of another model than the donor, the tokens at which that model stops are
+    added to those of the donor in generation_config.json: it would talk on without them.
+    """
+    draft = _draft(models, vocabulary)
+    draft.problems += [problem for side in draft.sides for problem in side.problems()]
+    if draft.problems:
+        return CarriedFiles(), draft.problems
+    template = _chosen_template(draft, [model.label for model in models], chat_template)
+    _change_tokens(draft)
+    _change_template(draft, template)
+    draft.problems += _taken_problems(draft, template)
+    if not draft.problems:
+        _settle(draft)
+        draft.problems += _special_problems(draft)
+        draft.notes += _difference_notes(draft, template)
+    return _carried(draft, template), draft.problems
+
+
+def _draft(models: Sequence[ModelFolder], vocabulary: MergedVocabulary) -> _Draft:
+    """All files of the donor, as they are."""
+    sides: dict[Path, Companions] = {}
+    for index, model in enumerate(models):
+        sides.setdefault(model.path.resolve(), Companions(index, model))
+    by_model = [sides[model.path.resolve()] for model in models]
+    donor = by_model[vocabulary.donor]
+    files = {file.name: file for file in _files(donor.path, DONOR_FILES)}
+    return _Draft(by_model, donor, vocabulary, files)
+
+
+def _carried(draft: _Draft, template: Companions | None) -> CarriedFiles:
+    first, donor = draft.sides[0], draft.donor
+    copies = [file for name, file in draft.files.items() if name not in draft.edits]
+    copies += _files(first.path, LICENCES)
+    left = {*_others(first.path), *_others(donor.path)}
+    left -= {file.name for file in copies} | draft.edits.keys()
+    if template is donor:
+        left -= {TEMPLATE, TEMPLATE_FOLDER}  # whose texts are in tokenizer_config.json
+    return CarriedFiles(tuple(copies), draft.edits, tuple(sorted(left)), tuple(draft.notes))
+
+
+# Files
+
+
+def _files(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
+    """Files of a folder that match a pattern, and links that lead nowhere."""
+    for file in sorted(folder.iterdir()):
+        there = file.is_file() or not file.exists()
+        if there and any(file.match(pattern) for pattern in patterns):
+            yield file
+
+
+def _others(folder: Path) -> Iterator[str]:
+    """Names of what a folder holds besides weights and what every result has of its own."""
+    for file in folder.iterdir():
+        weights = file.suffix == ".safetensors" or file.name.endswith(".safetensors.index.json")
+        own = file.name in ("config.json", "README.md")
+        if not (weights or own or file.name.startswith(".")):
+            yield file.name
+
+
+def _settle(draft: _Draft) -> None:
+    """Make every edit once, to hear of its problems early; what it does not change is copied."""
+    for name, edit in list(draft.edits.items()):
+        try:
+            changed = edit.make().encode("utf-8")
+        except UNFIT as error:
+            draft.problems.append(
+                f"{draft.donor.label}: {name} cannot be changed as the result needs it "
+                f"({type(error).__name__}: {error}). Download the model again, or take another "
+                "tokenizer (tokenizer_source)"
+            )
+        else:
+            if edit.source is not None and edit.source.read_bytes() == changed:
+                del draft.edits[name]
+
+
+def _taken_problems(draft: _Draft, template: Companions | None) -> list[str]:
+    """What is wrong with the files that are taken over."""
+    first = draft.sides[0]
+    taken = [(draft.donor, draft.files.values()), (first, _files(first.path, LICENCES))]
+    if template is not None:
+        own = template.template_files or {n: template.path / n for n in (CONFIG, OLD_TEMPLATE)}
+        taken.append((template, [file for file in own.values() if file.exists()]))
+    problems = [problem for side, files in taken for problem in _file_problems(side, files)]
+    return list(dict.fromkeys(problems))
+
+
+def _file_problems(side: Companions, files: Iterable[Path]) -> Iterator[str]:
+    """Files that are not what they seem to be."""
+    for file in files:
+        if not file.exists():
+            yield f"{side.label}: {file.name} is a link to nothing. Download the model again"
+        elif _leads_out(file, side.path):
+            yield (
+                f"{side.label}: {file.name} is a link out of the model's folder, and a result may "
+                "be published. Put the file itself there"
+            )
+        elif (size := file.stat().st_size) > MAX_BYTES:
+            yield (
+                f"{side.label}: {file.name} has {size} bytes, expected at most {MAX_BYTES}. "
+                "Download the model again"
+            )
+        elif file.suffix == ".json" and not _is_plain_text(file):
+            yield (
+                f"{side.label}: {file.name} is not UTF-8, or starts with a byte order mark, which "
+                "loaders refuse. Save it as UTF-8 without one"
+            )
+
+
+def _leads_out(file: Path, folder: Path) -> bool:
+    """Whether a file is a link out of its model's folder; the Hub's cache counts as within."""
+    target = file.resolve()
+    within = target.is_relative_to(folder.resolve())
+    return not (within or CACHED_FILE.search(target.as_posix()))
+
+
+def _is_plain_text(file: Path) -> bool:
+    try:
+        return not file.read_bytes().decode("utf-8").startswith("\ufeff")
+    except UnicodeDecodeError:
+        return False
+
+
+def _special_problems(draft: _Draft) -> Iterator[str]:
+    """Special tokens of the donor's files that the result does not have."""
+    donor, rows = draft.donor, draft.vocabulary.rows
+    generation, table = donor.generation or {}, donor.model.tokens
+    yield from special_id_problems(donor.label, GENERATION, generation, rows)
+    yield from _special_id_form_problems(donor.label, generation)
+    if table is None:
+        return
+    known = set(draft.vocabulary.tokens.values())
+    for file, settings in ((CONFIG, donor.tokenizer_config), (SPECIAL, donor.special_map)):
+        for role, token in _roles(settings).items():
+            if token in table.ids and token not in known:
+                yield (
+                    f"{donor.label}: {role} {token!r} in {file} lies beyond the vocabulary of the "
+                    f"result ({rows} rows). Keep the row (vocabulary 'pad', 'union' or 'base') or "
+                    "choose a model with other special tokens (tokenizer_source)"
+                )
+            elif token not in known and role in MAIN_ROLES:
+                yield (
+                    f"{donor.label}: {role} {token!r} in {file} is not a token of its tokenizer; "
+                    "loaders would give it an id without a row. Name one of its tokens there, or "
+                    "take another tokenizer (tokenizer_source)"
+                )
+
+
+def _special_id_form_problems(label: str, generation: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in generation.items():
+        ids = value if isinstance(value, list) else [value]
+        whole = all(token_id is None or type(token_id) is int for token_id in ids)
+        if key.endswith("_token_id") and not whole:
+            yield (
+                f"{label}: {key} in {GENERATION} is {value!r}, expected a whole number, a list of "
+                "them or null. Set it to the id of that token"
+            )
+
+
+# Tokens added and cut
+
+
+def _change_tokens(draft: _Draft) -> None:
+    """Bring the tokens of the result into the files that list them."""
+    vocabulary, donor = draft.vocabulary, draft.donor
+    if vocabulary.added or vocabulary.cut:
+        names = [name for name in TOKEN_FILES if name in draft.files]
+        draft.edits = {name: Edit(draft.files[name], vocabulary) for name in names}
+        _leave_out_other_forms(draft)
+    if vocabulary.added and TOKENIZER not in draft.files and DECODER not in donor.tokenizer_config:
+        draft.edits[CONFIG] = Edit(draft.files.get(CONFIG), vocabulary, _all_added_tokens(draft))
+
+
+def _leave_out_other_forms(draft: _Draft) -> None:
+    """Drop what would contradict the edited files, or say that it cannot be done without."""
+    unfit = [name for name in draft.files if any(Path(name).match(p) for p in MISTRAL_FORMS)]
+    if SENTENCEPIECE in draft.files and _cuts_normal_tokens(draft):
+        unfit.append(SENTENCEPIECE)
+        if TOKENIZER not in draft.files:
+            draft.problems.append(
+                f"{draft.donor.label}: {SENTENCEPIECE} holds normal tokens beyond the "
+                f"{draft.vocabulary.rows} rows of the result and cannot be cut. Use vocabulary "
+                "'pad', or the tokenizer of the model with the fewest tokens (tokenizer_source)"
+            )
+    for name in unfit:
+        del draft.files[name]
+    if unfit:
+        draft.notes.append(f"left behind, as other tokens are in it: {', '.join(sorted(unfit))}")
+
+
+def _cuts_normal_tokens(draft: _Draft) -> bool:
+    table = draft.donor.model.tokens
+    return table is not None and any(
+        token_id >= draft.vocabulary.rows and token not in table.added
+        for token_id, token in table.tokens.items()
+    )
+
+
+def _all_added_tokens(draft: _Draft) -> dict[str, Any]:
+    """All added tokens as tokenizer_config.json lists them, for a tokenizer that lists none there.
+
+    A list there is taken for complete, and loaders then read neither added_tokens.json nor
+    special_tokens_map.json: what these name has to come in too.
+    """
+    settings, table = draft.donor.special_settings, draft.donor.model.tokens
+    own = [] if table is None else table.added.values()
+    return {
+        DECODER: _decoder([*own, *draft.vocabulary.added]),
+        **_roles(settings),
+        **_lists(settings),
+    }
+
+
+def _lists(settings: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Strings of the special tokens that have no role, by the name of their list."""
+    lists = {key: settings[key] for key in SPECIAL_LISTS if isinstance(settings.get(key), list)}
+    return {key: list(filter(None, map(_content, tokens))) for key, tokens in lists.items()}
+
+
+def _with_vocabulary(file: Path, text: str, vocabulary: MergedVocabulary) -> str:
+    """A file that lists tokens, with those of the merged vocabulary."""
+    if file.name == MERGES:
+        known = read_config(file.with_name(VOCABULARY).read_bytes().decode("utf-8"))
+        return _cut_merges(text, _kept(known, vocabulary))
+    content = read_config(text)
+    if file.name == TOKENIZER:
+        return edit_config(text, _tokenizer_changes(content, vocabulary))
+    if file.name in (CONFIG, SPECIAL):
+        return edit_config(text, _settings_changes(content, vocabulary))
+    kept = _kept(content, vocabulary)
+    if len(kept) < len(content):
+        text = json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
+    new = vocabulary.added if file.name == ADDED else ()
+    return edit_config(text, {entry["content"]: entry["id"] for entry in new})
+
+
+def _kept(ids: Mapping[str, int], vocabulary: MergedVocabulary) -> dict[str, int]:
+    """Ids by token, of those tokens that have a row."""
+    return {token: token_id for token, token_id in ids.items() if token_id < vocabulary.rows}
+
+
+def _tokenizer_changes(content: Mapping[str, Any], vocabulary: MergedVocabulary) -> dict[str, Any]:
+    """What changes in a tokenizer.json."""
+    surrounding = [*_surrounding_ids(content.get("post_processor"))]
+    if lost := [token_id for token_id in surrounding if token_id >= vocabulary.rows]:
+        raise ValueError(f"it puts the token {lost[0]}, which has no row, around every text")
+    known = set(vocabulary.tokens.values())
+    listed = content.get("added_tokens") or []
+    added = [*(entry for entry in listed if entry["content"] in known), *vocabulary.added]
+    model = {"model": _model_with(content["model"], vocabulary)} if vocabulary.cut else {}
+    return {"added_tokens": added} | model
+
+
+def _model_with(model: Mapping[str, Any], vocabulary: MergedVocabulary) -> dict[str, Any]:
+    """The model inside a tokenizer.json without the tokens that have no row."""
+    if isinstance(model["vocab"], list):
+        return {**model, "vocab": model["vocab"][: vocabulary.rows]}
+    known, merges = _kept(model["vocab"], vocabulary), model.get("merges", [])
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    kept = [merge for merge, pair in zip(merges, pairs, strict=True) if _can_merge(pair, known)]
+    return {**model, "vocab": known} | ({"merges": kept} if "merges" in model else {})
+
+
+def _can_merge(pair: Sequence[str], known: Mapping[str, int]) -> bool:
+    """Whether a merge rule's parts and its result are all tokens."""
+    return {*pair, "".join(pair)} <= known.keys()
+
+
+def _cut_merges(text: str, known: Mapping[str, int]) -> str:
+    """A merges.txt without the rules whose parts or result are not known."""
+    return "\n".join(
+        line
+        for line in text.split("\n")
+        if line.startswith("#version")
+        or not line.strip()
+        or _can_merge(line.rstrip("\r").split(" "), known)
+    )
+
+
+def _surrounding_ids(processor: Any) -> Iterator[int]:
+    """Ids that a post-processor of tokenizer.json puts around every text."""
+    if processor is None:
+        return
+    for part in processor.get("processors") or []:
+        yield from _surrounding_ids(part)
+    for entry in (processor.get("special_tokens") or {}).values():
+        yield from entry["ids"]
+    yield from (processor[key][1] for key in ("sep", "cls") if key in processor)
+
+
+def _settings_changes(content: Mapping[str, Any], vocabulary: MergedVocabulary) -> dict[str, Any]:
+    """What changes in a tokenizer_config.json or special_tokens_map.json."""
+    changes: dict[str, Any] = {}
+    known = set(vocabulary.tokens.values())
+    if DECODER in content:
+        listed = content[DECODER].items()
+        kept = {token_id: entry for token_id, entry in listed if entry["content"] in known}
+        changes[DECODER] = kept | _decoder(vocabulary.added)
+    for key in SPECIAL_LISTS:
+        tokens = content.get(key)
+        if isinstance(tokens, list):
+            changes[key] = [token for token in tokens if _content(token) in known]
+        elif isinstance(tokens, dict):
+            changes[key] = {k: token for k, token in tokens.items() if _content(token) in known}
+    return changes
+
+
+def _decoder(tokens: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Added tokens as tokenizer_config.json lists them."""
+    return {
+        str(entry["id"]): {key: value for key, value in entry.items() if key != "id"}
+        for entry in tokens
+    }
+
+
+# Chat template and end tokens
+
+
+def _chosen_template(draft: _Draft, labels: Sequence[str], choice: str) -> Companions | None:
+    """The model whose chat template the result has."""
+    if choice == NO_TEMPLATE:
+        return None
+    having = [side for side in draft.sides if side.templates]
+    if choice != AUTO_TEMPLATE:
+        return _named_side(draft, labels, choice, having)
+    if draft.donor in having:
+        return draft.donor
+    if len({json.dumps(side.templates, sort_keys=True) for side in having}) > 1:
+        draft.notes.append(
+            f"no chat template: {draft.donor.label} has none, and those of {_listed(having)} "
+            "differ. Choose one with chat_template"
+        )
+        return None
+    return having[0] if having else None
+
+
+def _named_side(
+    draft: _Draft, labels: Sequence[str], name: str, having: Sequence[Companions]
+) -> Companions | None:
+    """The model that a user named for its chat template; a problem if that cannot be."""
+    index = model_index(name, labels)
+    side = None if index is None else draft.by_model[index]
+    if side in having:
+        return side
+    wrong = "is none of the models, or may be several" if side is None else "has none"
+    draft.problems.append(
+        f"chat_template: {name!r} {wrong}. Choose auto, none or a model that has one "
+        f"({_listed(having) or 'there is none'})"
+    )
+    return None
+
+
+def _change_template(draft: _Draft, template: Companions | None) -> None:
+    """Bring a template of another model, several of them, or none into the donor's files."""
+    donor = draft.donor
+    if template is donor and donor.template_files.keys() <= {DEFAULT}:
+        return
+    texts = {} if template is None else template.templates
+    draft.files = {name: f for name, f in draft.files.items() if "chat_template" not in name}
+    listed = [{"name": name, "template": text} for name, text in texts.items()]
+    if texts.keys() == {DEFAULT}:
+        draft.edits[TEMPLATE] = Edit(None, text=texts[DEFAULT])
+        listed = []
+    if listed or donor.tokenizer_config.get("chat_template") is not None:
+        edit = draft.edits.get(CONFIG) or Edit(draft.files.get(CONFIG))
+        draft.edits[CONFIG] = replace(
+            edit, changes={**edit.changes, "chat_template": listed or None}
+        )
+    if template is not None and template is not donor:
+        _add_end_tokens(draft, template)
+
+
+def _add_end_tokens(draft: _Draft, template: Companions) -> None:
+    """Add the end tokens of the template's model to the donor's in generation_config.json."""
+    donor = draft.donor
+    found = {
+        token_id: _merged_id(draft.vocabulary, template, token_id) for token_id in template.end_ids
+    }
+    ends = list(dict.fromkeys([*donor.end_ids, *(i for i in found.values() if i is not None)]))
+    names = {} if template.model.tokens is None else template.model.tokens.tokens
+    for token_id in [token_id for token_id, merged in found.items() if merged is None]:
+        draft.notes.append(
+            f"{template.label} ends its answers with {names.get(token_id, token_id)!r}, which the "
+            "result does not have: it may not stop. Use vocabulary 'union'"
+        )
+    if ends == donor.end_ids:
+        return
+    both = f"{donor.label} and {template.label}"
+    draft.notes.append(f"generation ends at {_shown(draft, ends)}, as in {both}")
+    source = draft.files.get(GENERATION)
+    changes = {} if source else _basic_generation(donor)
+    draft.edits[GENERATION] = Edit(source, changes=changes | {"eos_token_id": ends})
+
+
+def _merged_id(vocabulary: MergedVocabulary, side: Companions, token_id: int) -> int | None:
+    """Which id of the result means what an id means in a model: by its string, or by its row."""
+    table = side.model.tokens
+    token = None if table is None else table.tokens.get(token_id)
+    ids = {string: merged for merged, string in vocabulary.tokens.items()}
+    if token in ids:
+        return ids[token]
+    if vocabulary.row_map is None:
+        return token_id if token_id < vocabulary.rows else None
+    rows = (vocabulary.row_map.rows[side.index] == token_id).nonzero()[0].tolist()
+    return rows[0] if rows else None
+
+
+def _basic_generation(donor: Companions) -> dict[str, Any]:
+    keys = ("bos_token_id", "pad_token_id")
+    return {key: donor.model.config[key] for key in keys if donor.model.config.get(key) is not None}
+
+
+# What the user should know
+
+
+def _difference_notes(draft: _Draft, template: Companions | None) -> Iterator[str]:
+    """Says where the inputs differ in what the result has once."""
+    donor = draft.donor
+    others = [side for side in draft.sides if side is not donor]
+    if template is not None:
+        yield from _template_notes(draft, template)
+        yield from _template_token_notes(draft, template)
+    for side in others:
+        yield from _generation_notes(donor, side)
+        yield from _end_notes(draft, side)
+        yield from _role_notes(donor, side)
+    yield from _licence_notes(draft.sides)
+
+
+def _template_notes(draft: _Draft, template: Companions) -> Iterator[str]:
+    """Says whose chat template it is, if that is not a matter of course."""
+    donor = draft.donor
+    reason = "" if donor.templates else f", as {donor.label} has none"
+    others = [side for side in draft.sides if side is not template]
+    differing = [side for side in others if side.templates not in ({}, template.templates)]
+    without = [side for side in others if not (side.templates or (reason and side is donor))]
+    parts = [
+        f"{_listed(found)} {'has' if len(found) == 1 else 'have'} {what}"
+        for found, what in ((differing, "another"), (without, "none"))
+        if found
+    ]
+    if parts or template is not donor:
+        yield "; ".join([f"chat template of {template.label}{reason}", *parts])
+    if template is donor and not template.template_files.keys() <= {DEFAULT}:
+        yield (
+            f"the chat templates of {donor.label} ({', '.join(template.templates)}) are in {CONFIG}"
+        )
+
+
+def _template_token_notes(draft: _Draft, template: Companions) -> Iterator[str]:
+    """Says where a chat template writes tokens that the result does not have, or has others for."""
+    text, known = "\n".join(template.templates.values()), set(draft.vocabulary.tokens.values())
+    added = {} if template.model.tokens is None else template.model.tokens.added
+    lost = [token for token in added if token not in known and token in text]
+    if lost:
+        more = ", ..." if len(lost) > SHOWN else ""
+        yield (
+            f"the chat template of {template.label} writes "
+            f"{', '.join(map(repr, lost[:SHOWN]))}{more}, which the result does not have: chats "
+            "will be garbled. Use vocabulary 'union'"
+        )
+    ours, theirs = (_roles(side.special_settings) for side in (draft.donor, template))
+    for role, token in theirs.items():
+        if ours.get(role, token) != token and re.search(rf"\b{role}\b", text):
+            yield (
+                f"the chat template of {template.label} writes the {role}, there {token!r}; with "
+                f"the tokenizer of {draft.donor.label} it writes {ours[role]!r}"
+            )
+
+
+def _generation_notes(donor: Companions, side: Companions) -> Iterator[str]:
+    ours, theirs = _generation_settings(donor), _generation_settings(side)
+    if ours == theirs:
+        return
+    if ours is None:
+        yield f"{donor.label} has no generation config; that of {side.label} is not taken over"
+    elif theirs is None:
+        yield f"generation config of {donor.label}; {side.label} has none"
+    else:
+        keys = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
+        yield (
+            f"generation config of {donor.label}; that of {side.label} differs in {', '.join(keys)}"
+        )
+
+
+def _end_notes(draft: _Draft, side: Companions) -> Iterator[str]:
+    """Says where a model ends its answers with a token at which the result would talk on."""
+    edit = draft.edits.get(GENERATION)
+    ends = draft.donor.end_ids if edit is None else edit.changes["eos_token_id"]
+    merged = [_merged_id(draft.vocabulary, side, token_id) for token_id in side.end_ids]
+    lacking = [token_id for token_id in merged if token_id is not None and token_id not in ends]
+    if lacking:
+        choice = ", or take its chat template (chat_template)" if side.templates else ""
+        yield (
+            f"{side.label} ends its answers with {_shown(draft, lacking)}, where generation does "
+            f"not end. If chats go on, add {', '.join(map(str, lacking))} to eos_token_id in "
+            f"{GENERATION}{choice}"
+        )
+
+
+def _shown(draft: _Draft, ids: Iterable[int]) -> str:
+    """Tokens of the result, quoted; numbers where there is no string."""
+    tokens = draft.vocabulary.tokens
+    return ", ".join(str(i) if i not in tokens else repr(tokens[i]) for i in ids)
+
+
+def _generation_settings(side: Companions) -> dict[str, Any] | None:
+    """A generation config without what does not matter to generation."""
+    own = ("transformers_version", "_from_model_config")
+    if side.generation is None:
+        return None
+    settings = side.generation.items()
+    return {key: value for key, value in settings if key not in own and value is not None}
+
+
+def _role_notes(donor: Companions, side: Companions) -> Iterator[str]:
+    ours, theirs = _roles(donor.special_settings), _roles(side.special_settings)
+    for role, token in theirs.items():
+        if role not in ours and donor.model.tokens is not None:
+            yield f"{role}: {donor.label} names none; {side.label} has {token!r}"
+        elif role in ours and ours[role] != token:
+            yield f"{role} {ours[role]!r} of {donor.label}; {side.label} has {token!r}"
+
+
+def _licence_notes(sides: Sequence[Companions]) -> Iterator[str]:
+    """Says where another model has a licence text that the first one does not have."""
+    first, *others = sides
+    for side in others:
+        names = [n for n, text in side.licences.items() if text not in first.licences.values()]
+        if names:
+            yield f"licence files of {first.label}; {side.label} has others ({', '.join(names)})"
+
+
+def _listed(sides: Iterable[Companions]) -> str:
+    return ", ".join(side.label for side in sides)
