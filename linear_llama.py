@@ -5,12 +5,13 @@ python linear_llama.py --ft_models A B C --weights 0.5 0.3 0.2 --save OUT
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_command import run_command
-from merge_recipe import DEFAULT_SHARD_SIZE, Recipe, model_names
-from merge_run import MergeReport, merge_to_folder, merge_to_model
+from merge_recipe import DEFAULT_SHARD_SIZE, make_recipe
+from merge_report import MergeReport
+from merge_run import merge_to_folder, merge_to_model
+from model_vocabulary import VocabularySettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,6 +25,8 @@ def linear_merge_llama(
     device: str = "cpu",
     *,
     normalize: bool = True,
+    vocabulary: str | VocabularySettings = "min",
+    tokenizer_source: str | None = None,
     threads: int | None = None,
     progress: bool = True,
 ) -> "PreTrainedModel":
@@ -34,6 +37,9 @@ def linear_merge_llama(
         weights: multiplier of each model; by default 1.0 each.
         device: where to compute, "cpu" or "cuda".
         normalize: divide by the sum of the weights.
+        vocabulary: "min", "max", "union", "base", "model:<name>" or "error", or
+            `model_vocabulary.VocabularySettings`, which say what each does.
+        tokenizer_source: the model whose special tokens the result has; by default the first one.
         threads: blocks worked on at once; by default one per core.
         progress: show how far it is.
 
@@ -47,10 +53,13 @@ def linear_merge_llama(
 
     Source: model soups, arXiv:2203.05482; see `linear_utils.linear`.
     """
-    recipe = Recipe(
-        method=METHOD,
-        models=model_names(ft_model_paths),
-        parameters={"weights": weights, "normalize": normalize},
+    recipe = make_recipe(
+        METHOD,
+        None,
+        ft_model_paths,
+        {"weights": weights, "normalize": normalize},
+        vocabulary=vocabulary,
+        tokenizer_source=tokenizer_source,
     )
     return merge_to_model(recipe, device=device, threads=threads, progress=progress)
 
@@ -63,6 +72,9 @@ def linear_merge_llama_to_folder(
     output_dir: str | os.PathLike[str],
     dtype: str | None = None,
     normalize: bool = True,
+    vocabulary: str | VocabularySettings = "min",
+    tokenizer_source: str | None = None,
+    chat_template: str = "auto",
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     threads: int | None = None,
     progress: bool = True,
@@ -72,18 +84,24 @@ def linear_merge_llama_to_folder(
     Args:
         output_dir: the folder to make; it must not exist, or be empty.
         dtype: "float32", "float16" or "bfloat16"; by default that of the first model.
+        chat_template: "auto" (the tokenizer's model's, or the only one there is), "none", or the
+            model that gives it. `tokenizer_source` gives the tokenizer and generation config.
         max_shard_size: bytes per weight file, at most, such as "5GB".
 
     The other arguments and errors are those of `linear_merge_llama`. Raises `OSError` as
     well, when the disk is full or a file cannot be read or written. transformers is not imported.
     """
-    recipe = Recipe(
-        method=METHOD,
-        models=model_names(ft_model_paths),
-        parameters={"weights": weights, "normalize": normalize},
-        output_dir=Path(output_dir),
+    recipe = make_recipe(
+        METHOD,
+        None,
+        ft_model_paths,
+        {"weights": weights, "normalize": normalize},
+        output_dir=output_dir,
         dtype=dtype,
         max_shard_size=max_shard_size,
+        vocabulary=vocabulary,
+        tokenizer_source=tokenizer_source,
+        chat_template=chat_template,
     )
     return merge_to_folder(recipe, device=device, threads=threads, progress=progress)
 

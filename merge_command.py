@@ -2,26 +2,36 @@
 
 import argparse
 import errno
+import json
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from signal import SIGHUP, SIGINT, SIGTERM
 
 from merge_methods import METHODS
-from merge_plan import describe_plan, open_plan, usable_cores
+from merge_plan import usable_cores
 from merge_recipe import DEFAULT_SHARD_SIZE, Parameter, Recipe
-from merge_run import merge_to_folder, settings_problems
+from merge_report import MergeReport, PlanReport
+from merge_run import merge_to_folder, plan
+from model_companions import AUTO_TEMPLATE
 from model_errors import ModelCompatibilityError
 from model_safetensors import DTYPE_NAMES
+from model_tokenizer import read_object
+from model_verify import Findings, verify_folder
+from model_vocabulary import CHOICES, VocabularySettings, token_source
 
 EXIT_OK = 0
 EXIT_USAGE = 2
 EXIT_BAD_INPUT = 3
 EXIT_NO_SPACE = 5
 EXIT_IO = 6
+
+DEFAULT_VOCABULARY = VocabularySettings()
+CHECK_HELP = "only check a finished model folder, all its weights included"
+JSON_HELP = "print the report, plan or check as JSON"
 
 SIGNALS = (SIGINT, SIGTERM, SIGHUP)
 
@@ -42,25 +52,39 @@ def run_command(method: str, description: str, argv: Sequence[str] | None = None
     Returns:
         The exit status.
     """
+    arguments_given = sys.argv[1:] if argv is None else list(argv)
+    if any(each.split("=")[0] == "--check" for each in arguments_given):
+        return _check(arguments_given)
     parser = _parser(method, description)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(arguments_given)
     if arguments.save is None and not arguments.plan:
         parser.error("--save OUT is required (or --plan, to see what would be done)")
-    recipe = Recipe(
-        method=method,
-        base_model=getattr(arguments, "base", None),
-        models=tuple(arguments.ft_models),
-        parameters={
-            parameter.name: getattr(arguments, parameter.name)
-            for parameter in METHODS[method].parameters
-        },
-        output_dir=arguments.save,
-        dtype=arguments.dtype,
-        max_shard_size=arguments.max_shard_size,
-    )
+    return _reported(lambda: _carry_out(method, arguments))
+
+
+def _check(argv: Sequence[str]) -> int:
+    """`--check FOLDER`, which stands alone: none of the other arguments is needed."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--check", type=Path, required=True, metavar="FOLDER", help=CHECK_HELP)
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
+    arguments = parser.parse_args(argv)
+    sound = False
+
+    def check() -> str:
+        nonlocal sound
+        findings = verify_folder(arguments.check, threads=usable_cores())
+        sound = not findings.problems
+        return _printed(findings, as_json=arguments.json)
+
+    status = _reported(check)
+    return status if status or sound else EXIT_BAD_INPUT
+
+
+def _reported(work: Callable[[], str]) -> int:
+    """Do the work and print what it returns, or in one line what went wrong; the exit status."""
     try:
         with _signals_interrupt():
-            text = _carry_out(recipe, arguments)
+            text = work()
     except (ValueError, ModelCompatibilityError, OSError) as error:
         for line in _text(error).splitlines():
             print(line if line.startswith(" ") else f"error: {line}", file=sys.stderr)
@@ -72,18 +96,32 @@ def run_command(method: str, description: str, argv: Sequence[str] | None = None
     return EXIT_OK
 
 
-def _carry_out(recipe: Recipe, arguments: argparse.Namespace) -> str:
+def _carry_out(method: str, arguments: argparse.Namespace) -> str:
     """Merge, or plan a merge; what to print."""
+    recipe = Recipe(
+        method=method,
+        base_model=getattr(arguments, "base", None),
+        models=tuple(arguments.ft_models),
+        parameters={
+            parameter.name: getattr(arguments, parameter.name)
+            for parameter in METHODS[method].parameters
+        },
+        output_dir=arguments.save,
+        dtype=arguments.dtype,
+        max_shard_size=arguments.max_shard_size,
+        vocabulary=_vocabulary(arguments),
+        tokenizer_source=arguments.tokenizer_source,
+        chat_template=arguments.chat_template,
+    )
+    settings = {"device": arguments.device, "threads": arguments.threads}
     if arguments.plan:
-        problems = settings_problems(arguments.device, arguments.threads)
-        with open_plan(recipe, problems) as plan:
-            return describe_plan(plan, arguments.threads or usable_cores())
-    return merge_to_folder(
-        recipe,
-        device=arguments.device,
-        threads=arguments.threads,
-        progress=not arguments.quiet,
-    ).summary()
+        return _printed(plan(recipe, **settings), as_json=arguments.json)
+    report = merge_to_folder(recipe, **settings, progress=not arguments.quiet)
+    return _printed(report, as_json=arguments.json)
+
+
+def _printed(report: PlanReport | MergeReport | Findings, *, as_json: bool) -> str:
+    return json.dumps(report.to_dict(), indent=2) if as_json else report.summary()
 
 
 @contextmanager
@@ -151,6 +189,9 @@ def _parser(method: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--plan", action="store_true", help="only say what would be done, and read no weights"
     )
+    parser.add_argument("--check", metavar="FOLDER", help=CHECK_HELP)
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
+    _add_vocabulary(parser)
     _add_settings(parser)
     return parser
 
@@ -175,6 +216,79 @@ def _add_parameter(parser: argparse.ArgumentParser, parameter: Parameter) -> Non
         choices=parameter.choices or None,
         metavar=None if parameter.choices else parameter.kind.__name__.upper(),
         help=f"{parameter.help} (default: {parameter.default}{each})",
+    )
+
+
+def _add_vocabulary(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("vocabulary and tokenizer")
+    group.add_argument(
+        "--vocabulary",
+        default="min",
+        metavar="MODE",
+        help="min: rows that all models have; max: rows that any has; both where token ids agree. "
+        "union: the base's tokens and those that others added; base or model:NAME: the tokens of "
+        "one model; all matched by their strings. error: no difference (default: %(default)s)",
+    )
+    group.add_argument(
+        *_spellings("--tokenizer_source"),
+        metavar="MODEL",
+        help="whose tokenizer, chat template, generation config and special tokens the result has "
+        "(default: the base's, or the first model's)",
+    )
+    group.add_argument(
+        *_spellings("--chat_template"),
+        default=AUTO_TEMPLATE,
+        metavar="MODEL",
+        help="auto (the tokenizer's model's, or the only one there is), none, or the model that "
+        "gives it (default: %(default)s)",
+    )
+    group.add_argument(
+        *_spellings("--pad_to_multiple_of"),
+        type=int,
+        metavar="INT",
+        help="round the number of rows up to a multiple of this",
+    )
+    helps = {
+        "union_tokens": "which tokens a union adds",
+        "missing_row": "a row that no model has: the mean of a model's rows, or zeros",
+        "new_row": "a token that the base lacks arrives as its owners have it, or scaled",
+        "linear_missing": "in a linear merge, a model without a token takes another's row, or has "
+        "no part in it",
+        "tie": "tie the head if all models do, or if the base does",
+    }
+    for name, text in helps.items():
+        default = getattr(DEFAULT_VOCABULARY, name)
+        group.add_argument(
+            *_spellings(f"--{name}"),
+            choices=CHOICES[name],
+            default=default,
+            help=f"{text} (default: {default})",
+        )
+    group.add_argument(
+        *_spellings("--id_alias"),
+        type=int,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="ID",
+        help="ids that mean the same in all models although their strings differ",
+    )
+    group.add_argument(
+        "--tokens",
+        type=Path,
+        metavar="FILE",
+        help="JSON: where the rows of single tokens come from, as in mergekit's tokenizer.tokens",
+    )
+
+
+def _vocabulary(arguments: argparse.Namespace) -> VocabularySettings:
+    content = {} if arguments.tokens is None else read_object(arguments.tokens)
+    return VocabularySettings(
+        mode=arguments.vocabulary,
+        tokens={token: token_source(token, entry) for token, entry in content.items()},
+        pad_to_multiple_of=arguments.pad_to_multiple_of,
+        id_alias=tuple(arguments.id_alias),
+        **{name: getattr(arguments, name) for name in CHOICES},
     )
 
 

@@ -36,6 +36,7 @@ class Method:
         check: raises `ValueError` for parameters that do not go together.
         advice: remarks on parameters that are allowed and seldom meant.
         remarks: what is worth saying about the findings of all tensors.
+        copies: float32 blocks that a thread holds per input, as measured; for the memory figure.
     """
 
     merge_tensor: Callable[[TensorTask], Passes | Merge]
@@ -46,6 +47,7 @@ class Method:
     check: Callable[[Mapping[str, Any]], None] = lambda _: None
     advice: Callable[[Mapping[str, Any]], Iterable[str]] = lambda _: ()
     remarks: Callable[[Mapping[str, Mapping[str, Any]]], Iterable[str]] = lambda _: ()
+    copies: int = 7
 
 
 def merge_linear(task: TensorTask) -> Merge:
@@ -276,6 +278,7 @@ METHODS: dict[str, Method] = {
         (WEIGHTS, _normalize(True, "")),
         uses_base=False,
         check=_check_normalizable,
+        copies=2,
     ),
     "slerp": Method(
         merge_slerp,

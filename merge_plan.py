@@ -14,11 +14,14 @@ from typing import Any
 
 from merge_methods import METHODS, Method
 from merge_recipe import Recipe, output_problems, resolve_parameters, unknown_name
-from merge_stream import BLOCK_ELEMENTS, TensorTask
+from merge_stream import TensorTask
+from model_companions import CarriedFiles, carry
+from model_config import merged_config
 from model_errors import ModelCompatibilityError
-from model_prep import Alignment, align
+from model_prep import Alignment, align, fit_problems
 from model_safetensors import DTYPE_NAMES, TensorInfo
-from model_utils import ModelFolder, open_model_folder, rows_of
+from model_utils import ModelFolder, open_model_folder
+from model_vocabulary import chosen_donor, settings_problems
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Plan:
         alignment: how their tensors become those of the result.
         tasks: every tensor of the result, in the order in which it is made.
         dtype: of the result: float32, float16 or bfloat16.
+        config_text: config.json of the result.
+        carried: its other files.
         notes: what the user should know.
     """
 
@@ -43,6 +48,8 @@ class Plan:
     alignment: Alignment
     tasks: list[TensorTask]
     dtype: str
+    config_text: str
+    carried: CarriedFiles
     notes: tuple[str, ...]
 
     @property
@@ -52,7 +59,7 @@ class Plan:
 
     @property
     def template(self) -> ModelFolder:
-        """The model that the result takes its config and tokenizer from."""
+        """The model that the result takes its config from."""
         return self.base or self.models[0]
 
     @property
@@ -76,6 +83,12 @@ class Plan:
         return once * self.passes
 
     @property
+    def download_bytes(self) -> int:
+        """Bytes of weights that are on the Hub only."""
+        folders = {source.path: source.download_bytes for source in self.sources}
+        return sum(folders.values())
+
+    @property
     def write_bytes(self) -> int:
         """Bytes of the result's tensors."""
         return sum(task.info.nbytes for task in self.tasks)
@@ -87,12 +100,16 @@ class Plan:
 
 
 @contextmanager
-def open_plan(recipe: Recipe, other_problems: Sequence[str] = ()) -> Iterator[Plan]:
+def open_plan(
+    recipe: Recipe, other_problems: Sequence[str] = (), *, weights: bool = True
+) -> Iterator[Plan]:
     """Check a recipe against its models and lay out the merge; the models are open meanwhile.
 
     Args:
         recipe: what to merge.
         other_problems: what is wrong with the settings, to be said with everything else.
+        weights: whether weights are to be read. Without, those of a Hub model stay there, and
+            only their headers are fetched.
 
     Raises:
         ValueError: something is wrong with the parameters or the output (the text also lists
@@ -102,19 +119,30 @@ def open_plan(recipe: Recipe, other_problems: Sequence[str] = ()) -> Iterator[Pl
     with ExitStack() as stack:
         parameters, usage = _check_recipe(recipe)
         usage += other_problems
-        names = recipe.models if recipe.base_model is None else (recipe.base_model, *recipe.models)
-        sources, broken = _open_all(names, stack)
-        alignment = None
-        if sources:
-            try:
-                alignment = align(sources)
-            except ModelCompatibilityError as error:
-                broken += error.problems
-        if usage:
-            raise ValueError("\n".join([*usage, *broken]))
-        if broken or alignment is None:
+        sources, broken = _open_all(recipe.names, stack, weights)
+        if usage or len(sources) < len(recipe.names):
+            broken += fit_problems(sources)
+            if usage:
+                raise ValueError("\n".join([*usage, *broken]))
             raise ModelCompatibilityError(broken)
-        yield _lay_out(recipe, parameters, sources, alignment)
+        alignment = _align(recipe, parameters, sources)
+        carried, broken = carry(sources, alignment.vocabulary, recipe.chat_template)
+        if broken:
+            raise ModelCompatibilityError(broken)
+        yield _lay_out(recipe, parameters, sources, alignment, carried)
+
+
+def _align(
+    recipe: Recipe, parameters: Mapping[str, Any], sources: Sequence[ModelFolder]
+) -> Alignment:
+    donor, _ = chosen_donor(recipe.names, recipe.vocabulary, recipe.tokenizer_source)
+    return align(
+        sources,
+        recipe.vocabulary,
+        donor=donor,
+        has_base=recipe.base_model is not None,
+        weights=parameters.get("weights") if recipe.method == "linear" else None,
+    )
 
 
 def _check_recipe(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
@@ -137,35 +165,74 @@ def _check_recipe(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
             method.check(parameters)
         except ValueError as error:
             wrong.append(str(error))
-    return parameters, problems + wrong + output_problems(recipe)
+    problems += wrong + output_problems(recipe)
+    vocabulary = settings_problems(recipe.vocabulary)
+    if not vocabulary:
+        _, vocabulary = chosen_donor(recipe.names, recipe.vocabulary, recipe.tokenizer_source)
+    return parameters, problems + vocabulary
 
 
-def _open_all(names: tuple[str, ...], stack: ExitStack) -> tuple[list[ModelFolder], list[str]]:
+def _open_all(
+    names: tuple[str, ...], stack: ExitStack, weights: bool
+) -> tuple[list[ModelFolder], list[str]]:
     """Open every model that can be opened; texts on those that cannot, each once."""
     opened: list[ModelFolder] = []
     problems: dict[str, None] = {}
     for name in names:
         try:
-            opened.append(stack.enter_context(open_model_folder(name)))
+            opened.append(stack.enter_context(open_model_folder(name, weights=weights)))
         except ModelCompatibilityError as error:
             problems.update(dict.fromkeys(error.problems))
     return opened, list(problems)
 
 
 def _lay_out(
-    recipe: Recipe, parameters: Mapping[str, Any], sources: list[ModelFolder], alignment: Alignment
+    recipe: Recipe,
+    parameters: Mapping[str, Any],
+    sources: list[ModelFolder],
+    alignment: Alignment,
+    carried: CarriedFiles,
 ) -> Plan:
     base = None if recipe.base_model is None else sources[0]
-    models = sources if base is None else sources[1:]
     dtype = recipe.dtype or _main_dtype(sources[0])
     tasks = [
-        TensorTask(name, TensorInfo(DTYPE_NAMES[dtype], tensor.shape), tensor.sources, parameters)
+        TensorTask(
+            name,
+            TensorInfo(DTYPE_NAMES[dtype], tensor.shape),
+            tensor.sources,
+            parameters,
+            tensor.row_map,
+        )
         for name, tensor in alignment.tensors.items()
     ]
     notes = [*METHODS[recipe.method].advice(parameters), *_model_notes(sources), *alignment.notes]
+    notes += carried.notes
     if recipe.dtype is None:
         notes += _rounding_notes(sources[0], dtype)
-    return Plan(recipe, parameters, base, models, alignment, tasks, dtype, tuple(notes))
+    return Plan(
+        recipe=recipe,
+        parameters=parameters,
+        base=base,
+        models=sources if base is None else sources[1:],
+        alignment=alignment,
+        tasks=tasks,
+        dtype=dtype,
+        config_text=_config_text(sources[0], dtype, alignment),
+        carried=carried,
+        notes=tuple(notes),
+    )
+
+
+def _config_text(template: ModelFolder, dtype: str, alignment: Alignment) -> str:
+    """config.json of the result: the template's text with the values that the merge changes."""
+    keys = [key for key in ("dtype", "torch_dtype") if key in template.config] or ["torch_dtype"]
+    changes: dict[str, Any] = {
+        **dict.fromkeys(keys, dtype),
+        "vocab_size": alignment.vocabulary.rows,
+        "tie_word_embeddings": alignment.tied,
+        **alignment.special_ids,
+    }
+    return merged_config(template.config_text, changes)
 
 
 def _model_notes(sources: Sequence[ModelFolder]) -> Iterator[str]:
@@ -205,74 +272,6 @@ def free_bytes(output_dir: Path) -> int:
     while not existing.exists():
         existing = existing.parent
     return shutil.disk_usage(existing).free
-
-
-def working_bytes(plan: Plan, threads: int) -> int:
-    """About how much memory the blocks take.
-
-    Per thread a few float32 tensors for each input, and what up to three spans have gathered
-    (for TIES, a histogram per model).
-    """
-    rows = (rows_of(task.info.shape) for task in plan.tasks)
-    longest = max(min(count * length, max(BLOCK_ELEMENTS, length)) for count, length in rows)
-    blocks = threads * (7 * len(plan.sources) + 8) * 4 * longest
-    gathered = 3 * threads * len(plan.models) * 2**19 if plan.passes > 1 else 0
-    return blocks + gathered
-
-
-def describe_plan(plan: Plan, threads: int) -> str:
-    """A plan as text, for `--plan`."""
-    recipe = plan.recipe
-    lines = [f"method      {recipe.method}"]
-    lines += [f"  {name:<10}{_shown(value)}" for name, value in plan.parameters.items()]
-    lines += [
-        f"{'base' if source is plan.base else 'model':<12}{_place(source)} ({_stored(source)})"
-        for source in plan.sources
-    ]
-    tensors = f"{len(plan.tasks)}, {sum(task.info.numel for task in plan.tasks):,} elements"
-    lines += [
-        f"output      {recipe.output_dir or 'not named'}, {plan.dtype}",
-        f"tensors     {tensors}, vocabulary {plan.alignment.vocab_size}, "
-        f"head {'tied' if plan.alignment.tied else 'of its own'}",
-        f"read        {format_bytes(plan.read_bytes)} in {plan.passes} "
-        f"pass{'es' if plan.passes > 1 else ''}",
-        f"write       {format_bytes(plan.write_bytes)}",
-        f"memory      about {format_bytes(working_bytes(plan, threads))} beside Python and torch",
-    ]
-    notes = list(plan.notes)
-    if recipe.output_dir is not None:
-        free = free_bytes(recipe.output_dir)
-        lines.append(f"disk free   {format_bytes(free)}")
-        if free < plan.write_bytes:
-            notes.append("the disk has too little room; the merge would be refused")
-    return "\n".join(lines + [f"note        {note}" for note in notes])
-
-
-def _shown(value: Any) -> str:
-    return ", ".join(str(entry) for entry in value) if isinstance(value, tuple) else str(value)
-
-
-def _place(model: ModelFolder) -> str:
-    """What the user called a model, and the folder if that is another."""
-    return model.label if str(model.path) == model.label else f"{model.label} in {model.path}"
-
-
-def _stored(model: ModelFolder) -> str:
-    size = sum(info.nbytes for info in model.tensors.values())
-    kinds = sorted({info.dtype for info in model.tensors.values()})
-    return f"{model.config.get('model_type')}, {'/'.join(kinds)}, {format_bytes(size)}"
-
-
-def format_bytes(count: float) -> str:
-    """A size for people, in decimal units.
-
-    >>> format_bytes(2200000000), format_bytes(512)
-    ('2.20 GB', '512 bytes')
-    """
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count:.0f} bytes"
 
 
 def usable_cores() -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 from model_safetensors import DTYPE_NAMES
 from model_utils import check_output_dir, parse_size
+from model_vocabulary import VocabularySettings, vocabulary_settings
 
 DEFAULT_SHARD_SIZE = "5GB"
 
@@ -56,6 +57,11 @@ class Recipe:
         dtype: float32, float16 or bfloat16; None for the dtype of the base (of the first
             model, where there is no base).
         max_shard_size: bytes per weight file, at most, as 5GB, 500MB or a number.
+        vocabulary: how vocabularies are brought together.
+        tokenizer_source: the model that gives the tokenizer, chat template, generation config
+            and special tokens; None for the base (the first model, where there is no base).
+        chat_template: "auto", "none", or the model that gives it; see
+            `model_companions.carry`.
     """
 
     method: str
@@ -65,6 +71,40 @@ class Recipe:
     output_dir: Path | None = None
     dtype: str | None = None
     max_shard_size: str | int = DEFAULT_SHARD_SIZE
+    vocabulary: VocabularySettings = field(default_factory=VocabularySettings)
+    tokenizer_source: str | None = None
+    chat_template: str = "auto"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All models, the base (if any) first."""
+        return self.models if self.base_model is None else (self.base_model, *self.models)
+
+
+def make_recipe(
+    method: str,
+    base_model: str | os.PathLike[str] | None,
+    models: Sequence[str | os.PathLike[str]],
+    parameters: Mapping[str, Any],
+    *,
+    output_dir: str | os.PathLike[str] | None = None,
+    vocabulary: str | VocabularySettings = "truncate",
+    **settings: Any,
+) -> Recipe:
+    """A recipe from what a driver is given: any kind of path, a mode as the vocabulary.
+
+    Raises:
+        TypeError: a model is not named by a path or Hub id.
+    """
+    return Recipe(
+        method=method,
+        base_model=None if base_model is None else model_name(base_model),
+        models=model_names(models),
+        parameters=parameters,
+        output_dir=None if output_dir is None else Path(output_dir),
+        vocabulary=vocabulary_settings(vocabulary),
+        **settings,
+    )
 
 
 def model_name(model: str | os.PathLike[str], argument: str = "base_model_path") -> str:

@@ -1,93 +1,50 @@
-"""Carry out a recipe: into a folder, or into a transformers model in memory."""
+"""Carry out a recipe: plan it, merge into a folder, or into a transformers model in memory."""
 
 import errno
+import json
 import resource
 import sys
 import time
-import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from merge_plan import Plan, format_bytes, free_bytes, open_plan, usable_cores
+from merge_card import REPORT_FILE, model_card, saved_report
+from merge_plan import Plan, free_bytes, open_plan, usable_cores
 from merge_progress import progress_bar
 from merge_recipe import Recipe
+from merge_report import (
+    MergeReport,
+    PlanReport,
+    format_bytes,
+    plan_report,
+    vocabulary_summary,
+)
 from merge_stream import Sink, StreamSettings, stream
 from model_checks import HEAD
-from model_config import edit_config
 from model_errors import ModelCompatibilityError
-from model_prep import untie_head
+from model_prep import resize_vocabulary, set_special_ids, warn_about
 from model_utils import FolderWriter, get_llama, parse_size
+from model_verify import verify_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CARRIED = (
-    *("tokenizer*.json", "tokenizer*.model", "tokenizer.model.v*", "tekken.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
-    *("generation_config.json", "chat_template*.jinja", "chat_template.json"),
-    *("LICENSE*", "NOTICE*", "USE_POLICY*"),
-)
-"""Files that go from the base (the first model, where there is no base) into the result."""
 
+def plan(recipe: Recipe, *, device: str = "cpu", threads: int | None = None) -> PlanReport:
+    """What a merge would do, from config.json, tokenizer files and headers alone.
 
-@dataclass(frozen=True)
-class MergeReport:
-    """What a merge did.
+    Of models on the Hub that the cache lacks, only these are fetched; no weights are read.
 
-    Attributes:
-        method, parameters, base_model, models, output_dir, dtype: as resolved.
-        tensors: tensors in the result.
-        rows_aligned: vocabulary rows cut, by model.
-        bytes_read: from the weights, all passes together.
-        bytes_written: tensors of the result.
-        seconds: wall time.
-        peak_memory: highest resident memory of the whole process so far, in bytes.
-        files_carried, files_left: other files of the template, taken over and left behind.
-        notes: what the user should know.
-        findings: per tensor, what the method found out.
+    Arguments and errors as `merge_to_folder`; the recipe needs no `output_dir`.
     """
-
-    method: str
-    parameters: Mapping[str, Any]
-    base_model: str | None
-    models: tuple[str, ...]
-    output_dir: str | None
-    dtype: str
-    tensors: int
-    rows_aligned: Mapping[str, int]
-    bytes_read: int
-    bytes_written: int
-    seconds: float
-    peak_memory: int
-    files_carried: tuple[str, ...]
-    files_left: tuple[str, ...]
-    notes: tuple[str, ...]
-    findings: Mapping[str, Mapping[str, Any]] = field(repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as JSON can hold it."""
-        return asdict(self)
-
-    def summary(self) -> str:
-        """The report in a few lines."""
-        count = len(self.models)
-        lines = [
-            f"merged {count} model{'s' if count > 1 else ''} by {self.method} into "
-            f"{self.output_dir or 'memory'}: {self.tensors} tensors, {self.dtype}, "
-            f"{format_bytes(self.bytes_written)}",
-            f"read {format_bytes(self.bytes_read)} in {self.seconds:.1f} s, "
-            f"peak memory {format_bytes(self.peak_memory)}",
-        ]
-        if self.files_carried:
-            lines.append(f"carried over: {', '.join(self.files_carried)}")
-        if self.files_left:
-            lines.append(f"left behind: {', '.join(self.files_left)}")
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+    with open_plan(recipe, settings_problems(device, threads), weights=False) as opened:
+        return plan_report(opened, threads or usable_cores(), anonymous_memory())
 
 
 def merge_to_folder(
@@ -109,15 +66,51 @@ def merge_to_folder(
     if recipe.output_dir is None:
         raise ValueError("output_dir must name the folder to make, got None")
     started = time.monotonic()
-    with open_plan(recipe, settings_problems(device, threads)) as plan:
+    with _open_for_merging(recipe, device, threads) as plan:
         _check_space(recipe.output_dir, plan.write_bytes)
         size = parse_size(recipe.max_shard_size)
         with FolderWriter(recipe.output_dir, plan.tensors, size) as writer:
             findings = _stream(plan, writer, device, threads, progress)
-            carried, left = _carry(plan, writer)
-            writer.write_text("config.json", merged_config(plan))
+            report = _report(plan, findings, started)
+            _write_small_files(plan, report, writer)
+            _verify(writer.partial, recipe.output_dir)
             writer.commit()
-        return _report(plan, findings, started, carried, left)
+        return replace(report, seconds=time.monotonic() - started)
+
+
+@contextmanager
+def _open_for_merging(recipe: Recipe, device: str, threads: int | None) -> Iterator[Plan]:
+    """A plan whose weights can be read; what speaks against it is said before any download."""
+    problems = settings_problems(device, threads)
+    with open_plan(recipe, problems, weights=False) as plan:
+        if not plan.download_bytes:
+            yield plan
+            return
+    with open_plan(recipe, problems) as plan:
+        yield plan
+
+
+def _write_small_files(plan: Plan, report: MergeReport, writer: FolderWriter) -> None:
+    """Everything that belongs to a model besides its weights."""
+    for path in plan.carried.copies:
+        writer.copy_file(path)
+    for name, edit in plan.carried.edits.items():
+        writer.write_text(name, edit.make())
+    saved = saved_report(plan, report)
+    writer.write_text(REPORT_FILE, json.dumps(saved, indent=2, ensure_ascii=False) + "\n")
+    writer.write_text("README.md", model_card(saved))
+    writer.write_text("config.json", plan.config_text)
+
+
+def _verify(partial: Path, output_dir: Path) -> None:
+    """Check what was written, as far as that takes no second reading of the weights."""
+    problems = verify_folder(partial, read_weights=False).problems
+    if problems:
+        raise ModelCompatibilityError(
+            f"{problem.replace(str(partial), str(output_dir))}. So the result is not what was "
+            "planned, and was removed"
+            for problem in problems
+        )
 
 
 def merge_to_model(
@@ -130,14 +123,11 @@ def merge_to_model(
     Arguments and errors as `merge_to_folder`; the recipe has no `output_dir` and no `dtype`.
     Warns (`UserWarning`) where a vocabulary is cut or a head untied.
     """
-    with open_plan(replace(recipe, dtype="float32"), settings_problems(device, threads)) as plan:
-        for note in plan.alignment.notes:
-            warnings.warn(note, stacklevel=3)
+    with _open_for_merging(replace(recipe, dtype="float32"), device, threads) as plan:
+        warn_about(plan.alignment, stacklevel=4)
         model = get_llama(plan.template.path)
-        if model.config.vocab_size != plan.alignment.vocab_size:
-            model.resize_token_embeddings(plan.alignment.vocab_size)
-        if not plan.alignment.tied:
-            untie_head(model)
+        resize_vocabulary(model, plan.alignment.vocabulary.rows, tied=plan.alignment.tied)
+        set_special_ids(model, plan.alignment.special_ids)
         _check_names(plan, model)
         _stream(plan, ModelSink(model), device, threads, progress)
         return model
@@ -188,37 +178,6 @@ def settings_problems(device: str, threads: int | None) -> list[str]:
     return problems
 
 
-def merged_config(plan: Plan) -> str:
-    """config.json of the result: the template's text with the values that the merge changes."""
-    config = plan.template.config
-    dtype_keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
-    changes: dict[str, Any] = {
-        **dict.fromkeys(dtype_keys, plan.dtype),
-        "vocab_size": plan.alignment.vocab_size,
-        "tie_word_embeddings": plan.alignment.tied,
-    }
-    return edit_config(plan.template.config_text, changes)
-
-
-def _carry(plan: Plan, writer: FolderWriter) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Copy what belongs to a model besides weights and config; names taken and left."""
-    files = sorted(path for path in plan.template.path.iterdir() if not path.name.startswith("."))
-    carried = [path for path in files if path.is_file() and _is_carried(path)]
-    for path in carried:
-        writer.copy_file(path)
-    weights = {path for path in files if path.suffix == ".safetensors" or _is_index(path)}
-    left = set(files) - set(carried) - weights - {plan.template.path / "config.json"}
-    return tuple(path.name for path in carried), tuple(sorted(path.name for path in left))
-
-
-def _is_carried(path: Path) -> bool:
-    return path.suffix != ".py" and any(path.match(pattern) for pattern in CARRIED)
-
-
-def _is_index(path: Path) -> bool:
-    return path.name.endswith(".safetensors.index.json")
-
-
 def _check_space(output_dir: Path, need: int) -> None:
     free = free_bytes(output_dir)
     if need > free:
@@ -235,13 +194,16 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _report(
-    plan: Plan,
-    findings: Mapping[str, Mapping[str, Any]],
-    started: float,
-    carried: tuple[str, ...],
-    left: tuple[str, ...],
-) -> MergeReport:
+def anonymous_memory() -> int:
+    """What this process takes now beside files that the system caches, in bytes."""
+    status = Path("/proc/self/status")
+    if not status.exists():  # not Linux: what it took at most
+        return peak_memory()
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith("RssAnon:"))
+    return int(line.split()[1]) * 1024
+
+
+def _report(plan: Plan, findings: Mapping[str, Mapping[str, Any]], started: float) -> MergeReport:
     recipe = plan.recipe
     return MergeReport(
         method=recipe.method,
@@ -250,14 +212,14 @@ def _report(
         models=recipe.models,
         output_dir=None if recipe.output_dir is None else str(recipe.output_dir),
         dtype=plan.dtype,
+        vocabulary=vocabulary_summary(plan),
         tensors=len(plan.tasks),
-        rows_aligned=plan.alignment.rows_cut,
         bytes_read=plan.read_bytes,
         bytes_written=plan.write_bytes,
         seconds=time.monotonic() - started,
         peak_memory=peak_memory(),
-        files_carried=carried,
-        files_left=left,
+        files_carried=plan.carried.names,
+        files_left=plan.carried.left,
         notes=(*plan.notes, *plan.method.remarks(findings)),
         findings=findings,
     )

@@ -5,12 +5,13 @@ python task_arithmetic_llama.py BASE --ft_models A B --weights 0.5 0.5 --save OU
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_command import run_command
-from merge_recipe import DEFAULT_SHARD_SIZE, Recipe, model_name, model_names
-from merge_run import MergeReport, merge_to_folder, merge_to_model
+from merge_recipe import DEFAULT_SHARD_SIZE, make_recipe
+from merge_report import MergeReport
+from merge_run import merge_to_folder, merge_to_model
+from model_vocabulary import VocabularySettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,6 +27,8 @@ def task_arithmetic_merge_llama(
     *,
     lam: float = 1.0,
     normalize: bool = False,
+    vocabulary: str | VocabularySettings = "min",
+    tokenizer_source: str | None = None,
     threads: int | None = None,
     progress: bool = True,
 ) -> "PreTrainedModel":
@@ -38,6 +41,9 @@ def task_arithmetic_merge_llama(
         device: where to compute, "cpu" or "cuda".
         lam: scale of the merged task vector.
         normalize: divide by the sum of the weights.
+        vocabulary: "min", "max", "union", "base", "model:<name>" or "error", or
+            `model_vocabulary.VocabularySettings`, which say what each does.
+        tokenizer_source: the model whose special tokens the result has; by default the base.
         threads: blocks worked on at once; by default one per core.
         progress: show how far it is.
 
@@ -51,11 +57,13 @@ def task_arithmetic_merge_llama(
 
     Source: task arithmetic, arXiv:2212.04089; see `linear_utils.task_arithmetic`.
     """
-    recipe = Recipe(
-        method=METHOD,
-        base_model=model_name(base_model_path),
-        models=model_names(ft_model_paths),
-        parameters={"weights": weights, "lam": lam, "normalize": normalize},
+    recipe = make_recipe(
+        METHOD,
+        base_model_path,
+        ft_model_paths,
+        {"weights": weights, "lam": lam, "normalize": normalize},
+        vocabulary=vocabulary,
+        tokenizer_source=tokenizer_source,
     )
     return merge_to_model(recipe, device=device, threads=threads, progress=progress)
 
@@ -70,6 +78,9 @@ def task_arithmetic_merge_llama_to_folder(
     dtype: str | None = None,
     lam: float = 1.0,
     normalize: bool = False,
+    vocabulary: str | VocabularySettings = "min",
+    tokenizer_source: str | None = None,
+    chat_template: str = "auto",
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     threads: int | None = None,
     progress: bool = True,
@@ -79,19 +90,24 @@ def task_arithmetic_merge_llama_to_folder(
     Args:
         output_dir: the folder to make; it must not exist, or be empty.
         dtype: "float32", "float16" or "bfloat16"; by default that of the base.
+        chat_template: "auto" (the tokenizer's model's, or the only one there is), "none", or the
+            model that gives it. `tokenizer_source` gives the tokenizer and generation config.
         max_shard_size: bytes per weight file, at most, such as "5GB".
 
     The other arguments and errors are those of `task_arithmetic_merge_llama`. Raises `OSError` as
     well, when the disk is full or a file cannot be read or written. transformers is not imported.
     """
-    recipe = Recipe(
-        method=METHOD,
-        base_model=model_name(base_model_path),
-        models=model_names(ft_model_paths),
-        parameters={"weights": weights, "lam": lam, "normalize": normalize},
-        output_dir=Path(output_dir),
+    recipe = make_recipe(
+        METHOD,
+        base_model_path,
+        ft_model_paths,
+        {"weights": weights, "lam": lam, "normalize": normalize},
+        output_dir=output_dir,
         dtype=dtype,
         max_shard_size=max_shard_size,
+        vocabulary=vocabulary,
+        tokenizer_source=tokenizer_source,
+        chat_template=chat_template,
     )
     return merge_to_folder(recipe, device=device, threads=threads, progress=progress)
 

@@ -2,9 +2,10 @@
 
     python benchmarks/measure_merge.py /tmp/bench --method ties --shape tinyllama-1.1b
 
-Makes a base and three fine-tunes (random weights, seeded, bfloat16; kept for the next run),
-merges them with a driver in a process of its own, and prints what it cost. Memory is sampled
-from /proc 50 times a second (Linux). Delete the folder afterwards: it holds 9 GB for 1.1B.
+Makes a base and fine-tunes (random weights, seeded, bfloat16; kept for the next run), plans a
+merge and carries it out with a driver in processes of their own, and prints what it cost. Memory
+is sampled from /proc 50 times a second (Linux). Delete the folder afterwards: it holds 9 GB for
+1.1B.
 """
 
 import argparse
@@ -33,12 +34,13 @@ SHAPES = {
 """hidden size, intermediate size, layers, heads, key-value heads, vocabulary."""
 
 OPTIONS = {
-    "linear": ["--weights", "0.5", "0.3", "0.2"],
-    "slerp": ["--t", "0.4"],
-    "task_arithmetic": ["--weights", "0.5", "0.3", "0.2"],
-    "ties": ["--weights", "0.5", "0.3", "0.2", "--densities", "0.5", "0.4", "0.3"],
-    "dare": ["--weights", "0.5", "0.3", "0.2", "--densities", "0.5", "0.4", "0.3"],
+    "linear": ("--weights",),
+    "slerp": (),
+    "task_arithmetic": ("--weights",),
+    "ties": ("--weights", "--densities"),
+    "dare": ("--weights", "--densities"),
 }
+"""The lists that each method takes; its models get 0.5, 0.4, 0.3, ..."""
 
 
 def tensor_shapes(shape: str) -> dict[str, tuple[int, ...]]:
@@ -133,9 +135,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where models are made")
     parser.add_argument("--method", nargs="+", choices=tuple(OPTIONS), default=["ties"])
     parser.add_argument("--shape", choices=tuple(SHAPES), default="tinyllama-1.1b")
+    parser.add_argument("--models", type=int, default=3, help="fine-tunes (default: %(default)s)")
     arguments, extra = parser.parse_known_args()
-    base, *tuned = (arguments.folder / f"{arguments.shape}-{model}" for model in range(4))
-    for model, folder in enumerate((base, *tuned)):
+    folders = [
+        arguments.folder / f"{arguments.shape}-{model}" for model in range(arguments.models + 1)
+    ]
+    base, *tuned = folders
+    for model, folder in enumerate(folders):
         make_model(folder, arguments.shape, model)
     print(f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}")
     for method in arguments.method:
@@ -144,9 +150,16 @@ def main() -> None:
         models = tuned[:2] if method == "slerp" else tuned
         positional = [] if method in ("linear", "slerp") else [str(base)]
         command = [sys.executable, str(ROOT / f"{method}_llama.py"), *positional, "--ft_models"]
-        command += [*map(str, models), *OPTIONS[method], "--save", str(output), "--quiet", *extra]
+        command += [*map(str, models), "--save", str(output), "--quiet", *extra]
+        for option in OPTIONS[method]:
+            command += [option, *(f"{0.5 - 0.1 * index:.1f}" for index in range(len(models)))]
+        planned = json.loads(subprocess.check_output([*command, "--plan", "--json"]))
         seconds, peak = run(command)
-        print(f"{method:<16} {seconds:7.1f} s   {peak / 1e6:7.0f} MB anonymous")
+        print(
+            f"{method:<16} {seconds:7.1f} s   {peak / 1e6:7.0f} MB anonymous, planned "
+            f"{planned['memory_bytes'] / 1e6:.0f} MB",
+            flush=True,
+        )
         shutil.rmtree(output)
 
 

@@ -335,15 +335,45 @@ def test_a_plan_reads_no_weights_and_writes_nothing(models, capsys, monkeypatch)
     for line in (
         "method      ties",
         "  densities 0.5, 0.5",
-        "base        base (llama, BF16, 5.98 KB)",
+        "base        base (llama, BF16, 5.98 KB, 32 rows, 32 tokens)",
+        "model       a (llama, BF16, 5.98 KB, 32 rows, no tokenizer)",
         "output      out, float32",
-        "tensors     12, 2,992 elements, vocabulary 32, head of its own",
+        "tensors     12, 2,992 elements, head of its own",
+        "vocabulary  32 rows, 32 tokens, by 'truncate'; tokenizer of base",
         "read        71.81 KB in 4 passes",
         "write       11.97 KB",
-        "memory      about 6.41 MB beside Python and torch",
     ):
         assert line in lines
     assert not (models / "out").exists()
+
+
+def test_a_plan_as_json_says_the_same(models, capsys):
+    assert ties("--densities", 0.5, 0.5, "--plan", "--save", "out", "--json") == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["parameters"]["densities"] == [0.5, 0.5]
+    assert [(m["role"], m["name"], m["tokens"]) for m in planned["models"]] == [
+        ("base", "base", 32), ("model", "a", None), ("model", "b", None)
+    ]  # fmt: skip
+    assert (planned["read_bytes"], planned["write_bytes"]) == (71808, 5984)
+    assert (planned["passes"], planned["tensors"], planned["parameters_count"]) == (4, 12, 2992)
+    assert 0 < planned["memory_bytes"] < 10**9 < planned["disk_free"]
+    assert ties("--densities", 0.5, 0.5, "--save", "out", "--json", "--quiet") == 0
+    done = json.loads(capsys.readouterr().out)
+    assert (done["bytes_read"], done["vocabulary"]) == (71808, planned["vocabulary"])
+    assert {path.name for path in (models / "out").iterdir()} == {
+        "model.safetensors", *planned["files"]
+    }  # fmt: skip
+
+
+def test_a_finished_folder_is_checked_and_what_is_broken_is_named(models, capsys):
+    assert ties("--save", "out", "--quiet") == 0
+    capsys.readouterr()
+    assert ties_main(["--check", "out"]) == 0
+    assert capsys.readouterr().out.startswith("out: sound\n")
+    change_config("out", lambda config: config.update(eos_token_id=99))
+    assert ties_main(["--check=out", "--json"]) == 3
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert problem.startswith("out: eos_token_id in config.json is 99")
 
 
 @pytest.mark.parametrize(
@@ -364,7 +394,7 @@ def test_a_plan_says_what_is_seldom_meant(models, capsys, arguments, note):
 def test_a_plan_refuses_what_the_merge_would_refuse(models, capsys, monkeypatch):
     assert ties("--plan", "--threads", -2) == 2
     assert "threads must be a whole number of at least 1, got -2" in capsys.readouterr().err
-    monkeypatch.setattr("merge_plan.free_bytes", lambda _: 10)
+    monkeypatch.setattr("merge_report.free_bytes", lambda _: 10)
     assert ties("--plan", "--save", "out") == 0
     assert "note        the disk has too little room" in capsys.readouterr().out
 
@@ -376,7 +406,7 @@ def test_an_option_given_twice_adds_to_the_list(models, capsys):
     assert report.startswith("merged 3 models by ties into out")
 
 
-def not_on_the_hub(model):
+def not_on_the_hub(model, weights):
     raise ModelCompatibilityError(f"{model}: not on the Hub")
 
 
@@ -394,7 +424,8 @@ def test_a_misspelt_folder_is_told_from_a_hub_id(models, capsys, monkeypatch):
 
 def test_a_hub_model_is_found_though_a_folder_has_the_name_of_its_owner(models, monkeypatch):
     (models / "org").mkdir()
-    monkeypatch.setattr("model_locate._download", lambda model: models / "base")
+    monkeypatch.setattr("model_locate._download", lambda model, weights: models / "base")
+    monkeypatch.setattr("model_utils.files_left_on_hub", lambda model, folder: {})
     assert ties_main(["org/model", "--ft_models", "a", "--plan"]) == 0
 
 

@@ -2,20 +2,27 @@
 
 import importlib
 import inspect
+import json
 
 import pytest
 import torch
 from tiny_checkpoints import make_llama, read_tensors
-from transformers import AutoModelForCausalLM
+from tiny_tokenizers import NORMAL, write_byte_level, write_json
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dare_llama import dare_merge_llama
 from dare_utils import DARE
 from linear_llama import linear_merge_llama
+from linear_utils import task_arithmetic
 from merge_methods import METHODS
+from model_errors import ModelCompatibilityError
 from model_prep import prepare_models_for_merging
 from model_utils import get_llama
 from slerp_llama import slerp_merge_llama
-from task_arithmetic_llama import task_arithmetic_merge_llama
+from task_arithmetic_llama import (
+    task_arithmetic_merge_llama,
+    task_arithmetic_merge_llama_to_folder,
+)
 from ties_llama import ties_merge_llama, ties_merge_llama_to_folder
 from ties_utils import TIES, ties
 
@@ -76,7 +83,7 @@ def test_both_functions_take_the_same_arguments_in_the_same_order(method):
     module = importlib.import_module(f"{method}_llama")
     memory = inspect.signature(getattr(module, f"{method}_merge_llama")).parameters
     folder = inspect.signature(getattr(module, f"{method}_merge_llama_to_folder")).parameters
-    shared = [name for name in folder if name not in ("output_dir", "dtype", "max_shard_size")]
+    shared = [name for name in folder if name not in FOLDER_ONLY]
     assert shared == list(memory)
     assert [folder[name].default for name in shared] == [p.default for p in memory.values()]
     for parameter in METHODS[method].parameters:
@@ -84,6 +91,7 @@ def test_both_functions_take_the_same_arguments_in_the_same_order(method):
         assert memory[parameter.name].default == default
 
 
+FOLDER_ONLY = ("output_dir", "dtype", "chat_template", "max_shard_size")
 CUT = "vocabularies cut to the smallest, 40 rows"
 MIXED = "some models tie their head"
 
@@ -219,3 +227,78 @@ def test_preparing_and_merging_by_hand(tmp_path):
             assert torch.equal(merged, ties(base_parameter, tuned, [0.5, 0.5], [0.5, 0.5]))
             base_parameter.copy_(merged)
     assert base(torch.tensor([[1, 2]])).logits.shape == (1, 2, 40)
+
+
+# Vocabularies matched by their strings
+
+BASE, TUNED = ("<|b|>", "<|e|>", "<|spare|>"), ("<|spare|>", "<|e|>", "<|tool|>", "<|b|>")
+
+
+def make_strangers(folder):
+    """A base and a fine-tune with the same added tokens under other ids, and one more."""
+    paths = [folder / "base", folder / "tuned"]
+    for seed, (path, tokens) in enumerate(zip(paths, (BASE, TUNED), strict=True)):
+        size = NORMAL + len(tokens)
+        before = paths[0] if seed else None
+        make_llama(path, seed=seed, base=before, vocab_size=size, dtype="float32", **SMALL)
+        ids = write_byte_level(path, tokens, bos="<|b|>", eos="<|e|>")
+        for name in ("config.json", "generation_config.json"):
+            config = json.loads((path / name).read_text())
+            special = {"bos_token_id": ids["<|b|>"], "eos_token_id": ids["<|e|>"]}
+            write_json(path / name, config | special)
+    return paths
+
+
+@pytest.mark.parametrize("vocabulary", ["union", "base", "model:tuned"])
+def test_any_vocabulary_in_memory_is_that_of_the_folder(tmp_path, vocabulary):
+    base, tuned = make_strangers(tmp_path)
+    arguments = {"densities": [0.5], "vocabulary": vocabulary, "progress": False}
+    with pytest.warns(UserWarning, match="vocabulary of|not in the result"):
+        merged = ties_merge_llama(base, [tuned], **arguments)
+    ties_merge_llama_to_folder(base, [tuned], output_dir=tmp_path / "out", **arguments)
+    stored = read_tensors(tmp_path / "out")
+    assert merged.state_dict().keys() == stored.keys()
+    assert all(torch.equal(merged.state_dict()[name], stored[name]) for name in stored)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    for key in ("vocab_size", "bos_token_id", "eos_token_id"):
+        assert getattr(merged.config, key) == config[key]
+    assert merged.generation_config.bos_token_id == config["bos_token_id"]
+
+
+@pytest.mark.parametrize("vocabulary", ["union", "base", "model:ft_models[0]"])
+@pytest.mark.parametrize("given", ["folders they come from", "folders", "tokenizers"])
+def test_models_in_memory_are_prepared_as_folders_are_merged(tmp_path, vocabulary, given):
+    paths = make_strangers(tmp_path)
+    base, tuned = map(get_llama, paths)
+    tokenizers = {"folders": paths, "tokenizers": [*map(AutoTokenizer.from_pretrained, paths)]}
+    if given != "folders they come from":
+        base.name_or_path = tuned.name_or_path = ""
+    with pytest.warns(UserWarning, match="vocabulary of|not in the result"):
+        prepare_models_for_merging(
+            base, [tuned], vocabulary=vocabulary, tokenizers=tokenizers.get(given)
+        )
+    folder_name = vocabulary.replace("ft_models[0]", "tuned")
+    task_arithmetic_merge_llama_to_folder(
+        *(paths[0], paths[1:], [0.5]),
+        output_dir=tmp_path / "out", vocabulary=folder_name, progress=False,
+    )  # fmt: skip
+    tuned_state = tuned.state_dict()
+    for name, tensor in read_tensors(tmp_path / "out").items():
+        mine = task_arithmetic(base.state_dict()[name], [tuned_state[name]], [0.5])
+        assert torch.equal(mine, tensor)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    for model in (base, tuned):
+        assert model.config.vocab_size == config["vocab_size"]
+        assert model.config.eos_token_id == config["eos_token_id"]
+
+
+def test_ids_that_contradict_each_other_are_refused_in_memory_too(tmp_path):
+    base, tuned = map(get_llama, make_strangers(tmp_path))
+    with pytest.raises(ModelCompatibilityError) as caught:
+        prepare_models_for_merging(base, [tuned])
+    assert "2 token ids mean something else than in base" in str(caught.value)
+    assert "300 is '<|spare|>', not '<|b|>'" in str(caught.value)
+    with pytest.raises(ValueError, match="vocabulary must be one of error, truncate"):
+        prepare_models_for_merging(base, [tuned], vocabulary="onion")
+    with pytest.raises(ValueError, match="tokenizers: got 1 for 2 models"):
+        prepare_models_for_merging(base, [tuned], tokenizers=[None])

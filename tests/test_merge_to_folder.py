@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_checkpoints import make_llama, read_tensors, save_tensors, tensor_hashes
 
+import merge_plan
 import merge_run
 import merge_stream
 from merge_methods import METHODS
@@ -246,7 +247,8 @@ def test_vocabularies_are_cut_to_the_smallest_and_the_report_says_so(tmp_path):
     merged = read_tensors(tmp_path / "out")
     assert merged[EMBEDDING].shape == merged[HEAD].shape == (24, 16)
     assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == 24
-    assert report.rows_aligned == {str(base): 8, str(models[1]): 8, str(models[2]): 4}
+    changed = {str(base): {"cut": 8}, str(models[1]): {"cut": 8}, str(models[2]): {"cut": 4}}
+    assert report.vocabulary["rows_changed"] == changed
     stored = [read_tensors(folder) for folder in (base, *models)]
     for name in (EMBEDDING, HEAD):  # the first rows of each
         first, *rest = (tensors[name][:24].double().numpy() for tensors in stored)
@@ -401,7 +403,7 @@ def test_the_report_says_what_was_done(tmp_path):
     same = run("slerp", base, [base, base], tmp_path / "same")
     assert {found["branch"] for found in same.findings.values()} == {"lerp"}
     assert any(note.startswith("12 of 12 tensors took the straight line") for note in same.notes)
-    assert json.loads(json.dumps(report.to_dict()))["rows_aligned"] == {}
+    assert json.loads(json.dumps(report.to_dict()))["vocabulary"]["rows_changed"] == {}
     none = run("ties", base, models, tmp_path / "none", parameters={"densities": (0.0, 1.0, 0.5)})
     json.dumps(none.to_dict(), allow_nan=False)
     assert none.findings["model.norm.weight"]["trim"][0]["threshold"] is None
@@ -419,10 +421,10 @@ def test_everything_that_belongs_to_a_model_is_carried_byte_for_byte(tmp_path):
         "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
     ]  # fmt: skip
     assert list(report.files_carried) == carried
-    assert report.files_left == ("README.md", "modeling.py")
+    assert report.files_left == ("modeling.py",)
     for name in carried:
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
-    files = {"config.json", "model.safetensors", *carried}
+    files = {"config.json", "model.safetensors", "README.md", "merge_report.json", *carried}
     assert set(os.listdir(tmp_path / "out")) == files
 
 
@@ -447,3 +449,16 @@ def test_the_dtype_is_that_of_the_base_unless_another_is_asked_for(tmp_path):
     base, models = make_family(tmp_path, ("float16", "float32", "bfloat16", "float32"))
     assert run("ties", base, models, tmp_path / "a", dtype=None).dtype == "float16"
     assert run("linear", base, models, tmp_path / "b", dtype=None).dtype == "float32"
+
+
+def test_a_result_that_is_not_as_planned_is_removed(tmp_path, monkeypatch):
+    base, models = make_family(tmp_path)
+    wrong = '{"model_type": "llama", "vocab_size": 7}'
+    monkeypatch.setattr(merge_plan, "merged_config", lambda text, changes: wrong)
+    with pytest.raises(ModelCompatibilityError) as caught:
+        run("ties", base, models, tmp_path / "out")
+    assert str(caught.value).startswith(f"{tmp_path / 'out'}: config.json must have whole numbers")
+    assert caught.value.problems[0].endswith(
+        "So the result is not what was planned, and was removed"
+    )
+    assert not any("out" in path.name for path in tmp_path.iterdir())

@@ -1,0 +1,235 @@
+"""What a merged folder says about itself: a model card, and the report as JSON.
+
+Both are meant to be published. So they name Hub models by their ids and folders by their last
+part, never by a path; and they hold nothing that differs from one run to the next.
+"""
+
+import itertools
+import json
+import os
+import platform
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from merge_plan import Plan
+from merge_report import MergeReport
+from model_companions import AUTO_TEMPLATE, NO_TEMPLATE
+from model_locate import HUB_ID
+from model_tokenizer import FORMS
+from model_vocabulary import model_index
+
+VERSION = "0.1.0"
+REPORT_FILE = "merge_report.json"
+TITLES = {
+    "linear": "linear average",
+    "slerp": "SLERP",
+    "task_arithmetic": "task arithmetic",
+    "ties": "TIES",
+    "dare": "DARE",
+}
+
+
+def saved_report(plan: Plan, report: MergeReport) -> dict[str, Any]:
+    """The report as it lies beside the weights.
+
+    Returns:
+        "recipe" (resolved), "base_models" (Hub ids among the inputs), "revisions" (their commits,
+        where known), "versions", "result", "notes", and "findings" per tensor.
+    """
+    names = plan.recipe.names
+    content = {
+        "recipe": _resolved(plan, report),
+        "base_models": [name for name in dict.fromkeys(names) if is_hub_id(name)],
+        "revisions": {
+            name: source.path.name
+            for name, source in zip(names, plan.sources, strict=True)
+            if is_hub_id(name) and source.path.parent.name == "snapshots"
+        },
+        "versions": {
+            "llama-merge": VERSION,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+        },
+        "result": {
+            "tensors": report.tensors,
+            "bytes": report.bytes_written,
+            "tied": plan.alignment.tied,
+            "vocabulary": report.vocabulary,
+            "files": report.files_carried,
+        },
+        "notes": list(report.notes),
+        "findings": report.findings,
+    }
+    public: dict[str, Any] = publish(json.loads(json.dumps(content)), public_names(names))
+    return public
+
+
+def _resolved(plan: Plan, report: MergeReport) -> dict[str, Any]:
+    """The recipe with everything filled in that decides the result."""
+    recipe = plan.recipe
+    template = model_index(recipe.chat_template, recipe.names)
+    if template is None or recipe.chat_template in (AUTO_TEMPLATE, NO_TEMPLATE):
+        chat_template = recipe.chat_template
+    else:
+        chat_template = recipe.names[template]
+    return {
+        "method": recipe.method,
+        "base_model": recipe.base_model,
+        "models": recipe.models,
+        "parameters": dict(report.parameters),
+        "dtype": report.dtype,
+        "max_shard_size": recipe.max_shard_size,
+        "vocabulary": asdict(recipe.vocabulary),
+        "tokenizer_source": report.vocabulary["tokenizer_source"],
+        "chat_template": chat_template,
+    }
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model was named by a Hub id."""
+    return bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
+
+
+def public_names(names: Sequence[str]) -> dict[str, str]:
+    """What models are called in public, by what the user called them; no two folders the same.
+
+    >>> public_names(["/home/me/models/chat", "/home/me/old/chat", "/data/code/", "chat"])
+    {'chat': 'chat', '/home/me/models/chat': 'chat-2', '/home/me/old/chat': 'chat-3', \
+'/data/code/': 'code'}
+    """
+    public: dict[str, str] = {}
+    by_path: dict[str, str] = {}
+    for name in sorted(dict.fromkeys(names), key=lambda name: "/" in name):
+        path = name if is_hub_id(name) else os.path.abspath(name)
+        if path not in by_path:
+            short = name if is_hub_id(name) else Path(path).name or "model"
+            by_path[path] = _unique(short, by_path.values())
+        public[name] = by_path[path]
+    return public
+
+
+def _unique(name: str, taken: Collection[str]) -> str:
+    """A name that is not taken, with a number if it has to be."""
+    numbered = (f"{name}-{number}" for number in itertools.count(2))
+    return next(free for free in itertools.chain([name], numbered) if free not in taken)
+
+
+def publish(value: Any, names: Mapping[str, str]) -> Any:
+    """A JSON value in whose texts every model has its public name.
+
+    Args:
+        value: any JSON value; keys of objects are texts too.
+        names: from `public_names`.
+
+    A text that is a name is replaced whole, whatever it is. Within other texts paths are found,
+    also as `repr` writes them. Bytes of a file name that are no UTF-8 become question marks.
+
+    >>> publish(["../a: 2 rows cut", "../a", "a"], {"../a": "a-2", "a": "a"})
+    ['a-2: 2 rows cut', 'a-2', 'a']
+    """
+    paths = {form: public for name, public in names.items() for form in _path_forms(name)}
+    longest_first = sorted(map(re.escape, paths), key=len, reverse=True)
+    pattern = re.compile(rf"(?<![\w/.-])(?:{'|'.join(longest_first) or '(?!)'})(?!\w)")
+
+    def replace(text: str) -> str:
+        text = names.get(text) or pattern.sub(lambda found: paths[found[0]], text)
+        return text.encode("utf-8", "replace").decode()
+
+    return _with_texts(value, replace)
+
+
+def _path_forms(name: str) -> set[str]:
+    """How a text may name a folder by its path; nothing for a name that is not one."""
+    forms = {name, str(Path(name)), os.path.abspath(name), str(Path(name).resolve())}
+    forms |= {repr(form)[1:-1] for form in forms}
+    return {form for form in forms if "/" in form}
+
+
+def _with_texts(value: Any, replace: Callable[[str], str]) -> Any:
+    """A JSON value with `replace` applied to all its texts."""
+    if isinstance(value, str):
+        return replace(value)
+    if isinstance(value, list):
+        return [_with_texts(entry, replace) for entry in value]
+    if isinstance(value, dict):
+        return {replace(key): _with_texts(entry, replace) for key, entry in value.items()}
+    return value
+
+
+def model_card(saved: Mapping[str, Any]) -> str:
+    """README.md of a merged model, with the fields that the Hub reads at its head.
+
+    Args:
+        saved: from `saved_report`.
+    """
+    recipe = saved["recipe"]
+    versions = ", ".join(f"{name} {version}" for name, version in saved["versions"].items())
+    parts = [
+        "\n".join(["---", *_head(saved), "---"]),
+        f"# A merge by {TITLES.get(recipe['method'], recipe['method'])}",
+        "\n".join(_models(saved)),
+        _result(saved),
+        "\n".join(["```json", json.dumps(recipe, indent=2, ensure_ascii=False), "```"]),
+        "\n".join(f"- {_plain(note)}" for note in saved["notes"]),
+        f"Made with {versions}. {REPORT_FILE} has the findings per tensor.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _head(saved: Mapping[str, Any]) -> Iterator[str]:
+    """The fields that the Hub reads: YAML, whose values may be written as in JSON."""
+    fields: dict[str, Any] = {}
+    if saved["base_models"]:
+        fields |= {"base_model": saved["base_models"], "base_model_relation": "merge"}
+    fields |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    fields["tags"] = ["merge", "llama-merge"]
+    yield from (f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items())
+
+
+def _models(saved: Mapping[str, Any]) -> Iterator[str]:
+    """A list of what went in, the base first, with the commits of Hub models."""
+    recipe, revisions = saved["recipe"], saved["revisions"]
+    bases = [] if recipe["base_model"] is None else [recipe["base_model"]]
+    for name, role in [
+        *((base, " (base)") for base in bases),
+        *((m, "") for m in recipe["models"]),
+    ]:
+        at = f" at {revisions[name]}" if name in revisions else ""
+        yield f"- {_code(name)}{role}{at}"
+
+
+def _result(saved: Mapping[str, Any]) -> str:
+    result, dtype = saved["result"], saved["recipe"]["dtype"]
+    words = result["vocabulary"]
+    has_tokenizer = any(form in result["files"] for form in FORMS)
+    tokenizer = (
+        f"tokenizer of {_code(words['tokenizer_source'])}" if has_tokenizer else "no tokenizer"
+    )
+    return f"{result['tensors']} tensors in {dtype}; {words['rows']} vocabulary rows, {tokenizer}."
+
+
+def _code(text: str) -> str:
+    """A text as Markdown shows it unchanged, on one line.
+
+    >>> print(_code("a`b"))
+    `` a`b ``
+    """
+    text = " ".join(text.split())
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    return f"`{text}`" if not longest else f"{'`' * (longest + 1)} {text} {'`' * (longest + 1)}"
+
+
+def _plain(text: str) -> str:
+    """A text as Markdown shows it unchanged: on one line, what means something there escaped.
+
+    >>> print(_plain("2 tokens added: '<think>', '*', of my_model"))
+    2 tokens added: '\\<think\\>', '\\*', of my_model
+    """
+    special = r"[\\`*<>\[\]#|~$&]|(?<!\w)_|_(?!\w)"
+    return re.sub(special, lambda found: "\\" + found[0], " ".join(text.split()))

@@ -1,0 +1,274 @@
+"""What a merge will do and what it did: for people as text, for programs as JSON."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from merge_plan import Plan, free_bytes
+from merge_stream import BLOCK_ELEMENTS
+from model_checks import EMBEDDING, is_tied
+from model_utils import ModelFolder, rows_of
+
+OWN_FILES = ("README.md", "config.json", "merge_report.json")
+"""What a merge writes itself, besides weights."""
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """One input of a merge.
+
+    Attributes:
+        name: what the user called it.
+        role: "base" or "model".
+        folder: where it lies.
+        model_type, dtypes, vocab_size: from config.json and the headers.
+        tokens: in its tokenizer; None where it has none.
+        tied: its head is its embedding.
+        bytes: of its tensors.
+        download_bytes: of its weight files that are on the Hub only.
+    """
+
+    name: str
+    role: str
+    folder: str
+    model_type: str
+    dtypes: tuple[str, ...]
+    vocab_size: int
+    tokens: int | None
+    tied: bool
+    bytes: int
+    download_bytes: int
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What a merge will do, from config.json and the headers alone.
+
+    Attributes:
+        method, parameters, output_dir, dtype: as resolved.
+        models: the inputs, the base (if any) first.
+        vocabulary: mode, rows, tokens, the model that gives the tokenizer, tokens added, and by
+            model the rows cut, moved and filled.
+        tied: the result's head is its embedding.
+        tensors, parameters_count: of the result.
+        passes: how often the inputs are read.
+        read_bytes: of weights, all passes together.
+        write_bytes: of the result's tensors.
+        download_bytes: of weights that are on the Hub only.
+        memory_bytes: highest memory of the process, without files that the system caches.
+        disk_free: where the output is to be; None where no output is named.
+        files: what the result has besides weights, in the order of names.
+        files_left: what the first model has and the result does not.
+        notes: what the user should know.
+    """
+
+    method: str
+    parameters: Mapping[str, Any]
+    models: tuple[ModelSummary, ...]
+    output_dir: str | None
+    dtype: str
+    vocabulary: Mapping[str, Any]
+    tied: bool
+    tensors: int
+    parameters_count: int
+    passes: int
+    read_bytes: int
+    write_bytes: int
+    download_bytes: int
+    memory_bytes: int
+    disk_free: int | None
+    files: tuple[str, ...]
+    files_left: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON can hold it."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """The plan as lines of text."""
+        words = self.vocabulary
+        lines = [f"method      {self.method}"]
+        lines += [f"  {name:<10}{_shown(value)}" for name, value in self.parameters.items()]
+        lines += [f"{model.role:<12}{_described(model)}" for model in self.models]
+        lines += [
+            f"output      {self.output_dir or 'not named'}, {self.dtype}",
+            f"tensors     {self.tensors}, {self.parameters_count:,} elements, head "
+            f"{'tied' if self.tied else 'of its own'}",
+            f"vocabulary  {words['rows']} rows, {words['tokens']} tokens, by {words['mode']!r}; "
+            f"tokenizer of {words['tokenizer_source']}",
+        ]
+        lines += [
+            f"  {name}: {', '.join(f'{count} rows {what}' for what, count in counts.items())}"
+            for name, counts in words["rows_changed"].items()
+        ]
+        lines += [
+            f"files       {', '.join(self.files)}",
+            f"read        {format_bytes(self.read_bytes)} in {self.passes} "
+            f"pass{'es' if self.passes > 1 else ''}",
+            f"write       {format_bytes(self.write_bytes)}",
+            f"memory      about {format_bytes(self.memory_bytes)}, Python and torch included",
+        ]
+        if self.download_bytes:
+            lines.append(f"download    {format_bytes(self.download_bytes)}")
+        if self.disk_free is not None:
+            lines.append(f"disk free   {format_bytes(self.disk_free)}")
+        return "\n".join(lines + [f"note        {note}" for note in self.notes])
+
+
+def plan_report(plan: Plan, threads: int, memory_now: int) -> PlanReport:
+    """A plan as it is shown.
+
+    Args:
+        plan: the plan; its models may be open by their headers alone.
+        threads: blocks worked on at once.
+        memory_now: what this process takes before the merge, in bytes.
+    """
+    recipe = plan.recipe
+    notes = list(plan.notes)
+    free = None if recipe.output_dir is None else free_bytes(recipe.output_dir)
+    if free is not None and free < plan.write_bytes:
+        notes.append("the disk has too little room; the merge would be refused")
+    return PlanReport(
+        method=recipe.method,
+        parameters=plan.parameters,
+        models=tuple(_summarise(source, plan) for source in plan.sources),
+        output_dir=None if recipe.output_dir is None else str(recipe.output_dir),
+        dtype=plan.dtype,
+        vocabulary=vocabulary_summary(plan),
+        tied=plan.alignment.tied,
+        tensors=len(plan.tasks),
+        parameters_count=sum(task.info.numel for task in plan.tasks),
+        passes=plan.passes,
+        read_bytes=plan.read_bytes,
+        write_bytes=plan.write_bytes,
+        download_bytes=plan.download_bytes,
+        memory_bytes=memory_now + working_bytes(plan, threads),
+        disk_free=free,
+        files=tuple(sorted((*OWN_FILES, *plan.carried.names))),
+        files_left=plan.carried.left,
+        notes=tuple(notes),
+    )
+
+
+def vocabulary_summary(plan: Plan) -> dict[str, Any]:
+    """The merged vocabulary as JSON can hold it."""
+    vocabulary = plan.alignment.vocabulary
+    return {
+        "mode": vocabulary.mode,
+        "rows": vocabulary.rows,
+        "tokens": len(vocabulary.tokens),
+        "tokenizer_source": plan.sources[vocabulary.donor].label,
+        "tokens_added": [entry["content"] for entry in vocabulary.added],
+        "rows_changed": vocabulary.changes,
+    }
+
+
+def _summarise(source: ModelFolder, plan: Plan) -> ModelSummary:
+    tokens = source.tokens
+    return ModelSummary(
+        name=source.label,
+        role="base" if source is plan.base else "model",
+        folder=str(source.path),
+        model_type=str(source.config.get("model_type")),
+        dtypes=tuple(sorted({info.dtype for info in source.tensors.values()})),
+        vocab_size=source.tensors[EMBEDDING].shape[0],
+        tokens=None if tokens is None else len(tokens.tokens),
+        tied=is_tied(source),
+        bytes=sum(info.nbytes for info in source.tensors.values()),
+        download_bytes=source.download_bytes,
+    )
+
+
+def _described(model: ModelSummary) -> str:
+    place = model.name if model.folder == model.name else f"{model.name} in {model.folder}"
+    tokens = "no tokenizer" if model.tokens is None else f"{model.tokens} tokens"
+    return (
+        f"{place} ({model.model_type}, {'/'.join(model.dtypes)}, {format_bytes(model.bytes)}, "
+        f"{model.vocab_size} rows, {tokens})"
+    )
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(str(entry) for entry in value) if isinstance(value, tuple) else str(value)
+
+
+def working_bytes(plan: Plan, threads: int) -> int:
+    """About how much memory a merge takes beside what the process takes already.
+
+    Per thread a few float32 blocks for each input, and what up to three spans have gathered (for
+    TIES, a histogram per model).
+    """
+    rows = (rows_of(task.info.shape) for task in plan.tasks)
+    longest = max(min(count * length, max(BLOCK_ELEMENTS, length)) for count, length in rows)
+    blocks = threads * (plan.method.copies * len(plan.sources) + 4) * 4 * longest
+    gathered = 3 * threads * len(plan.models) * 2**19 if plan.passes > 1 else 0
+    return blocks + gathered
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        method, parameters, base_model, models, output_dir, dtype: as resolved.
+        vocabulary: as in `PlanReport`.
+        tensors: tensors in the result.
+        bytes_read: from the weights, all passes together.
+        bytes_written: tensors of the result.
+        seconds: wall time.
+        peak_memory: highest resident memory of the whole process so far, in bytes.
+        files_carried, files_left: other files that the result has, and those of the first model
+            that were left behind.
+        notes: what the user should know.
+        findings: per tensor, what the method found out.
+    """
+
+    method: str
+    parameters: Mapping[str, Any]
+    base_model: str | None
+    models: tuple[str, ...]
+    output_dir: str | None
+    dtype: str
+    vocabulary: Mapping[str, Any]
+    tensors: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    peak_memory: int
+    files_carried: tuple[str, ...]
+    files_left: tuple[str, ...]
+    notes: tuple[str, ...]
+    findings: Mapping[str, Mapping[str, Any]] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON can hold it."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """The report in a few lines."""
+        count = len(self.models)
+        lines = [
+            f"merged {count} model{'s' if count > 1 else ''} by {self.method} into "
+            f"{self.output_dir or 'memory'}: {self.tensors} tensors, {self.dtype}, "
+            f"{format_bytes(self.bytes_written)}",
+            f"read {format_bytes(self.bytes_read)} in {self.seconds:.1f} s, "
+            f"peak memory {format_bytes(self.peak_memory)}",
+        ]
+        if self.files_carried:
+            lines.append(f"carried over: {', '.join(self.files_carried)}")
+        if self.files_left:
+            lines.append(f"left behind: {', '.join(self.files_left)}")
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+
+def format_bytes(count: float) -> str:
+    """A size for people, in decimal units.
+
+    >>> format_bytes(2200000000), format_bytes(512)
+    ('2.20 GB', '512 bytes')
+    """
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} bytes"
