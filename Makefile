@@ -1,9 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test demo lint types unit bare fix clean
+.PHONY: test demo lint types unit transformers4 bare fix clean
 
-test: lint types unit bare  ## everything that CI runs
+test: lint types unit transformers4 bare  ## everything that CI runs
 
 demo: .venv/installed  ## merge the tiny LLaMAs with every method, print a table, draw the chart
 	$(BIN)/python examples/demo.py
@@ -15,8 +15,12 @@ lint: .venv/installed
 types: .venv/installed
 	$(BIN)/mypy
 
-unit: .venv/installed
+unit: .venv/installed  ## all tests, with transformers 5
 	$(BIN)/pytest
+
+transformers4: .venv-transformers4/installed  ## what loads results, with transformers 4
+	.venv-transformers4/bin/pytest tests/test_loads.py tests/test_model_companions.py \
+		tests/test_in_memory.py tests/test_tiny_llamas.py
 
 # Only what a user gets: development packages hide a missing requirement. torch comes from the
 # pinned install, so that this does not fetch it twice.
@@ -40,5 +44,10 @@ fix: .venv/installed
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
+.venv-transformers4/installed: tests/requirements-transformers4.txt
+	$(PYTHON) -m venv .venv-transformers4
+	.venv-transformers4/bin/pip install --quiet -r tests/requirements-transformers4.txt
+	touch $@
+
 clean:
-	rm -rf .venv .venv-bare build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-bare .venv-transformers4 build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
