@@ -9,13 +9,30 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from model_checks import special_id_problems, special_ids
-from model_config import edit_config, read_config
-from model_errors import ModelCompatibilityError
+from model_checks import special_id_problems
+from model_config import edit_config
+from model_small_files import (
+    DEFAULT,
+    GENERATION,
+    LICENCES,
+    OLD_TEMPLATE,
+    TEMPLATE,
+    TEMPLATE_FOLDER,
+    Companions,
+    files_in,
+    roles_of,
+)
+from model_token_files import (
+    DECODER,
+    SPECIAL_LISTS,
+    TOKEN_FILES,
+    content_of,
+    decoder,
+    with_vocabulary,
+)
 from model_tokenizer import (
     ADDED,
     CONFIG,
@@ -28,9 +45,6 @@ from model_tokenizer import (
 from model_utils import ModelFolder
 from model_vocabulary import MergedVocabulary, model_index
 
-GENERATION = "generation_config.json"
-TEMPLATE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
-OLD_TEMPLATE = "chat_template.json"
 MISTRAL_FORMS = ("tekken.json", "tokenizer.model.v*")
 DONOR_FILES = (
     *("tokenizer*.json", "tokenizer*.model", *MISTRAL_FORMS, VOCABULARY, "vocab.txt", MERGES),
@@ -38,20 +52,10 @@ DONOR_FILES = (
 )
 """Files that come from the donor."""
 
-LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-"""Files that come from the first model."""
-
-TOKEN_FILES = (TOKENIZER, CONFIG, SPECIAL, ADDED, VOCABULARY, MERGES)
-"""Files that list tokens and can be edited."""
-
 MAIN_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 """Roles whose token a loader adds to a tokenizer that lacks it."""
 
-SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
-DECODER = "added_tokens_decoder"
-
 NO_TEMPLATE, AUTO_TEMPLATE = "none", "auto"
-DEFAULT = "default"
 
 SHOWN = 3
 
@@ -63,138 +67,6 @@ CACHED_FILE = re.compile(r"/models--[^/]+/blobs/[^/]+$|/blobs/[0-9a-f]{2}/[0-9a-
 
 UNFIT = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 """What an edit raises where a file is of another form than expected."""
-
-
-class Companions:
-    """The small files of one model folder, read when they are asked for.
-
-    Attributes:
-        index: of the model among all, 0 for the first one.
-        model: the open folder.
-    """
-
-    def __init__(self, index: int, model: ModelFolder) -> None:
-        self.index = index
-        self.model = model
-        self.label = model.label
-        self.path = model.path
-
-    @cached_property
-    def generation(self) -> dict[str, Any] | None:
-        """generation_config.json; None where there is none."""
-        return self._object(GENERATION)
-
-    @cached_property
-    def tokenizer_config(self) -> dict[str, Any]:
-        """tokenizer_config.json; empty where there is none."""
-        return self._object(CONFIG) or {}
-
-    @cached_property
-    def special_map(self) -> dict[str, Any]:
-        """special_tokens_map.json; empty where there is none."""
-        return self._object(SPECIAL) or {}
-
-    @cached_property
-    def special_settings(self) -> dict[str, Any]:
-        """tokenizer_config.json, with special_tokens_map.json where that counts.
-
-        As in transformers, it counts where tokenizer_config.json lists no added tokens.
-        """
-        own = self.tokenizer_config
-        return own if DECODER in own else own | self.special_map
-
-    @cached_property
-    def template_files(self) -> dict[str, Path]:
-        """Files that hold a chat template, by its name."""
-        more = sorted((self.path / TEMPLATE_FOLDER).glob("*.jinja"))
-        named = {DEFAULT: self.path / TEMPLATE} | {file.stem: file for file in more}
-        return {name: file for name, file in named.items() if file.is_file()}
-
-    @cached_property
-    def templates(self) -> dict[str, str]:
-        """Chat templates by name; there is seldom another than the default one.
-
-        Files of their own come before tokenizer_config.json, as in transformers.
-        """
-        texts = _filled({name: self._text(file) for name, file in self.template_files.items()})
-        for name in (CONFIG, OLD_TEMPLATE):
-            try:
-                texts = texts or _named_templates((self._object(name) or {}).get("chat_template"))
-            except (LookupError, TypeError) as error:
-                raise ModelCompatibilityError(
-                    f"{self.label}: chat_template in {name} is neither a text nor a list of "
-                    "named texts. Download the model again"
-                ) from error
-        return texts
-
-    @cached_property
-    def end_ids(self) -> list[int]:
-        """Ids at which the model stops generating."""
-        for config in (self.generation or {}, self.model.config):
-            if ids := special_ids(config).get("eos_token_id"):
-                return ids
-        return []
-
-    @cached_property
-    def licences(self) -> dict[str, bytes]:
-        """Licence files by name."""
-        files = _files(self.path, LICENCES)
-        return {file.name: file.read_bytes() for file in files if file.is_file()}
-
-    def problems(self) -> list[str]:
-        """What is wrong with the files that are read here."""
-        found: dict[str, None] = {}
-        for name in ("generation", "special_settings", "templates"):
-            try:
-                getattr(self, name)
-            except ModelCompatibilityError as error:
-                found |= dict.fromkeys(error.problems)
-        return list(found)
-
-    def _object(self, name: str) -> dict[str, Any] | None:
-        if not (self.path / name).is_file():
-            return None
-        try:
-            return read_config((self.path / name).read_bytes().decode("utf-8"))
-        except ValueError as error:
-            raise ModelCompatibilityError(
-                f"{self.label}: {name} is not a valid JSON object ({error}). "
-                "Download the model again"
-            ) from error
-
-    def _text(self, file: Path) -> str:
-        try:
-            return file.read_bytes().decode("utf-8")
-        except ValueError as error:
-            raise ModelCompatibilityError(
-                f"{self.label}: {file.name} is not UTF-8 text ({error}). Download the model again"
-            ) from error
-
-
-def _named_templates(value: Any) -> dict[str, str]:
-    """Chat templates by name, from the forms in which a JSON file holds them."""
-    if isinstance(value, list):
-        value = {entry["name"]: entry["template"] for entry in value}
-    named = value if isinstance(value, dict) else {DEFAULT: "" if value is None else value}
-    if not all(isinstance(text, str) for text in named.values()):
-        raise TypeError
-    return _filled(named)
-
-
-def _filled(texts: Mapping[str, str]) -> dict[str, str]:
-    return {name: text for name, text in texts.items() if text.strip()}
-
-
-def _roles(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Strings of special tokens by role, such as "eos_token"; only of roles that are filled."""
-    tokens = {role: _content(token) for role, token in settings.items() if role.endswith("_token")}
-    return {role: token for role, token in tokens.items() if token}
-
-
-def _content(token: Any) -> str | None:
-    """The string of a special token, written as a string or as an object."""
-    content = token.get("content") if isinstance(token, Mapping) else token
-    return content if isinstance(content, str) else None
 
 
 @dataclass(frozen=True)
@@ -219,7 +91,7 @@ class Edit:
             return self.text
         text = "{}\n" if self.source is None else self.source.read_bytes().decode("utf-8")
         if self.vocabulary is not None and self.source is not None:
-            text = _with_vocabulary(self.source, text, self.vocabulary)
+            text = with_vocabulary(self.source, text, self.vocabulary)
         return edit_config(text, self.changes) if self.changes else text
 
 
@@ -310,14 +182,14 @@ def _draft(models: Sequence[ModelFolder], vocabulary: MergedVocabulary) -> _Draf
         sides.setdefault(model.path.resolve(), Companions(index, model))
     by_model = [sides[model.path.resolve()] for model in models]
     donor = by_model[vocabulary.donor]
-    files = {file.name: file for file in _files(donor.path, DONOR_FILES)}
+    files = {file.name: file for file in files_in(donor.path, DONOR_FILES)}
     return _Draft(by_model, donor, vocabulary, files)
 
 
 def _carried(draft: _Draft, template: Companions | None) -> CarriedFiles:
     first, donor = draft.sides[0], draft.donor
     copies = [file for name, file in draft.files.items() if name not in draft.edits]
-    copies += _files(first.path, LICENCES)
+    copies += files_in(first.path, LICENCES)
     left = {*_others(first.path), *_others(donor.path)}
     left -= {file.name for file in copies} | draft.edits.keys()
     if template is donor:
@@ -326,14 +198,6 @@ def _carried(draft: _Draft, template: Companions | None) -> CarriedFiles:
 
 
 # Files
-
-
-def _files(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
-    """Files of a folder that match a pattern, and links that lead nowhere."""
-    for file in sorted(folder.iterdir()):
-        there = file.is_file() or not file.exists()
-        if there and any(file.match(pattern) for pattern in patterns):
-            yield file
 
 
 def _others(folder: Path) -> Iterator[str]:
@@ -364,7 +228,7 @@ def _settle(draft: _Draft) -> None:
 def _taken_problems(draft: _Draft, template: Companions | None) -> list[str]:
     """What is wrong with the files that are taken over."""
     first = draft.sides[0]
-    taken = [(draft.donor, draft.files.values()), (first, _files(first.path, LICENCES))]
+    taken = [(draft.donor, draft.files.values()), (first, files_in(first.path, LICENCES))]
     if template is not None:
         own = template.template_files or {n: template.path / n for n in (CONFIG, OLD_TEMPLATE)}
         taken.append((template, [file for file in own.values() if file.exists()]))
@@ -418,7 +282,7 @@ def _special_problems(draft: _Draft) -> Iterator[str]:
         return
     known = set(draft.vocabulary.tokens.values())
     for file, settings in ((CONFIG, donor.tokenizer_config), (SPECIAL, donor.special_map)):
-        for role, token in _roles(settings).items():
+        for role, token in roles_of(settings).items():
             if token in table.ids and token not in known:
                 yield (
                     f"{donor.label}: {role} {token!r} in {file} lies beyond the vocabulary of the "
@@ -492,8 +356,8 @@ def _all_added_tokens(draft: _Draft) -> dict[str, Any]:
     settings, table = draft.donor.special_settings, draft.donor.model.tokens
     own = [] if table is None else table.added.values()
     return {
-        DECODER: _decoder([*own, *draft.vocabulary.added]),
-        **_roles(settings),
+        DECODER: decoder([*own, *draft.vocabulary.added]),
+        **roles_of(settings),
         **_lists(settings),
     }
 
@@ -501,103 +365,7 @@ def _all_added_tokens(draft: _Draft) -> dict[str, Any]:
 def _lists(settings: Mapping[str, Any]) -> dict[str, list[str]]:
     """Strings of the special tokens that have no role, by the name of their list."""
     lists = {key: settings[key] for key in SPECIAL_LISTS if isinstance(settings.get(key), list)}
-    return {key: list(filter(None, map(_content, tokens))) for key, tokens in lists.items()}
-
-
-def _with_vocabulary(file: Path, text: str, vocabulary: MergedVocabulary) -> str:
-    """A file that lists tokens, with those of the merged vocabulary."""
-    if file.name == MERGES:
-        known = read_config(file.with_name(VOCABULARY).read_bytes().decode("utf-8"))
-        return _cut_merges(text, _kept(known, vocabulary))
-    content = read_config(text)
-    if file.name == TOKENIZER:
-        return edit_config(text, _tokenizer_changes(content, vocabulary))
-    if file.name in (CONFIG, SPECIAL):
-        return edit_config(text, _settings_changes(content, vocabulary))
-    kept = _kept(content, vocabulary)
-    if len(kept) < len(content):
-        text = json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
-    new = vocabulary.added if file.name == ADDED else ()
-    return edit_config(text, {entry["content"]: entry["id"] for entry in new})
-
-
-def _kept(ids: Mapping[str, int], vocabulary: MergedVocabulary) -> dict[str, int]:
-    """Ids by token, of those tokens that have a row."""
-    return {token: token_id for token, token_id in ids.items() if token_id < vocabulary.rows}
-
-
-def _tokenizer_changes(content: Mapping[str, Any], vocabulary: MergedVocabulary) -> dict[str, Any]:
-    """What changes in a tokenizer.json."""
-    surrounding = [*_surrounding_ids(content.get("post_processor"))]
-    if lost := [token_id for token_id in surrounding if token_id >= vocabulary.rows]:
-        raise ValueError(f"it puts the token {lost[0]}, which has no row, around every text")
-    known = set(vocabulary.tokens.values())
-    listed = content.get("added_tokens") or []
-    added = [*(entry for entry in listed if entry["content"] in known), *vocabulary.added]
-    model = {"model": _model_with(content["model"], vocabulary)} if vocabulary.cut else {}
-    return {"added_tokens": added} | model
-
-
-def _model_with(model: Mapping[str, Any], vocabulary: MergedVocabulary) -> dict[str, Any]:
-    """The model inside a tokenizer.json without the tokens that have no row."""
-    if isinstance(model["vocab"], list):
-        return {**model, "vocab": model["vocab"][: vocabulary.rows]}
-    known, merges = _kept(model["vocab"], vocabulary), model.get("merges", [])
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-    kept = [merge for merge, pair in zip(merges, pairs, strict=True) if _can_merge(pair, known)]
-    return {**model, "vocab": known} | ({"merges": kept} if "merges" in model else {})
-
-
-def _can_merge(pair: Sequence[str], known: Mapping[str, int]) -> bool:
-    """Whether a merge rule's parts and its result are all tokens."""
-    return {*pair, "".join(pair)} <= known.keys()
-
-
-def _cut_merges(text: str, known: Mapping[str, int]) -> str:
-    """A merges.txt without the rules whose parts or result are not known."""
-    return "\n".join(
-        line
-        for line in text.split("\n")
-        if line.startswith("#version")
-        or not line.strip()
-        or _can_merge(line.rstrip("\r").split(" "), known)
-    )
-
-
-def _surrounding_ids(processor: Any) -> Iterator[int]:
-    """Ids that a post-processor of tokenizer.json puts around every text."""
-    if processor is None:
-        return
-    for part in processor.get("processors") or []:
-        yield from _surrounding_ids(part)
-    for entry in (processor.get("special_tokens") or {}).values():
-        yield from entry["ids"]
-    yield from (processor[key][1] for key in ("sep", "cls") if key in processor)
-
-
-def _settings_changes(content: Mapping[str, Any], vocabulary: MergedVocabulary) -> dict[str, Any]:
-    """What changes in a tokenizer_config.json or special_tokens_map.json."""
-    changes: dict[str, Any] = {}
-    known = set(vocabulary.tokens.values())
-    if DECODER in content:
-        listed = content[DECODER].items()
-        kept = {token_id: entry for token_id, entry in listed if entry["content"] in known}
-        changes[DECODER] = kept | _decoder(vocabulary.added)
-    for key in SPECIAL_LISTS:
-        tokens = content.get(key)
-        if isinstance(tokens, list):
-            changes[key] = [token for token in tokens if _content(token) in known]
-        elif isinstance(tokens, dict):
-            changes[key] = {k: token for k, token in tokens.items() if _content(token) in known}
-    return changes
-
-
-def _decoder(tokens: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Added tokens as tokenizer_config.json lists them."""
-    return {
-        str(entry["id"]): {key: value for key, value in entry.items() if key != "id"}
-        for entry in tokens
-    }
+    return {key: list(filter(None, map(content_of, tokens))) for key, tokens in lists.items()}
 
 
 # Chat template and end tokens
@@ -746,7 +514,7 @@ def _template_token_notes(draft: _Draft, template: Companions) -> Iterator[str]:
             f"{', '.join(map(repr, lost[:SHOWN]))}{more}, which the result does not have: chats "
             "will be garbled. Use vocabulary 'union'"
         )
-    ours, theirs = (_roles(side.special_settings) for side in (draft.donor, template))
+    ours, theirs = (roles_of(side.special_settings) for side in (draft.donor, template))
     for role, token in theirs.items():
         if ours.get(role, token) != token and re.search(rf"\b{role}\b", text):
             yield (
@@ -801,7 +569,7 @@ def _generation_settings(side: Companions) -> dict[str, Any] | None:
 
 
 def _role_notes(donor: Companions, side: Companions) -> Iterator[str]:
-    ours, theirs = _roles(donor.special_settings), _roles(side.special_settings)
+    ours, theirs = roles_of(donor.special_settings), roles_of(side.special_settings)
     for role, token in theirs.items():
         if role not in ours and donor.model.tokens is not None:
             yield f"{role}: {donor.label} names none; {side.label} has {token!r}"

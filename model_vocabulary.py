@@ -742,7 +742,7 @@ def _changes(models: Sequence[_Model], row_map: RowMap) -> dict[str, dict[str, i
     for model, own in zip(models, row_map.rows, strict=True):
         has = own != MISSING
         counts = {
-            "cut": model.rows - int(np.count_nonzero(np.bincount(own[has], minlength=1))),
+            "cut": model.rows - int(has.sum()),
             "moved": int((own != order)[has].sum()),
             "filled": int((~has).sum()),
         }

@@ -371,7 +371,7 @@ def test_renormalise_leaves_a_model_out_of_the_rows_that_it_lacks():
     assert linear(rows, weights).tolist() == [[1.0], [5.5]]  # (1 * 8 + 4 * 6 + 3 * 4) / 8
 
 
-@pytest.mark.parametrize("weights", [[1.0, 5.0, -1.0], [0.0, 1.0, 0.0], [0.1, 1.0, -0.1]])
+@pytest.mark.parametrize("weights", [[1.0, 5.0, -1.0], [0.0, 1.0, 0.0], [0.1 + 0.2, 1.0, -0.3]])
 def test_weights_of_the_owners_that_sum_to_zero_cannot_be_renormalised(weights):
     settings = {"mode": "union", "linear_missing": "renormalise", "weights": weights}
     assert problems_of(*RARE, has_base=False, **settings) == [
@@ -380,6 +380,14 @@ def test_weights_of_the_owners_that_sum_to_zero_cannot_be_renormalised(weights):
     ]
     zero = {"<p>": TokenSource()}
     assert problems_of(*RARE, has_base=False, tokens=zero, **settings) == []
+
+
+def test_a_row_that_no_model_has_needs_no_weights():
+    found = merged(
+        *RARE, mode="union", pad_to_multiple_of=3, linear_missing="renormalise", has_base=False,
+        weights=[1.0, 1.0, 1.0],
+    )  # fmt: skip
+    assert found.row_map.fills[2] is None
 
 
 def test_weights_of_padding_rows_that_sum_to_zero_are_named_by_their_number():
