@@ -53,7 +53,8 @@ def dare_merge_llama(
         normalize: divide by the sum of the weights.
         vocabulary: "min", "max", "union", "base", "model:<name>" or "error", or
             `model_vocabulary.VocabularySettings`, which say what each does.
-        tokenizer_source: the model whose special tokens the result has; by default the base.
+        tokenizer_source: the model whose special tokens the result has; by default the base
+            (with "max", the one with the most tokens).
         threads: blocks worked on at once; by default one per core.
         progress: show how far it is.
 

@@ -10,7 +10,7 @@ import os
 import platform
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from merge_report import MergeReport
 from model_companions import AUTO_TEMPLATE, NO_TEMPLATE
 from model_locate import HUB_ID
 from model_tokenizer import FORMS
-from model_vocabulary import model_index
+from model_vocabulary import BY_MODEL, model_index
 
 VERSION = "0.1.0"
 REPORT_FILE = "merge_report.json"
@@ -73,21 +73,34 @@ def saved_report(plan: Plan, report: MergeReport) -> dict[str, Any]:
 def _resolved(plan: Plan, report: MergeReport) -> dict[str, Any]:
     """The recipe with everything filled in that decides the result."""
     recipe = plan.recipe
-    template = model_index(recipe.chat_template, recipe.names)
-    if template is None or recipe.chat_template in (AUTO_TEMPLATE, NO_TEMPLATE):
-        chat_template = recipe.chat_template
-    else:
-        chat_template = recipe.names[template]
+
+    def whole(name: str) -> str:
+        """A model's name as the recipe has it; anything else as it is."""
+        index = model_index(name, recipe.names)
+        return (
+            name if index is None or name in (AUTO_TEMPLATE, NO_TEMPLATE) else recipe.names[index]
+        )
+
+    settings, donor = recipe.vocabulary, recipe.vocabulary.donor_name
+    tokens = {
+        token: asdict(source) | {"model": whole(source.model) if source.model else ""}
+        for token, source in settings.tokens.items()
+    }
+    mode = settings.mode if donor is None else f"{BY_MODEL}{whole(donor)}"
     return {
         "method": recipe.method,
         "base_model": recipe.base_model,
         "models": recipe.models,
         "parameters": dict(report.parameters),
         "dtype": report.dtype,
-        "max_shard_size": recipe.max_shard_size,
-        "vocabulary": asdict(recipe.vocabulary),
+        "max_shard_size": str(recipe.max_shard_size),
+        "vocabulary": {
+            **{field.name: getattr(settings, field.name) for field in fields(settings)},
+            "mode": mode,
+            "tokens": tokens,
+        },
         "tokenizer_source": report.vocabulary["tokenizer_source"],
-        "chat_template": chat_template,
+        "chat_template": whole(recipe.chat_template),
     }
 
 

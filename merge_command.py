@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from signal import SIGHUP, SIGINT, SIGTERM
+from typing import Any
 
 from merge_methods import METHODS
 from merge_plan import usable_cores
@@ -30,7 +31,7 @@ EXIT_NO_SPACE = 5
 EXIT_IO = 6
 
 DEFAULT_VOCABULARY = VocabularySettings()
-CHECK_HELP = "only check a finished model folder, all its weights included"
+CHECK_HELP = "check a finished model folder, all its weights included; takes no other arguments"
 JSON_HELP = "print the report, plan or check as JSON"
 
 SIGNALS = (SIGINT, SIGTERM, SIGHUP)
@@ -67,7 +68,9 @@ def _check(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--check", type=Path, required=True, metavar="FOLDER", help=CHECK_HELP)
     parser.add_argument("--json", action="store_true", help=JSON_HELP)
-    arguments = parser.parse_args(argv)
+    arguments, others = parser.parse_known_args(argv)
+    if others:
+        parser.error(f"--check stands alone (or with --json), got also: {' '.join(others)}")
     sound = False
 
     def check() -> str:
@@ -225,7 +228,8 @@ def _add_vocabulary(parser: argparse.ArgumentParser) -> None:
         "--vocabulary",
         default="min",
         metavar="MODE",
-        help="min: rows that all models have; max: rows that any has; both where token ids agree. "
+        help="min (or truncate): rows that all models have; max (or pad): rows that any has; both "
+        "where token ids agree. "
         "union: the base's tokens and those that others added; base or model:NAME: the tokens of "
         "one model; all matched by their strings. error: no difference (default: %(default)s)",
     )
@@ -233,7 +237,7 @@ def _add_vocabulary(parser: argparse.ArgumentParser) -> None:
         *_spellings("--tokenizer_source"),
         metavar="MODEL",
         help="whose tokenizer, chat template, generation config and special tokens the result has "
-        "(default: the base's, or the first model's)",
+        "(default: the base's, or the first model's; with max, of the one with the most tokens)",
     )
     group.add_argument(
         *_spellings("--chat_template"),
@@ -277,12 +281,13 @@ def _add_vocabulary(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         type=Path,
         metavar="FILE",
-        help="JSON: where the rows of single tokens come from, as in mergekit's tokenizer.tokens",
+        help='JSON: where the rows of single tokens come from: {"<token>": {"source": "MODEL"}}, '
+        "as in mergekit's tokenizer.tokens",
     )
 
 
 def _vocabulary(arguments: argparse.Namespace) -> VocabularySettings:
-    content = {} if arguments.tokens is None else read_object(arguments.tokens)
+    content = {} if arguments.tokens is None else _token_sources(arguments.tokens)
     return VocabularySettings(
         mode=arguments.vocabulary,
         tokens={token: token_source(token, entry) for token, entry in content.items()},
@@ -290,6 +295,17 @@ def _vocabulary(arguments: argparse.Namespace) -> VocabularySettings:
         id_alias=tuple(arguments.id_alias),
         **{name: getattr(arguments, name) for name in CHOICES},
     )
+
+
+def _token_sources(path: Path) -> dict[str, Any]:
+    try:
+        return read_object(path)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(
+            f"--tokens {path}: {reason}. Expected a JSON object such as "
+            '{"<token>": {"source": "MODEL"}}'
+        ) from error
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:

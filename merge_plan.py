@@ -74,7 +74,7 @@ class Plan:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes read from the inputs, all passes together."""
+        """Bytes of all inputs' rows, all passes together; one that stands in counts as read."""
         once = sum(
             TensorInfo(source.tensors[name].dtype, task.info.shape).nbytes
             for task in self.tasks
@@ -141,7 +141,9 @@ def _align(
         recipe.vocabulary,
         donor=donor,
         has_base=recipe.base_model is not None,
-        weights=parameters.get("weights") if recipe.method == "linear" else None,
+        weights=parameters["weights"]
+        if recipe.method == "linear" and parameters["normalize"]
+        else None,
     )
 
 

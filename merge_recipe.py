@@ -59,7 +59,8 @@ class Recipe:
         max_shard_size: bytes per weight file, at most, as 5GB, 500MB or a number.
         vocabulary: how vocabularies are brought together.
         tokenizer_source: the model that gives the tokenizer, chat template, generation config
-            and special tokens; None for the base (the first model, where there is no base).
+            and special tokens; None for the base (the first model, where there is no base), and
+            with vocabulary "pad" for the one with the most tokens.
         chat_template: "auto", "none", or the model that gives it; see
             `model_companions.carry`.
     """
@@ -188,7 +189,9 @@ def _convert(parameter: Parameter, value: Any) -> Any:
 def output_problems(recipe: Recipe) -> list[str]:
     """What is wrong with the output that a recipe asks for."""
     problems = []
-    if recipe.dtype is not None and recipe.dtype not in DTYPE_NAMES:
+    if recipe.dtype is not None and (
+        not isinstance(recipe.dtype, str) or recipe.dtype not in DTYPE_NAMES
+    ):
         problems.append(f"dtype must be one of {', '.join(DTYPE_NAMES)}, got {recipe.dtype!r}")
     try:
         parse_size(recipe.max_shard_size)

@@ -99,7 +99,7 @@ class PlanReport:
             f"tokenizer of {words['tokenizer_source']}",
         ]
         lines += [
-            f"  {name}: {', '.join(f'{count} rows {what}' for what, count in counts.items())}"
+            f"  {name}: {', '.join(_rows(count, what) for what, count in counts.items())}"
             for name, counts in words["rows_changed"].items()
         ]
         lines += [
@@ -107,7 +107,8 @@ class PlanReport:
             f"read        {format_bytes(self.read_bytes)} in {self.passes} "
             f"pass{'es' if self.passes > 1 else ''}",
             f"write       {format_bytes(self.write_bytes)}",
-            f"memory      about {format_bytes(self.memory_bytes)}, Python and torch included",
+            f"memory      about {format_bytes(self.memory_bytes)} with Python and torch, without "
+            "their files",
         ]
         if self.download_bytes:
             lines.append(f"download    {format_bytes(self.download_bytes)}")
@@ -189,6 +190,11 @@ def _described(model: ModelSummary) -> str:
     )
 
 
+def _rows(count: int, what: str) -> str:
+    """ "3 rows filled"."""
+    return f"{count} row{'' if count == 1 else 's'} {what}"
+
+
 def _shown(value: Any) -> str:
     return ", ".join(str(entry) for entry in value) if isinstance(value, tuple) else str(value)
 
@@ -253,7 +259,7 @@ class MergeReport:
             f"{self.output_dir or 'memory'}: {self.tensors} tensors, {self.dtype}, "
             f"{format_bytes(self.bytes_written)}",
             f"read {format_bytes(self.bytes_read)} in {self.seconds:.1f} s, "
-            f"peak memory {format_bytes(self.peak_memory)}",
+            f"peak memory {format_bytes(self.peak_memory)} with the libraries' files",
         ]
         if self.files_carried:
             lines.append(f"carried over: {', '.join(self.files_carried)}")

@@ -29,11 +29,12 @@ from merge_stream import Sink, StreamSettings, stream
 from model_checks import HEAD
 from model_errors import ModelCompatibilityError
 from model_prep import resize_vocabulary, set_special_ids, warn_about
+from model_small_files import GENERATION
 from model_utils import FolderWriter, get_llama, parse_size
 from model_verify import verify_folder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel
 
 
 def plan(recipe: Recipe, *, device: str = "cpu", threads: int | None = None) -> PlanReport:
@@ -128,9 +129,20 @@ def merge_to_model(
         model = get_llama(plan.template.path)
         resize_vocabulary(model, plan.alignment.vocabulary.rows, tied=plan.alignment.tied)
         set_special_ids(model, plan.alignment.special_ids)
+        model.generation_config = _generation_config(plan, model)
         _check_names(plan, model)
         _stream(plan, ModelSink(model), device, threads, progress)
         return model
+
+
+def _generation_config(plan: Plan, model: "PreTrainedModel") -> "GenerationConfig":
+    """The one that a folder would get; from the model's config where it would get none."""
+    from transformers import GenerationConfig
+
+    text = plan.carried.text(GENERATION)
+    if text is None:
+        return GenerationConfig.from_model_config(model.config)
+    return GenerationConfig.from_dict(json.loads(text))
 
 
 def _check_names(plan: Plan, model: "PreTrainedModel") -> None:
@@ -172,7 +184,7 @@ def settings_problems(device: str, threads: int | None) -> list[str]:
         if torch.device(device).type not in ("cpu", "cuda"):
             raise RuntimeError("only cpu and cuda are known")
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         problems.append(f"device {device!r} cannot be used here ({reason}). Use device 'cpu'")
     return problems

@@ -25,7 +25,7 @@ from model_errors import ModelCompatibilityError
 from model_rows import MappedRows
 from model_safetensors import FLOAT_DTYPES, TensorInfo
 from model_utils import rows_of
-from model_vocabulary import RowMap
+from model_vocabulary import MISSING, RowMap
 
 T = TypeVar("T")
 
@@ -298,12 +298,31 @@ class _TensorWork:
             yield source.read_rows(name, first, stop, self.buffers.get(slot, size))
 
     def _check_finite(self, inputs: Sequence[Tensor], block: Block) -> None:
-        for source, name, values in zip(self.sources, self.task.sources, inputs, strict=True):
-            if not all_finite(values):
-                raise ModelCompatibilityError(
-                    f"{source.label}: {name} has NaN or infinite weights: "
-                    f"{_where_not_finite(values, block)}. The model is broken; use another copy"
-                )
+        for model, values in enumerate(inputs):
+            if all_finite(values):
+                continue
+            values = self._own(model, values, block)
+            if all_finite(values):
+                continue  # rows that stand in: their owner is among the inputs
+            source, name = self.sources[model], self.task.sources[model]
+            raise ModelCompatibilityError(
+                f"{source.label}: {name} has NaN or infinite weights: "
+                f"{_where_not_finite(values, block, self._row_of(model))}. The model is broken; "
+                "use another copy"
+            )
+
+    def _own(self, model: int, values: Tensor, block: Block) -> Tensor:
+        """Rows of a block with zeros where they are not the model's own."""
+        if self.task.row_map is None:
+            return values
+        own = self.task.row_map.rows[model, block.first : block.first + len(values)]
+        missing = torch.from_numpy(own == MISSING).to(values.device)
+        return values.masked_fill(missing.unsqueeze(1), 0.0)
+
+    def _row_of(self, model: int) -> Callable[[int], int]:
+        """From a row of the result to the model's own."""
+        row_map = self.task.row_map
+        return (lambda row: row) if row_map is None else (lambda row: int(row_map.rows[model, row]))
 
 
 class _Buffers(threading.local):
@@ -370,9 +389,12 @@ def all_finite(values: Tensor) -> bool:
     )
 
 
-def _where_not_finite(values: Tensor, block: Block) -> str:
+def _where_not_finite(
+    values: Tensor, block: Block, row_of: Callable[[int], int] = lambda row: row
+) -> str:
     """ "row 3, column 7 (inf; 12 such values in this block)"."""
     bad = torch.nonzero(~torch.isfinite(values))
     row, column = bad[0].tolist()
     value = float(values[row, column])
-    return f"row {block.first + row}, column {column} ({value}; {len(bad)} such in this block)"
+    place = row_of(block.first + row)
+    return f"row {place}, column {column} ({value}; {len(bad)} such in this block)"

@@ -31,6 +31,9 @@ OWN_SETTINGS = (
 )
 """Settings that a merge decides itself, compares in its own way, or that do not matter to it."""
 
+COMPUTING = ("rms_norm_eps", "sliding_window", "use_sliding_window", "max_position_embeddings")
+"""Settings of `pair_notes` that count also where only one model gives them."""
+
 DEFAULT_ROPE_THETA = 10000.0
 
 _PROJECTION = r"self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj"
@@ -166,6 +169,8 @@ def structure_problems(model: Model) -> Iterator[str]:
             f"{model.label}: config.json must have whole numbers above 0, got {', '.join(wrong)}. "
             "Download or save the model again"
         )
+    yield from rope_form_problems(model.label, model.config)
+    yield from special_id_form_problems(model.label, "config.json", model.config)
     if not isinstance(tie, bool):
         yield (
             f"{model.label}: tie_word_embeddings in config.json must be true or false, got {tie!r}"
@@ -217,6 +222,22 @@ def structure_problems(model: Model) -> Iterator[str]:
             f"{model.label}: shapes are not those of config.json: "
             f"{misshapen[0]}{_more(misshapen)}. "
             "Use the config.json that belongs to these weights"
+        )
+
+
+def rope_form_problems(label: str, config: Mapping[str, Any]) -> Iterator[str]:
+    """Rotary settings of which nothing can be made."""
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(key), Mapping | None):
+            yield (
+                f"{label}: {key} in config.json is {config[key]!r}, expected an object or null. "
+                "Download or save the model again"
+            )
+    theta = config.get("rope_theta")
+    if theta is not None and not (type(theta) in (int, float) and 0 < theta < 1e300):
+        yield (
+            f"{label}: rope_theta in config.json must be a number above 0, got "
+            f"{str(theta)[:40]!r}. Download or save the model again"
         )
 
 
@@ -329,12 +350,13 @@ def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     >>> rope_settings({"rope_parameters": {"rope_type": "default", "rope_theta": 500000}})
     {'rope_theta': 500000.0}
     """
-    settings = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    settings = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = settings.pop("rope_type", None) or settings.pop("type", None) or "default"
     settings.pop("type", None)
-    settings.setdefault("rope_theta", config.get("rope_theta", DEFAULT_ROPE_THETA))
+    if settings.get("rope_theta") is None:
+        settings["rope_theta"] = config.get("rope_theta") or DEFAULT_ROPE_THETA
     settings = {
-        key: float(value) if isinstance(value, int | float) else value
+        key: float(value) if isinstance(value, int | float) and abs(value) < 1e300 else value
         for key, value in settings.items()
     }
     return settings if kind == "default" else settings | {"rope_type": kind}
@@ -348,7 +370,7 @@ def pair_notes(first: Model, model: Model) -> Iterator[str]:
         if first.config.get(key) != model.config.get(key)
         and key not in {*SAME_SETTINGS, *OWN_SETTINGS}
         and not key.endswith("_token_id")
-        and None not in (first.config.get(key), model.config.get(key))
+        and (key in COMPUTING or None not in (first.config.get(key), model.config.get(key)))
     ]
     if differing:
         yield f"{model.label}: {', '.join(differing)}; the result is as {first.label}"
@@ -394,6 +416,18 @@ def special_ids(config: Mapping[str, Any]) -> dict[str, list[int]]:
         if key.endswith("_token_id")
     }
     return {key: kept for key, value in ids.items() if (kept := [i for i in value if i >= 0])}
+
+
+def special_id_form_problems(label: str, file: str, settings: Mapping[str, Any]) -> Iterator[str]:
+    """Special ids that are no ids."""
+    for key, value in settings.items():
+        ids = value if isinstance(value, list) else [value]
+        sound = all(i is None or (type(i) is int and i >= -1) for i in ids)
+        if key.endswith("_token_id") and not sound:
+            yield (
+                f"{label}: {key} in {file} is {value!r}, expected a whole number from 0 on, a list "
+                "of them or null. Set it to the id of that token"
+            )
 
 
 def special_id_problems(

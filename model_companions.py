@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from model_checks import special_id_problems
+from model_checks import special_id_form_problems, special_id_problems
 from model_config import edit_config
 from model_small_files import (
     DEFAULT,
@@ -43,7 +43,7 @@ from model_tokenizer import (
     VOCABULARY,
 )
 from model_utils import ModelFolder
-from model_vocabulary import MergedVocabulary, model_index
+from model_vocabulary import MergedVocabulary, model_index, what_is_wrong
 
 MISTRAL_FORMS = ("tekken.json", "tokenizer.model.v*")
 DONOR_FILES = (
@@ -115,6 +115,13 @@ class CarriedFiles:
     def names(self) -> tuple[str, ...]:
         """Names of all files, sorted."""
         return tuple(sorted({*(path.name for path in self.copies), *self.edits}))
+
+    def text(self, name: str) -> str | None:
+        """The text of a file as the result has it; None if it has no such file."""
+        if name in self.edits:
+            return self.edits[name].make()
+        found = [path for path in self.copies if path.name == name]
+        return found[0].read_text("utf-8") if found else None
 
 
 @dataclass
@@ -277,7 +284,7 @@ def _special_problems(draft: _Draft) -> Iterator[str]:
     donor, rows = draft.donor, draft.vocabulary.rows
     generation, table = donor.generation or {}, donor.model.tokens
     yield from special_id_problems(donor.label, GENERATION, generation, rows)
-    yield from _special_id_form_problems(donor.label, generation)
+    yield from special_id_form_problems(donor.label, GENERATION, generation)
     if table is None:
         return
     known = set(draft.vocabulary.tokens.values())
@@ -295,17 +302,6 @@ def _special_problems(draft: _Draft) -> Iterator[str]:
                     "loaders would give it an id without a row. Name one of its tokens there, or "
                     "take another tokenizer (tokenizer_source)"
                 )
-
-
-def _special_id_form_problems(label: str, generation: Mapping[str, Any]) -> Iterator[str]:
-    for key, value in generation.items():
-        ids = value if isinstance(value, list) else [value]
-        whole = all(token_id is None or type(token_id) is int for token_id in ids)
-        if key.endswith("_token_id") and not whole:
-            yield (
-                f"{label}: {key} in {GENERATION} is {value!r}, expected a whole number, a list of "
-                "them or null. Set it to the id of that token"
-            )
 
 
 # Tokens added and cut
@@ -386,7 +382,25 @@ def _chosen_template(draft: _Draft, labels: Sequence[str], choice: str) -> Compa
             "differ. Choose one with chat_template"
         )
         return None
+    if having and (lost := _unwritable(draft, having[0])):
+        draft.notes.append(
+            f"no chat template: {draft.donor.label} has none, and that of {_listed(having)} writes "
+            f"{_some(lost)}, which the result does not have. Vocabulary 'union' keeps such tokens"
+        )
+        return None
     return having[0] if having else None
+
+
+def _unwritable(draft: _Draft, template: Companions) -> list[str]:
+    """Added tokens that a model's chat template writes and the result does not have."""
+    text, known = "\n".join(template.templates.values()), set(draft.vocabulary.tokens.values())
+    added = {} if template.model.tokens is None else template.model.tokens.added
+    return [token for token in added if token not in known and token in text]
+
+
+def _some(tokens: Sequence[str]) -> str:
+    """Up to three tokens, quoted."""
+    return ", ".join(map(repr, tokens[:SHOWN])) + (", ..." if len(tokens) > SHOWN else "")
 
 
 def _named_side(
@@ -397,9 +411,9 @@ def _named_side(
     side = None if index is None else draft.by_model[index]
     if side in having:
         return side
-    wrong = "is none of the models, or may be several" if side is None else "has none"
+    wrong = what_is_wrong(name, labels) if side is None else f"{name!r} has no chat template"
     draft.problems.append(
-        f"chat_template: {name!r} {wrong}. Choose auto, none or a model that has one "
+        f"chat_template: {wrong}. Choose auto, none or a model that has one "
         f"({_listed(having) or 'there is none'})"
     )
     return None
@@ -504,15 +518,11 @@ def _template_notes(draft: _Draft, template: Companions) -> Iterator[str]:
 
 def _template_token_notes(draft: _Draft, template: Companions) -> Iterator[str]:
     """Says where a chat template writes tokens that the result does not have, or has others for."""
-    text, known = "\n".join(template.templates.values()), set(draft.vocabulary.tokens.values())
-    added = {} if template.model.tokens is None else template.model.tokens.added
-    lost = [token for token in added if token not in known and token in text]
-    if lost:
-        more = ", ..." if len(lost) > SHOWN else ""
+    text = "\n".join(template.templates.values())
+    if lost := _unwritable(draft, template):
         yield (
-            f"the chat template of {template.label} writes "
-            f"{', '.join(map(repr, lost[:SHOWN]))}{more}, which the result does not have: chats "
-            "will be garbled. Use vocabulary 'union'"
+            f"the chat template of {template.label} writes {_some(lost)}, which the result does "
+            "not have: chats will be garbled. Use vocabulary 'union'"
         )
     ours, theirs = (roles_of(side.special_settings) for side in (draft.donor, template))
     for role, token in theirs.items():
@@ -547,9 +557,9 @@ def _end_notes(draft: _Draft, side: Companions) -> Iterator[str]:
     if lacking:
         choice = ", or take its chat template (chat_template)" if side.templates else ""
         yield (
-            f"{side.label} ends its answers with {_shown(draft, lacking)}, where generation does "
-            f"not end. If chats go on, add {', '.join(map(str, lacking))} to eos_token_id in "
-            f"{GENERATION}{choice}"
+            f"{side.label} ends its answers with {_shown(draft, lacking)}, which is not among the "
+            f"tokens at which the result stops. If it talks on, add {', '.join(map(str, lacking))} "
+            f"to eos_token_id in {GENERATION}{choice}"
         )
 
 

@@ -57,12 +57,17 @@ def merged_config(text: str, changes: Mapping[str, Any]) -> str:
     >>> merged_config('{"vocab_size": 10, "text_config": {"vocab_size": 10}}', {"vocab_size": 8})
     '{"vocab_size": 8, "text_config": {"vocab_size": 8}}'
     """
-    text = edit_config(text, changes)
+    return edit_config(_with_inner_configs(text, changes), changes)
+
+
+def _with_inner_configs(text: str, changes: Mapping[str, Any]) -> str:
+    """The text with the configs inside it edited, at any depth."""
     for key, value in read_config(text).items():
         if isinstance(value, dict) and key.endswith("_config"):
             start, stop = _value_spans(text)[key]
-            inside = {name: new for name, new in changes.items() if name in value}
-            text = text[:start] + merged_config(text[start:stop], inside) + text[stop:]
+            inner = _with_inner_configs(text[start:stop], changes)
+            inner = edit_config(inner, {name: changes[name] for name in changes.keys() & value})
+            text = text[:start] + inner + text[stop:]
     return text
 
 

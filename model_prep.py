@@ -4,6 +4,7 @@ The same rules serve models in memory (`prepare_models_for_merging`) and model f
 config.json and headers are enough (`align`).
 """
 
+import copy
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from model_checks import (
     special_id_problems,
 )
 from model_errors import ModelCompatibilityError
+from model_row_maps import merge_vocabularies
 from model_rows import MappedRows, TensorRows
 from model_safetensors import FLOAT_DTYPES, TensorInfo
 from model_tokenizer import TokenTable, added_token, read_tokens
@@ -38,7 +40,6 @@ from model_vocabulary import (
     Side,
     VocabularySettings,
     chosen_donor,
-    merge_vocabularies,
     settings_problems,
     vocabulary_settings,
 )
@@ -49,6 +50,9 @@ if TYPE_CHECKING:
 __all__ = ["ModelCompatibilityError", "align", "prepare_models_for_merging"]
 
 DEFAULT_VOCABULARY = VocabularySettings()
+
+DEFAULT_IDS = {kind: {"bos_token_id": 1, "eos_token_id": 2} for kind in ("llama", "mistral")}
+"""Special ids of a config that names none, as in transformers."""
 
 QUANTIZING_PACKAGES = (
     *("bitsandbytes", "auto_gptq", "gptqmodel", "awq", "hqq", "compressed_tensors"),
@@ -104,7 +108,7 @@ def align(
         models: the first one gives the structure: the base, or the first model.
         vocabulary: how their vocabularies are brought together.
         donor: index of the model whose tokenizer and special tokens the result has; see
-            `model_vocabulary.chosen_donor` and `merge_vocabularies`.
+            `model_vocabulary.chosen_donor` and `model_row_maps.merge_vocabularies`.
         has_base: whether the first model is a base, whose rows stand in for missing ones.
         weights: of the models, for `linear_missing` "renormalise".
 
@@ -161,9 +165,13 @@ def fit_problems(models: Sequence[Model]) -> list[str]:
 
 
 def _other_special_ids(first: Mapping[str, Any], donor: Mapping[str, Any]) -> dict[str, Any]:
-    """The donor's special ids where the first model's config says something else."""
+    """The donor's special ids where the first model's config says something else.
+
+    What the donor's config leaves out is what its class has by default.
+    """
     keys = [key for key in (*first, *donor) if key.endswith("_token_id")]
-    return {key: donor.get(key) for key in keys if donor.get(key) != first.get(key)}
+    ids = DEFAULT_IDS.get(str(donor.get("model_type")), {}) | dict(donor)
+    return {key: ids.get(key) for key in keys if ids.get(key) != first.get(key)}
 
 
 def _aligned_tensors(
@@ -248,18 +256,25 @@ def prepare_models_for_merging(
         raise ValueError("\n".join(wrong))
     described = [describe(*each) for each in zip(labels, models, sources, strict=True)]
     alignment = align(described, settings, donor=donor)
-    warn_about(alignment, stacklevel=3)
+    generation = models[alignment.vocabulary.donor].generation_config
+    label, rows = labels[alignment.vocabulary.donor], alignment.vocabulary.rows
+    ids = {} if generation is None else generation.to_dict()
+    if lost := [*special_id_problems(label, "its generation config", ids, rows)]:
+        raise ModelCompatibilityError(lost)
+    warn_about(alignment, stacklevel=3, always=tokenizers is not None)
     _give_vocabulary(models, alignment)
+    for model in models:
+        model.generation_config = copy.deepcopy(generation)
     return base, list(ft_models)
 
 
-def warn_about(alignment: Alignment, stacklevel: int) -> None:
+def warn_about(alignment: Alignment, stacklevel: int, *, always: bool = False) -> None:
     """One warning with everything that the user should know.
 
-    That ids were taken to agree is worth one only beside something else: models in memory seldom
-    have their tokenizers with them.
+    That ids were taken to agree is worth one only beside something else (or `always`): models in
+    memory seldom have their tokenizers with them.
     """
-    assumption = alignment.vocabulary.assumption
+    assumption = None if always else alignment.vocabulary.assumption
     if any(note != assumption for note in alignment.notes):
         warnings.warn("\n".join(alignment.notes), stacklevel=stacklevel)
 
@@ -282,13 +297,17 @@ def _give_vocabulary(models: "Sequence[PreTrainedModel]", alignment: Alignment) 
 
 
 def _mapped(states: "Sequence[Mapping[str, Tensor]]", tensor: AlignedTensor) -> list[Tensor]:
-    """The rows of the merged vocabulary of each model, float32, from its parameters."""
+    """The rows of the merged vocabulary of each model, in its own dtype, from its parameters."""
     assert tensor.row_map is not None
     sources = [
         TensorRows({name: state[name]}) for name, state in zip(tensor.sources, states, strict=True)
     ]
     rows = MappedRows(sources, tensor.sources, tensor.row_map)
-    return rows.read(0, tensor.shape[0], lambda _, size: torch.empty(size, dtype=torch.uint8))
+    values = rows.read(0, tensor.shape[0], lambda _, size: torch.empty(size, dtype=torch.uint8))
+    return [
+        value.to(state[name].dtype)
+        for value, name, state in zip(values, tensor.sources, states, strict=True)
+    ]
 
 
 def resize_vocabulary(model: "PreTrainedModel", rows: int, *, tied: bool) -> None:
@@ -303,11 +322,9 @@ def resize_vocabulary(model: "PreTrainedModel", rows: int, *, tied: bool) -> Non
 
 
 def set_special_ids(model: "PreTrainedModel", special_ids: Mapping[str, Any]) -> None:
-    """Set `*_token_id` entries in a model's config and generation config."""
+    """Set `*_token_id` entries in a model's config."""
     for key, value in special_ids.items():
         setattr(model.config, key, value)
-        if model.generation_config is not None:
-            setattr(model.generation_config, key, value)
 
 
 def untie_head(model: "PreTrainedModel") -> None:
@@ -350,12 +367,21 @@ def _tokens(
     model: "PreTrainedModel",
     tokenizer: "str | os.PathLike[str] | PreTrainedTokenizerBase | None",
 ) -> TokenTable | None:
-    if tokenizer is None:
+    given = tokenizer is not None
+    if not given:
         tokenizer = model.name_or_path or None
-    if tokenizer is None or isinstance(tokenizer, str | os.PathLike):
-        return read_tokens(Path(tokenizer), label) if tokenizer is not None else None
+    if tokenizer is None:
+        return None
+    if isinstance(tokenizer, str | os.PathLike):
+        table = read_tokens(Path(tokenizer), label)
+        if table is None and given:
+            raise ValueError(
+                f"tokenizers: {tokenizer} is no folder with a tokenizer. Give a folder, or what "
+                "AutoTokenizer.from_pretrained returns"
+            )
+        return table
     added = {
-        str(token): added_token(token_id, str(token), vars(token))
+        str(token): added_token(token_id, str(token), token.__getstate__())
         for token_id, token in tokenizer.added_tokens_decoder.items()
     }
     return TokenTable({token_id: token for token, token_id in tokenizer.get_vocab().items()}, added)

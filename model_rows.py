@@ -1,6 +1,6 @@
 """Rows of several models at once, brought to the rows of the merged vocabulary.
 
-What `model_vocabulary` decides is carried out here, for any range of rows: so a merge stays a
+What `model_row_maps` decides is carried out here, for any range of rows: so a merge stays a
 stream of blocks, whatever the models' vocabularies look like.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from model_safetensors import FLOAT_DTYPES, TensorInfo
 from model_vocabulary import MISSING, Piece, RowMap
 
-MEAN_ROWS = 1024
+MEAN_ROWS = 64
 """Rows added up at once for a mean; fixed, so that the mean does not depend on the blocks."""
 
 
@@ -56,7 +56,7 @@ class MappedRows:
             buffer: gives memory of a size in bytes (uint8, on the CPU) for each model's index.
 
         Returns:
-            For each model (stop - first, row length), float32.
+            For each model (stop - first, row length), float32; it may lie in the buffer.
         """
         inputs = [self._own_rows(model, first, stop, buffer) for model in range(len(self._names))]
         lacking = self._map.rows[:, first:stop] == MISSING

@@ -25,12 +25,14 @@ from model_checks import (
     Model,
     layer_order,
     model_problems,
+    special_id_form_problems,
+    special_ids,
 )
 from model_config import read_config
 from model_errors import ModelCompatibilityError
 from model_locate import find_model_folder
 from model_safetensors import DTYPE_NAMES, FLOAT_DTYPES
-from model_tokenizer import TokenTable, read_tokens
+from model_tokenizer import FORMS, TokenTable, has_tokenizer, read_tokens
 from model_utils import INDEX, WEIGHTS, ModelFolder, open_model_folder, rows_of
 
 GENERATION, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
@@ -81,7 +83,7 @@ class Findings:
         count = len(self.problems)
         verdict = f"{count} problem{'s' if count > 1 else ''}" if count else "sound"
         size = f"{self.parameters:,} parameters, {self.bytes:,} bytes"
-        tokens = "no tokenizer read" if self.tokens is None else f"{self.tokens} tokens"
+        tokens = "no tokenizer" if self.tokens is None else f"{self.tokens} tokens"
         lines = [f"{self.label}: {verdict}"]
         if self.tensors:
             lines += [
@@ -242,22 +244,16 @@ def special_id_problems(model: Model, generation: Mapping[str, Any]) -> Iterator
     rows = _vocab_rows(model)
     if not rows:
         return
+    yield from special_id_form_problems(model.label, GENERATION, generation)
     for file, settings in (("config.json", model.config), (GENERATION, generation)):
-        for key, value in settings.items():
-            if not key.endswith("_token_id"):
-                continue
-            for token_id in value if isinstance(value, list) else [value]:
-                if not _is_special_id(token_id, rows):
+        for key, ids in special_ids(settings).items():
+            for token_id in ids:
+                if token_id >= rows:
                     yield (
-                        f"{model.label}: {key} in {file} is {token_id!r}, expected a whole number "
+                        f"{model.label}: {key} in {file} is {token_id}, expected a whole number "
                         f"from 0 to {rows - 1}, the rows of {EMBEDDING} (or null). "
                         "Set it to the id of that token"
                     )
-
-
-def _is_special_id(value: Any, rows: int) -> bool:
-    """A row, or null or -1 for no such token."""
-    return value is None or (type(value) is int and -1 <= value < rows)
 
 
 # Files beside the weights
@@ -284,6 +280,8 @@ def read_side_files(path: Path, label: str) -> SideFiles:
         # A package that is not installed says nothing about the folder.
         unread = notes if isinstance(error.__cause__, ImportError) else problems
         unread += error.problems
+    if not has_tokenizer(path):
+        notes.append(f"no tokenizer: there is none of {', '.join(FORMS)}")
     if tokens is not None:
         for name in (TOKENIZER_CONFIG, TOKENS_MAP):
             problems += special_token_problems(label, name, objects.get(name, {}), tokens)

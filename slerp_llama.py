@@ -37,7 +37,8 @@ def slerp_merge_llama(
         device: where to compute, "cpu" or "cuda".
         vocabulary: "min", "max", "union", "base", "model:<name>" or "error", or
             `model_vocabulary.VocabularySettings`, which say what each does.
-        tokenizer_source: the model whose special tokens the result has; by default the first one.
+        tokenizer_source: the model whose special tokens the result has; by default the first one
+            (with "max", the one with the most tokens).
         threads: blocks worked on at once; by default one per core.
         progress: show how far it is.
 

@@ -373,6 +373,13 @@ def test_a_finished_folder_is_checked_and_what_is_broken_is_named(models, capsys
     change_config("out", lambda config: config.update(eos_token_id=99))
     assert ties_main(["--check=out", "--json"]) == 3
     (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    (models / "out/tokenizer.json").unlink()
+    change_config("out", lambda config: config.update(eos_token_id=2))
+    assert ties_main(["--check", "out"]) == 0
+    assert "note: no tokenizer: there is none of tokenizer.json, tok" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        ties_main(["base", "--check", "out", "--save", "o"])
+    assert "--check stands alone (or with --json), got also: base --s" in capsys.readouterr().err
     assert problem.startswith("out: eos_token_id in config.json is 99")
 
 
@@ -474,3 +481,26 @@ def test_models_of_two_kinds_of_problem_are_all_named(models):
     with pytest.raises(ModelCompatibilityError) as caught:
         ties_merge_llama_to_folder("base", ["a", "b"], output_dir="out")
     assert [problem.split(":")[0] for problem in caught.value.problems] == ["base", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (None, "--tokens sources.json: No such file or directory. Expected a JSON object such as"),
+        ("{", "--tokens sources.json: sources.json is not JSON: "),
+        ('{"a": 5}', "tokens: 'a' has the source 5. Expected a model, or "),
+        ('{"a": "c"}', "tokens: 'a' is to come from a model, but 'c' is none of the models: base,"),
+        ('{"zz": "b"}', "tokens: 'zz' is not a token of the result"),
+    ],
+)
+def test_sources_of_single_tokens_that_cannot_be_used_are_refused(models, capsys, content, text):
+    if content is not None:
+        Path("sources.json").write_text(content)
+    assert ties("--tokens", "sources.json", "--plan") in (2, 3)
+    assert f"error: {text}" in capsys.readouterr().err
+
+
+def test_sources_of_single_tokens_come_from_a_file(models, capsys):
+    Path("sources.json").write_text('{"a": {"source": "b", "force": true}}')
+    assert ties("--tokens", "sources.json", "--plan") == 0
+    assert "base: 1 row" in capsys.readouterr().out

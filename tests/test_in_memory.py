@@ -18,6 +18,7 @@ from merge_methods import METHODS
 from model_errors import ModelCompatibilityError
 from model_prep import prepare_models_for_merging
 from model_utils import get_llama
+from model_vocabulary import VocabularySettings
 from slerp_llama import slerp_merge_llama
 from task_arithmetic_llama import (
     task_arithmetic_merge_llama,
@@ -302,3 +303,29 @@ def test_ids_that_contradict_each_other_are_refused_in_memory_too(tmp_path):
         prepare_models_for_merging(base, [tuned], vocabulary="onion")
     with pytest.raises(ValueError, match="tokenizers: got 1 for 2 models"):
         prepare_models_for_merging(base, [tuned], tokenizers=[None])
+
+
+def test_generation_in_memory_ends_where_that_of_the_folder_does(tmp_path):
+    base, tuned = make_strangers(tmp_path)
+    ends = {"eos_token_id": [301, 302], "temperature": 0.5, "do_sample": True}
+    write_json(tuned / "generation_config.json", ends)
+    with pytest.warns(UserWarning, match="tokenizer and special tokens of"):
+        merged = ties_merge_llama(base, [tuned], vocabulary="model:tuned", progress=False)
+    assert merged.generation_config.eos_token_id == [301, 302]
+    assert merged.generation_config.temperature == 0.5
+    base, tuned = map(get_llama, (base, tuned))
+    with pytest.warns(UserWarning, match="tokenizer and special tokens of"):
+        prepare_models_for_merging(base, [tuned], vocabulary="model:ft_models[0]")
+    assert base.generation_config.eos_token_id == [301, 302]
+
+
+def test_without_normalize_a_missing_row_is_filled_whatever_is_asked(tmp_path):
+    paths = make_strangers(tmp_path)
+    settings = VocabularySettings(mode="union", linear_missing="renormalise")
+    for normalize, factor in ((True, 1.0), (False, 1.5)):
+        with pytest.warns(UserWarning, match="1 token added"):
+            merged = linear_merge_llama(
+                paths, [0.75, 0.75], normalize=normalize, vocabulary=settings, progress=False
+            )
+        row = read_tensors(paths[1])[HEAD][NORMAL + 2]
+        torch.testing.assert_close(merged.lm_head.weight[NORMAL + 3].detach(), factor * row)

@@ -24,6 +24,7 @@ from merge_recipe import Recipe
 from merge_run import merge_to_folder
 from merge_stream import Gather, Merge, StreamSettings, stream
 from model_errors import ModelCompatibilityError
+from model_vocabulary import VocabularySettings
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WEIGHTS = (0.5, 0.3, 1.2)
@@ -462,3 +463,14 @@ def test_a_result_that_is_not_as_planned_is_removed(tmp_path, monkeypatch):
         "So the result is not what was planned, and was removed"
     )
     assert not any("out" in path.name for path in tmp_path.iterdir())
+
+
+def test_a_broken_row_that_stands_in_for_others_is_said_to_be_its_owners(tmp_path):
+    base, models = make_family(tmp_path, changes=({}, *({"vocab_size": 36},) * 3))
+    tensors = read_tensors(models[1])
+    tensors[EMBEDDING][34, 3] = math.nan
+    save_tensors(models[1], tensors, 1)
+    with pytest.raises(ModelCompatibilityError) as caught:
+        run("ties", base, models, tmp_path / "out", vocabulary=VocabularySettings(mode="max"))
+    assert str(caught.value).startswith(f"{models[1]}: {EMBEDDING} has NaN or infinite weights: ")
+    assert "row 34, column 3 (nan; 1 such" in str(caught.value)

@@ -270,7 +270,11 @@ def test_a_broken_file_of_any_model_is_refused_by_name(tmp_path, donor, name, co
         (CONFIG, {"pad_token": "[PAD]"}, "pad_token '[PAD]' in tokenizer_config.json is not a tok"),
         (GENERATION, {"pad_token_id": NORMAL + 1}, f"pad_token_id {NORMAL + 1} in {GENERATION} li"),
         (GENERATION, {"eos_token_id": 2.0}, f"eos_token_id in {GENERATION} is 2.0, expected a wh"),
-        (GENERATION, {"eos_token_id": [2, "7"]}, "is [2, '7'], expected a whole number, a list of"),
+        (
+            GENERATION,
+            {"eos_token_id": [2, "7"]},
+            "is [2, '7'], expected a whole number from",
+        ),
     ],
 )
 def test_special_tokens_that_the_result_lacks_are_refused(tmp_path, file, settings, text):
@@ -471,8 +475,11 @@ def test_which_chat_template_is_taken(
 @pytest.mark.parametrize(
     ("choice", "text"),
     [
-        ("elsewhere", "'elsewhere' is none of the models, or may be several. Choose auto, none"),
-        ("tuned", "chat_template: 'tuned' has none. Choose auto, none or a model that has one (ba"),
+        ("elsewhere", "'elsewhere' is none of the models: base, tuned. Choose auto, none"),
+        (
+            "tuned",
+            "chat_template: 'tuned' has no chat template. Choose auto, none or a model that ha",
+        ),
     ],
 )
 def test_a_choice_that_is_no_template_is_refused(tmp_path, monkeypatch, choice, text):
@@ -566,7 +573,7 @@ def test_a_template_that_writes_what_the_result_reads_otherwise_is_noted(tmp_pat
     make(tmp_path / "base", [STOP])
     make(tmp_path / "tuned", [STOP, *map("<|{}|>".format, "abcd")])
     store_template(tmp_path / "tuned", "text", "<|a|> <|c|> {{ eos_token }} {{ my_eos_token_x }}")
-    notes = Carried("base", "tuned").notes
+    notes = Carried("base", "tuned", template="tuned").notes
     assert (
         "the chat template of tuned writes '<|a|>', '<|c|>', which the result does not have: chats "
         "will be garbled. Use vocabulary 'union'"
@@ -580,7 +587,10 @@ def test_a_template_that_writes_what_the_result_reads_otherwise_is_noted(tmp_pat
     assert ["eos" in note for note in united if "writes" in note] == [True]
     store_template(tmp_path / "tuned", "text", "<|a|><|b|><|c|><|d|>{{ my_eos_token_x }}")
     (note,) = [note for note in Carried("base", "tuned").notes if "writes" in note]
-    assert "writes '<|a|>', '<|b|>', '<|c|>', ..., which" in note
+    assert note == (
+        "no chat template: base has none, and that of tuned writes '<|a|>', '<|b|>', '<|c|>', ..., "
+        "which the result does not have. Vocabulary 'union' keeps such tokens"
+    )
 
 
 # End tokens
@@ -686,13 +696,11 @@ def test_an_end_token_at_which_generation_goes_on_is_noted(tmp_path, monkeypatch
         make(tmp_path / name, [STOP, START, END], template=A)
         change_json(tmp_path / name / GENERATION, eos_token_id=ends)
     notes = [note for note in Carried("base", "tuned", "other").notes if "ends" in note]
+    text = "which is not among the tokens at which the result stops. If it talks on, add {} to "
+    text += "eos_token_id in generation_config.json, or take its chat template (chat_template)"
     assert notes == [
-        "tuned ends its answers with '<|im_end|>', '&', where generation does not end. If chats "
-        f"go on, add {NORMAL + 2}, 5 to eos_token_id in generation_config.json, or take its chat "
-        "template (chat_template)",
-        "other ends its answers with '<|im_start|>', where generation does not end. If chats go "
-        f"on, add {NORMAL + 1} to eos_token_id in generation_config.json, or take its chat "
-        "template (chat_template)",
+        f"tuned ends its answers with '<|im_end|>', '&', {text.format(f'{NORMAL + 2}, 5')}",
+        f"other ends its answers with '<|im_start|>', {text.format(NORMAL + 1)}",
     ]
     assert [n for n in Carried("base", "tuned", template="tuned").notes if "answers" in n] == []
     assert [n for n in Carried("tuned", "base", "tuned").notes if "answers" in n] == []

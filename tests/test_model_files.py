@@ -392,3 +392,11 @@ def test_sizes(text, size):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ValueError, match="max_shard_size must be a size such as 5GB"):
         parse_size(text)
+
+
+def test_configs_are_edited_at_any_depth():
+    text = '{"a_config": {"b_config": {"vocab_size": 1}, "tied": 1}}'
+    assert json.loads(merged_config(text, {"vocab_size": 9})) == {
+        "a_config": {"b_config": {"vocab_size": 9}, "tied": 1},
+        "vocab_size": 9,
+    }

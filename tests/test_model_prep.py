@@ -518,6 +518,43 @@ def test_both_spellings_of_rotary_settings_are_the_same(ours, theirs):
     ) == ()  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"rope_scaling": 5}, "rope_scaling in config.json is 5, expected an object or null"),
+        ({"rope_parameters": [1]}, "rope_parameters in config.json is [1], expected an object"),
+        ({"rope_theta": 10**400}, "rope_theta in config.json must be a number above 0, got '1000"),
+        ({"rope_theta": "x"}, "rope_theta in config.json must be a number above 0, got 'x'"),
+        ({"eos_token_id": "2"}, "eos_token_id in config.json is '2', expected a whole number"),
+        ({"pad_token_id": [1.0]}, "pad_token_id in config.json is [1.0], expected a whole number"),
+        ({"bos_token_id": -5}, "bos_token_id in config.json is -5, expected a whole number"),
+    ],
+)
+def test_settings_of_which_nothing_can_be_made_are_refused(changes, text):
+    (problem,) = refused(align_folders, folder("a"), folder("b", config_changes=changes))
+    assert problem.startswith(f"b: {text}")
+
+
+def test_null_and_absent_rotary_settings_mean_the_default():
+    align_folders(folder("a"), folder("b", config_changes={"rope_theta": None}))
+
+
+def test_a_setting_that_only_one_model_gives_is_named_if_it_counts():
+    folder("a", model_type="mistral", config_changes={"sliding_window": None})
+    folder("b", model_type="mistral", config_changes={"sliding_window": 16})
+    assert notes_of(align_folders("a", "b")) == (
+        "b: sliding_window 16 (a: None); the result is as a",
+    )
+
+
+def test_special_ids_that_a_donor_leaves_out_are_those_of_its_class():
+    folder("a", tokenizer=True)
+    path = Path(folder("b", tokenizer=True), "config.json")
+    path.write_text(path.read_text().replace('"eos_token_id": 2', '"sep_token_id": 7'))
+    with open_model_folder("a") as first, open_model_folder("b") as donor:
+        assert align([first, donor], donor=1).special_ids == {"sep_token_id": 7}
+
+
 def test_another_activation_is_refused_and_other_settings_are_named():
     folder("a")
     (problem,) = refused(align_folders, "a", folder("b", config_changes={"hidden_act": "gelu"}))
@@ -669,3 +706,17 @@ def test_integer_and_float64_weights_in_memory_are_refused():
         f"base: weights are stored as torch.float64 ({EMBEDDING})",
         f"ft_models[0]: weights are quantized (1 packed tensor ({HEAD}); torch.int8)",
     ]
+
+
+def test_an_end_token_of_a_model_in_memory_must_survive_the_cut():
+    base, model = in_memory("a"), in_memory("b", vocab_size=44)
+    base.generation_config.eos_token_id = [2, 47]
+    (problem,) = refused(prepare_models_for_merging, base, [model])
+    assert problem.startswith("base: eos_token_id 47 in its generation config lies beyond")
+    assert base.config.vocab_size == 48
+
+
+def test_tokenizers_that_do_not_exist_are_refused():
+    base, model = in_memory("a"), in_memory("b")
+    with pytest.raises(ValueError, match="tokenizers: nowhere is no folder with a tokenizer"):
+        prepare_models_for_merging(base, [model], tokenizers=["a", "nowhere"])

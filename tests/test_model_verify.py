@@ -96,15 +96,17 @@ def test_the_summary_says_it_in_a_few_lines():
     assert verify_folder("a", read_weights=False).summary().splitlines() == [
         "a: sound",
         "21 tensors, bfloat16 and float32, 20,128 parameters, 40,320 bytes",
-        "vocabulary: 48 rows, no tokenizer read",
+        "vocabulary: 48 rows, no tokenizer",
         "values: not read",
+        "note: no tokenizer: there is none of tokenizer.json, tokenizer.model, vocab.json",
     ]
     edit(CONFIG, bos_token_id=48)
     lines = verify_folder("a").summary().splitlines()
     assert (lines[0], lines[3]) == ("a: 2 problems", "values: all read")
     assert lines[4].startswith("problem: a: bos_token_id in config.json is 48")
     assert lines[5].startswith(f"problem: a: {NORM} has 32 NaN")
-    assert len(lines) == 6
+    assert len(lines) == 7
+    assert lines[6].startswith("note: no tokenizer")
     lines = verify_folder("b").summary().splitlines()
     assert lines == ["b: 1 problem", "problem: b: no such folder. Check the path"]
 
@@ -311,14 +313,17 @@ def test_special_ids_that_have_a_row_or_say_none_are_sound(file, value):
     assert problems() == []
 
 
-@pytest.mark.parametrize("value", [48, -2, 1.0, "1", True, {"id": 1}, [[1]]])
+@pytest.mark.parametrize("value", [-2, 1.0, "1", True, {"id": 1}, [[1]], 48])
 @pytest.mark.parametrize("key", ["pad_token_id", "forced_bos_token_id"])
 @pytest.mark.parametrize("file", [CONFIG, GENERATION])
 def test_a_special_id_without_a_row_is_a_problem(file, key, value):
     folder()
     edit(file, **{key: value})
-    got = value[0] if isinstance(value, list) else value
-    assert problems() == [f"a: {key} in {file} is {got!r}, {ROWS}. Set it to the id of that token"]
+    expected = "expected a whole number from 0 on, a list of them or null"
+    assert problems() == [
+        f"a: {key} in {file} is {value!r}, {ROWS if value == 48 else expected}. "
+        "Set it to the id of that token"
+    ]
 
 
 def test_of_a_list_of_special_ids_those_without_a_row_are_named():

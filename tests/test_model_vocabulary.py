@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from linear_utils import linear, task_arithmetic
 from merge_recipe import Recipe
 from merge_run import merge_to_folder
+from model_row_maps import merge_vocabularies
 from model_rows import MappedRows, TensorRows
 from model_tokenizer import TokenTable, added_token
 from model_vocabulary import (
@@ -22,7 +23,6 @@ from model_vocabulary import (
     TokenSource,
     VocabularySettings,
     chosen_donor,
-    merge_vocabularies,
     model_index,
     settings_problems,
     token_source,
@@ -218,7 +218,10 @@ def test_pad_keeps_the_rows_that_any_model_has_and_the_longest_tokenizer():
     assert rows_of(found) == [[0, 1, None, None], [0, 1, 2, None], [0, 1, None, 3]]
     assert found.row_map.fills == {2: (Piece(1, 2),), 3: (Piece(2, 3),)}
     assert found.changes["c"] == {"cut": 1, "filled": 1}
-    assert notes_of(found) == ["vocabulary of 4 rows, by 'pad' (a 2, b 3, c 4)"]
+    assert notes_of(found) == [
+        "vocabulary of 4 rows, by 'pad' (a 2, b 3, c 4)",
+        "tokenizer and special tokens of b, not of a",
+    ]
 
 
 def test_union_appends_added_tokens_in_the_order_of_models_and_then_of_ids():
@@ -292,7 +295,10 @@ def test_base_and_model_take_the_tokens_of_one_model():
     assert (found.mode, words_of(found), found.donor) == ("base", "y <p> x n", 1)
     assert rows_of(found) == [[1, None, 0, None], [0, 1, 2, 3]]
     assert found.row_map.fills == {1: (Piece(1, 1),), 3: (Piece(1, 3),)}
-    assert notes_of(found) == ["vocabulary of 4 rows, by 'model:b' (a 2, b 4)"]
+    assert notes_of(found) == [
+        "vocabulary of 4 rows, by 'model:b' (a 2, b 4)",
+        "tokenizer and special tokens of b, not of a",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -308,7 +314,7 @@ def test_the_number_of_rows_is_rounded_up_in_every_mode(mode, rows):
     assert notes_of(found)[0] == (
         "vocabularies cut to the smallest, 2 rows, rounded up to 4 (a 5, b 2)"
         if mode == "truncate"
-        else f"vocabulary of 8 rows, by {mode!r} (a 5, b 5)"
+        else f"vocabulary of 8 rows, by {mode!r} and pad_to_multiple_of 4 (a 5, b 5)"
     )
 
 
@@ -320,8 +326,8 @@ def test_rounding_up_changes_nothing_where_the_number_fits():
 def test_a_number_of_rows_that_no_longer_splits_among_gpus_is_noted():
     found = merged(side("a", None, rows=64), side("b", None, rows=63))
     assert found.notes[1:] == (
-        "63 rows are no multiple of 64, as splitting a head among GPUs may need; "
-        "pad_to_multiple_of makes them one",
+        "63 rows are no multiple of 64, which splitting a head among GPUs may need; "
+        "pad_to_multiple_of 64 makes them one",
     )
     assert not any(
         PARALLEL in note for note in merged(side("a", None, 63), side("b", None, 62)).notes
@@ -449,7 +455,7 @@ def test_a_source_that_is_not_used_is_noted():
         (
             "x",
             TokenSource(model="z"),
-            "tokens: 'x' is to come from 'z', which is none of the models, or may be several: a, b",
+            "tokens: 'x' is to come from a model, but 'z' is none of the models: a, b",
         ),
         (
             "x",
@@ -508,7 +514,7 @@ def test_an_alias_may_not_give_a_model_one_token_twice():
 
 STRINGS = (
     "Match tokens by their strings: vocabulary 'union' keeps the added tokens of all models, "
-    "'base' the tokens of a alone"
+    "'base' or 'model:<name>' the tokens of one"
 )
 
 
@@ -552,7 +558,7 @@ def test_a_token_that_only_some_models_have_is_filled_or_lost_but_no_disagreemen
     ]
 
 
-CHOOSE = "Choose how to bring them together: vocabulary 'truncate', 'pad', 'union' or 'base'"
+CHOOSE = f"{STRINGS}; 'min' and 'max' go by ids, where all models agree on them"
 
 
 @pytest.mark.parametrize(
@@ -671,7 +677,7 @@ def test_without_any_tokenizer_ids_are_taken_to_agree():
     assert rows_of(merged(*sides, mode="pad")) == [[0, 1, 2, 3], [0, 1, 2, None]]
     assert problems_of(*sides, mode="union") == [
         "vocabulary 'union' matches tokens by their strings, but no model has tokenizer files. "
-        "Use 'truncate' or 'pad', or add the tokenizers to the folders"
+        "Use 'min' or 'max', or add the tokenizers to the folders"
     ]
 
 
@@ -785,8 +791,8 @@ def test_mode_base_is_the_first_model_whatever_the_others_are_called():
 def test_a_donor_who_is_no_model_is_a_problem():
     _, problems = chosen_donor(["a", "b"], VocabularySettings(mode="model:z"), "")
     assert problems == [
-        "vocabulary: 'z' is none of the models, or may be several: a, b",
-        "tokenizer_source: '' is none of the models, or may be several: a, b",
+        "vocabulary: 'z' is none of the models: a, b",
+        "tokenizer_source: '' is none of the models: a, b",
     ]
 
 
@@ -878,7 +884,7 @@ def test_settings_that_have_no_effect_are_noted():
     assert notes_of(merged(*sides, has_base=False, **settings)) == [
         "union_tokens 'all' has no effect: vocabulary is not 'union'",
         "new_row 'scaled' has no effect: there is no base",
-        "linear_missing 'renormalise' has no effect: this is no linear merge",
+        "linear_missing 'renormalise' has no effect: this is no linear merge with normalize",
     ]
     weighted = {"has_base": False, "weights": [1.0, 1.0], "linear_missing": "renormalise"}
     assert notes_of(merged(*sides, **weighted)) == []
@@ -1057,3 +1063,11 @@ def test_changes_count_rows_cut_moved_and_filled():
     assert found.changes == {"b": {"moved": 2, "filled": 2}}
     assert isinstance(found.changes["b"]["moved"], int)
     assert found.row_map.rows.dtype == np.int64
+
+
+def test_a_row_that_no_model_has_is_a_mean_also_where_new_tokens_arrive_scaled():
+    settings = {"pad_to_multiple_of": 4, "new_row": "scaled"}
+    found = merged(
+        side("a", "x y"), side("b", "x y z"), mode="union", union_tokens="all", **settings
+    )
+    assert (found.row_map.fills[2], found.row_map.fills[3]) == ((), None)
