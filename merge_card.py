@@ -17,14 +17,13 @@ from typing import Any
 import torch
 
 from merge_plan import Plan
-from merge_report import MergeReport
+from merge_report import REPORT_FILE, MergeReport
 from model_companions import AUTO_TEMPLATE, NO_TEMPLATE
 from model_locate import HUB_ID
 from model_tokenizer import FORMS
 from model_vocabulary import BY_MODEL, model_index
 
 VERSION = "0.1.0"
-REPORT_FILE = "merge_report.json"
 TITLES = {
     "linear": "linear average",
     "slerp": "SLERP",

@@ -9,7 +9,8 @@ from merge_stream import BLOCK_ELEMENTS
 from model_checks import EMBEDDING, is_tied
 from model_utils import ModelFolder, rows_of
 
-OWN_FILES = ("README.md", "config.json", "merge_report.json")
+REPORT_FILE = "merge_report.json"
+OWN_FILES = ("README.md", "config.json", REPORT_FILE)
 """What a merge writes itself, besides weights."""
 
 
@@ -96,7 +97,7 @@ class PlanReport:
             f"tensors     {self.tensors}, {self.parameters_count:,} elements, head "
             f"{'tied' if self.tied else 'of its own'}",
             f"vocabulary  {words['rows']} rows, {words['tokens']} tokens, by {words['mode']!r}; "
-            f"tokenizer of {words['tokenizer_source']}",
+            + (f"tokenizer of {words['tokenizer_source']}" if words["tokens"] else "no tokenizer"),
         ]
         lines += [
             f"  {name}: {', '.join(_rows(count, what) for what, count in counts.items())}"

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from merge_card import REPORT_FILE, model_card, saved_report
+from merge_card import model_card, saved_report
 from merge_plan import Plan, free_bytes, open_plan, usable_cores
 from merge_progress import progress_bar
 from merge_recipe import Recipe
 from merge_report import (
+    REPORT_FILE,
     MergeReport,
     PlanReport,
     format_bytes,
@@ -122,7 +123,7 @@ def merge_to_model(
     Only the result is held in memory, however many models go in.
 
     Arguments and errors as `merge_to_folder`; the recipe has no `output_dir` and no `dtype`.
-    Warns (`UserWarning`) where a vocabulary is cut or a head untied.
+    Warns (`UserWarning`) with what the report would note on how the models are brought together.
     """
     with _open_for_merging(replace(recipe, dtype="float32"), device, threads) as plan:
         warn_about(plan.alignment, stacklevel=4)

@@ -226,8 +226,9 @@ def prepare_models_for_merging(
 
     Returns:
         The same models, changed in place: embedding, head, `config.vocab_size` and special
-        token ids are those of the merged vocabulary in all of them; where only some models tie
-        their head to the embedding, those get a head of their own.
+        token ids are those of the merged vocabulary in all of them, and all have the generation
+        config of the model whose tokenizer it is; where only some models tie their head to the
+        embedding, those get a head of their own.
 
     Raises:
         ModelCompatibilityError: a model is quantized, architectures, shapes or settings differ,
