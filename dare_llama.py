@@ -7,12 +7,12 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from dare_utils import Rescale
 from merge_command import run_command
 from merge_recipe import DEFAULT_SHARD_SIZE, make_recipe
 from merge_report import MergeReport
 from merge_run import merge_to_folder, merge_to_model
 from model_vocabulary import VocabularySettings
+from scalar_utils import Rescale
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,6 +35,7 @@ def dare_merge_llama(
     vocabulary: str | VocabularySettings = "min",
     tokenizer_source: str | None = None,
     threads: int | None = None,
+    max_memory: str | int | None = None,
     progress: bool = True,
 ) -> "PreTrainedModel":
     """DARE merge into a model in memory.
@@ -55,7 +56,9 @@ def dare_merge_llama(
             `model_vocabulary.VocabularySettings`, which say what each does.
         tokenizer_source: the model whose special tokens the result has; by default the base
             (with "max", the one with the most tokens).
-        threads: blocks worked on at once; by default one per core.
+        threads: at work at once; by default one per core.
+        max_memory: most memory of the process, such as "4GB", the result included; by default
+            there is no limit. Refused where it is too little.
         progress: show how far it is.
 
     Returns:
@@ -84,7 +87,9 @@ def dare_merge_llama(
         vocabulary=vocabulary,
         tokenizer_source=tokenizer_source,
     )
-    return merge_to_model(recipe, device=device, threads=threads, progress=progress)
+    return merge_to_model(
+        recipe, device=device, threads=threads, max_memory=max_memory, progress=progress
+    )
 
 
 def dare_merge_llama_to_folder(
@@ -106,6 +111,7 @@ def dare_merge_llama_to_folder(
     chat_template: str = "auto",
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     threads: int | None = None,
+    max_memory: str | int | None = None,
     progress: bool = True,
 ) -> MergeReport:
     """DARE merge from folders to a folder, in memory that does not grow with the models.
@@ -140,7 +146,9 @@ def dare_merge_llama_to_folder(
         tokenizer_source=tokenizer_source,
         chat_template=chat_template,
     )
-    return merge_to_folder(recipe, device=device, threads=threads, progress=progress)
+    return merge_to_folder(
+        recipe, device=device, threads=threads, max_memory=max_memory, progress=progress
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

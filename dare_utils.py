@@ -9,7 +9,6 @@ Source: DARE, arXiv:2311.03099; Philox: Salmon et al., "Parallel random numbers:
 1, 2, 3", SC 2011.
 """
 
-import hashlib
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -18,50 +17,14 @@ import torch
 from torch import Tensor
 
 from linear_utils import add_task_vector, combine_deltas
-from tensor_utils import as_float32, check_count, check_tensors, run_sums, select
-from ties_utils import check_density, elect_and_merge
-
-Key = tuple[int, int]
-Rescale = Literal["inverse_density", "l1", "none"]
-RESCALES: tuple[Rescale, ...] = ("inverse_density", "l1", "none")
+from scalar_utils import Key, Rescale, check_count, keep_limit, mask_key, rescale_factor
+from tensor_utils import as_float32, check_tensors, run_sums, select
+from ties_utils import elect_and_merge
 
 DRAWS_PER_COUNTER = 8
 _LOW = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
 _KEY_STEPS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
-
-
-def check_seed(seed: int) -> None:
-    """Raise `ValueError` unless `seed` is an integer in [0, 2**64)."""
-    if not (isinstance(seed, int) and 0 <= seed < 2**64):
-        raise ValueError(f"seed must be an integer in [0, 2**64), got {seed!r}")
-
-
-def check_rescale(rescale: str) -> None:
-    """Raise `ValueError` unless `rescale` is one of `RESCALES`."""
-    if rescale not in RESCALES:
-        raise ValueError(f"rescale must be one of {', '.join(RESCALES)}, got {rescale!r}")
-
-
-def mask_key(seed: int, tag: str, name: str, *, purpose: str = "mask") -> Key:
-    """The generator's key for one tensor of one model.
-
-    Args:
-        seed: in [0, 2**64).
-        tag: which model; its position among the fine-tuned models, "0", "1", ...
-        name: the tensor's name in the merged model.
-        purpose: keeps draws for different ends apart.
-
-    Returns:
-        Two unsigned 64-bit integers.
-
-    >>> [f"{half:016x}" for half in mask_key(42, "0", "model.layers.0.mlp.up_proj.weight")]
-    ['56716f7037a6c786', '86777c0fd21c4e2b']
-    """
-    check_seed(seed)
-    text = b"merge-mask/v1\0" + purpose.encode() + b"\0" + seed.to_bytes(8, "little")
-    digest = hashlib.sha256(text + tag.encode() + b"\0" + name.encode()).digest()
-    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")
 
 
 def _signed(word: int) -> int:
@@ -125,12 +88,6 @@ def mask_draws(key: Key, start: int, count: int, device: torch.device | str = "c
     return draws[skip : skip + count]
 
 
-def keep_limit(density: float) -> int:
-    """Draws below this keep their element; in [0, 2**32]."""
-    check_density(density)
-    return math.floor(density * 2**32 + 0.5)
-
-
 def keep_mask(density: float, draws: Tensor) -> Tensor:
     """Which elements are kept: those whose draw is below `density * 2**32`, rounded.
 
@@ -165,30 +122,6 @@ def drop(delta: Tensor, density: float, key: Key, start: int = 0) -> Tensor:
 def absolute_parts(delta: Tensor) -> list[float]:
     """Run sums of |delta| in float64; `math.fsum` of those of all rows is the L1 norm."""
     return run_sums(delta.double().abs())
-
-
-def rescale_factor(
-    rescale: Rescale, density: float, l1: float = math.nan, l1_kept: float = math.nan
-) -> float:
-    """What the kept entries are multiplied by.
-
-    Args:
-        rescale: "inverse_density" is `1 / density`, unbiased, as in the paper and PEFT; "l1"
-            keeps the tensor's L1 norm (mergekit since 0.1.0); "none" is 1.
-        density: in [0, 1].
-        l1, l1_kept: L1 norms before and after dropping, for "l1" only. Below 1e-7 the
-            factor is 1.
-
-    >>> rescale_factor("inverse_density", 0.25), rescale_factor("l1", 0.25, 6.0, 2.0)
-    (4.0, 3.0)
-    """
-    check_rescale(rescale)
-    check_density(density)
-    if rescale == "inverse_density":
-        return 1.0 / density if keep_limit(density) else 0.0
-    if rescale == "l1" and min(l1, l1_kept) >= 1e-7:
-        return l1 / l1_kept
-    return 1.0
 
 
 def dare(
@@ -289,7 +222,7 @@ def _dare_deltas(
     rescale: Rescale,
 ) -> list[Tensor]:
     check_tensors(tensors, base)
-    check_count("densities", densities, tensors)
+    check_count("densities", densities, len(tensors))
     return [
         dare(tensor - base, density, mask_key(seed, str(position), name), rescale=rescale)
         for position, (tensor, density) in enumerate(zip(tensors, densities, strict=True))

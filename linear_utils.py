@@ -14,15 +14,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tensor_utils import (
+from scalar_utils import (
     check_count,
     check_lam,
     check_normalizable,
     check_t,
-    check_tensors,
     check_weights,
     float32_sum,
 )
+from tensor_utils import check_tensors
 
 
 def combine(
@@ -47,7 +47,7 @@ def combine(
     for coefficient in coefficients:
         if not math.isfinite(coefficient):
             raise ValueError(f"coefficients must be finite numbers, got {coefficient}")
-    check_count("coefficients", coefficients, tensors)
+    check_count("coefficients", coefficients, len(tensors))
     check_tensors(tensors, base)
     total = torch.zeros_like(tensors[0])
     for coefficient, tensor in zip(coefficients, tensors, strict=True):
@@ -81,7 +81,7 @@ def linear(
     tensor([4., 5.])
     """
     check_weights(weights)
-    check_count("weights", weights, tensors)
+    check_count("weights", weights, len(tensors))
     check_tensors(tensors)
     total = torch.zeros_like(tensors[0])
     for weight, tensor in zip(weights, tensors, strict=True):
@@ -114,7 +114,7 @@ def combine_deltas(
     tensor([-1.])
     """
     check_weights(weights)
-    check_count("weights", weights, deltas)
+    check_count("weights", weights, len(deltas))
     total = combine(weights, deltas)
     return divide_by_sum(total, weights) if normalize else total
 
@@ -164,7 +164,7 @@ def fold_in(
     Arguments, result and errors as `sequential_lerp`, whose `interpolate` is `lerp`.
     """
     check_tensors(tensors)
-    check_count("weights", weights, tensors)
+    check_count("weights", weights, len(tensors))
     check_weights(weights)
     if weights[0] <= 0 or min(weights) < 0:
         raise ValueError(f"weights must be >= 0 and the first above 0, got {list(weights)}")

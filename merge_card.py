@@ -4,6 +4,7 @@ Both are meant to be published. So they name Hub models by their ids and folders
 part, never by a path; and they hold nothing that differs from one run to the next.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -11,10 +12,9 @@ import platform
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from merge_plan import Plan
 from merge_report import REPORT_FILE, MergeReport
@@ -51,7 +51,7 @@ def saved_report(plan: Plan, report: MergeReport) -> dict[str, Any]:
         },
         "versions": {
             "llama-merge": VERSION,
-            "torch": torch.__version__,
+            **_versions("torch", "numba"),
             "python": platform.python_version(),
             "machine": platform.machine(),
         },
@@ -67,6 +67,15 @@ def saved_report(plan: Plan, report: MergeReport) -> dict[str, Any]:
     }
     public: dict[str, Any] = publish(json.loads(json.dumps(content)), public_names(names))
     return public
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    """Of the packages that compute, those that are installed; looked up without importing them."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _resolved(plan: Plan, report: MergeReport) -> dict[str, Any]:

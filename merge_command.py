@@ -116,7 +116,11 @@ def _carry_out(method: str, arguments: argparse.Namespace) -> str:
         tokenizer_source=arguments.tokenizer_source,
         chat_template=arguments.chat_template,
     )
-    settings = {"device": arguments.device, "threads": arguments.threads}
+    settings = {
+        "device": arguments.device,
+        "threads": arguments.threads,
+        "max_memory": arguments.max_memory,
+    }
     if arguments.plan:
         return _printed(plan(recipe, **settings), as_json=arguments.json)
     report = merge_to_folder(recipe, **settings, progress=not arguments.quiet)
@@ -327,7 +331,13 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         help="where to compute (default: %(default)s)",
     )
     parser.add_argument(
-        "--threads", type=int, metavar="INT", help="blocks worked on at once (default: all cores)"
+        "--threads", type=int, metavar="INT", help="at work at once (default: one per core)"
+    )
+    parser.add_argument(
+        *_spellings("--max_memory"),
+        metavar="SIZE",
+        help="most memory of the process, such as 2GB, without files that the system caches "
+        "(default: no limit; a merge takes about 200 MB)",
     )
     parser.add_argument("--quiet", action="store_true", help="show no progress")
 

@@ -1,26 +1,50 @@
-"""The methods: what each is called, which parameters it takes, and how it merges one tensor.
+"""The methods: what each is called, which parameters it takes, and how it merges tensors.
 
-A method here is a few lines over the pure functions of the `*_utils` modules: a generator that
-asks `merge_stream` for passes over a tensor and ends with the function for a block. To add one:
-its functions in a `*_utils` module, an entry in `METHODS`, a driver, a test.
+A method here is a few lines over the functions that `merge_operations` gives it: a generator
+that asks `merge_stream` for passes over a group of tensors and ends with the function for a block.
+To add one: its functions in a `*_utils` module, an entry in `METHODS`, a driver, a test.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor
+import numpy as np
 
-import dare_utils
-import ties_utils
-from linear_utils import add_task_vector, combine_deltas, linear
+from merge_operations import (
+    FINE_BINS,
+    Counts,
+    Drop,
+    Operations,
+    SegmentCounts,
+    TaskVectorMerge,
+    Trim,
+    TrimRows,
+    window,
+)
 from merge_recipe import Parameter
-from merge_stream import Block, Gather, Merge, Passes, TensorTask
-from slerp_utils import apply_slerp, dot_parts, slerp_coefficients
-from tensor_utils import check_lam, check_normalizable, check_t, check_weights
-from ties_utils import TrimThreshold, check_density, check_ties_weights, elect_and_merge
+from merge_stream import Gather, Merge, Passes, TensorTask
+from scalar_utils import (
+    KEEP_ALL,
+    KEEP_NONE,
+    RESCALES,
+    TRIM_SCOPES,
+    TrimThreshold,
+    check_density,
+    check_lam,
+    check_normalizable,
+    check_seed,
+    check_t,
+    check_ties_weights,
+    check_weights,
+    kept_count,
+    magnitude,
+    mask_key,
+    rescale_factor,
+    slerp_coefficients,
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +52,7 @@ class Method:
     """A merging method.
 
     Attributes:
-        merge_tensor: merges one tensor; see `merge_stream.Passes`.
+        merge: merges a group of tensors; see `merge_stream.Passes`.
         parameters: what the user can set.
         passes: how often the inputs are read, from the resolved parameters.
         uses_base: whether the method needs the models' common ancestor.
@@ -36,10 +60,15 @@ class Method:
         check: raises `ValueError` for parameters that do not go together.
         advice: remarks on parameters that are allowed and seldom meant.
         remarks: what is worth saying about the findings of all tensors.
-        copies: float32 blocks that a thread holds per input, as measured; for the memory figure.
+        whole_model: whether all tensors are one group, from the resolved parameters; else each
+            is one.
+        bins: most counts that a segment gathers per model, for the memory plan.
+        sums: sums that are gathered for each run of a row, from the resolved parameters and the
+            number of models, for the memory plan.
+        copies: float32 blocks that torch holds per input, as measured, for the memory plan.
     """
 
-    merge_tensor: Callable[[TensorTask], Passes | Merge]
+    merge: Callable[[Sequence[TensorTask], Operations], Passes | Merge]
     parameters: tuple[Parameter, ...]
     passes: Callable[[Mapping[str, Any]], int] = lambda _: 1
     uses_base: bool = True
@@ -47,159 +76,228 @@ class Method:
     check: Callable[[Mapping[str, Any]], None] = lambda _: None
     advice: Callable[[Mapping[str, Any]], Iterable[str]] = lambda _: ()
     remarks: Callable[[Mapping[str, Mapping[str, Any]]], Iterable[str]] = lambda _: ()
+    whole_model: Callable[[Mapping[str, Any]], bool] = lambda _: False
+    bins: int = 0
+    sums: Callable[[Mapping[str, Any], int], int] = lambda _, models: 0
     copies: int = 7
 
 
-def merge_linear(task: TensorTask) -> Merge:
+def merge_linear(tasks: Sequence[TensorTask], operations: Operations) -> Merge:
     """`linear_utils.linear`, block by block."""
+    (task,) = tasks
     weights, normalize = task.parameters["weights"], task.parameters["normalize"]
-    return Merge(lambda block: linear(block.models, weights, normalize=normalize))
+    return Merge(operations.linear(weights, normalize=normalize))
 
 
-def merge_slerp(task: TensorTask) -> Passes:
+def merge_slerp(tasks: Sequence[TensorTask], operations: Operations) -> Passes:
     """`slerp_utils.slerp`: dot products over the whole tensor, then two multipliers."""
-    parts = yield Gather(lambda block: dot_parts(*block.models), _join_lists)
-    aa, cc, ac = (math.fsum(part) for part in parts)
+    (task,) = tasks
+    parts = yield operations.dot_parts()
+    aa, cc, ac = parts.totals()
     coefficients = slerp_coefficients(aa, cc, ac, task.parameters["t"])
     findings = {
         "cosine": coefficients.cosine,
         "branch": "lerp" if coefficients.used_lerp else "slerp",
     }
-    return Merge(lambda block: apply_slerp(coefficients, block.models), findings)
+    take = operations.combine([coefficients.first, coefficients.second])
+    return Merge(take, findings={task.name: findings})
 
 
-def merge_task_arithmetic(task: TensorTask) -> Merge:
+def merge_task_arithmetic(tasks: Sequence[TensorTask], operations: Operations) -> Merge:
     """`linear_utils.task_arithmetic`, block by block."""
-    weights, normalize = task.parameters["weights"], task.parameters["normalize"]
-
-    def merge(block: Block) -> Tensor:
-        delta = combine_deltas(block.deltas, weights, normalize=normalize)
-        return add_task_vector(_base(block), delta, task.parameters["lam"])
-
-    return Merge(merge)
+    (task,) = tasks
+    return Merge(operations.merge_task_vectors(_task_vectors(task.parameters)))
 
 
-def merge_ties(task: TensorTask) -> Passes:
-    """`ties_utils.ties`: the trim thresholds of the whole tensor, then blocks on their own.
+def merge_ties(tasks: Sequence[TensorTask], operations: Operations) -> Passes:
+    """`ties_utils.ties` with the thresholds of a tensor, of each row, or of the whole model."""
+    parameters = tasks[0].parameters
+    densities = parameters["densities"]
+    if parameters["trim_scope"] == "row":
+        trim_rows = TrimRows(densities)
+        take = operations.merge_task_vectors(_task_vectors(parameters, trim_rows, elect=True))
+        return Merge(take)
+    numel = sum(task.info.numel for task in tasks)
+    ranks = [kept_count(density, numel) for density in densities]
+    thresholds = yield from _thresholds(ranks, numel, operations)
+    segments = thresholds.segments
+    if segments is None and (thresholds.cuts_ties or len(tasks) > 1):
+        segments = yield operations.count_kept(thresholds.chosen)
+    task_vectors = _task_vectors(parameters, Trim(thresholds.chosen), elect=True)
+    return Merge(
+        operations.merge_task_vectors(task_vectors),
+        _ties_left(thresholds.chosen, segments),
+        _trim_findings(tasks, ranks, thresholds, segments),
+    )
 
-    Three passes find the thresholds and where the entries equal to them lie: the upper bits of
-    the magnitudes, the lower bits, the number of equal entries in each block.
+
+class _Thresholds(NamedTuple):
+    """What keeps so many entries of each model's task vector.
+
+    Attributes:
+        chosen: one per model.
+        tied: how many entries of each model are equal to its threshold.
+        segments: how many of each segment lie above the thresholds and at them, where that has
+            been counted already.
     """
-    densities, numel = task.parameters["densities"], task.info.numel
-    ranks = [ties_utils.kept_count(density, numel) for density in densities]
-    thresholds = [ties_utils.KEEP_ALL if rank else ties_utils.KEEP_NONE for rank in ranks]
-    trimmed = [model for model, rank in enumerate(ranks) if 0 < rank < numel]
-    tied = [[0] for _ in densities]
-    if trimmed:
-        coarse = yield Gather(
-            lambda block: [ties_utils.coarse_histogram(block.deltas[m]) for m in trimmed], _add_each
-        )
-        bins = [
-            ties_utils.select_bin(counts, ranks[model])
-            for model, counts in zip(trimmed, coarse, strict=True)
-        ]
-        fine = yield Gather(
-            lambda block: [
-                ties_utils.fine_histogram(block.deltas[model], coarse_bin)
-                for model, (coarse_bin, _) in zip(trimmed, bins, strict=True)
-            ],
-            _add_each,
-        )
-        for model, (coarse_bin, above), counts in zip(trimmed, bins, fine, strict=True):
-            thresholds[model] = ties_utils.threshold_from(coarse_bin, counts, ranks[model] - above)
-        counted = yield Gather(
-            lambda block: [
-                [ties_utils.count_ties(block.deltas[m], thresholds[m])] for m in trimmed
-            ],
-            _join_lists,
-        )
-        for model, counts in zip(trimmed, counted, strict=True):
-            tied[model] = list(itertools.accumulate(counts, initial=0))
 
-    def merge(block: Block) -> Tensor:
-        deltas = [
-            ties_utils.trim_apply(delta, threshold, before[block.index] if threshold.ties else 0)
-            for delta, threshold, before in zip(block.deltas, thresholds, tied, strict=True)
-        ]
-        return _elect(block, deltas, task.parameters)
+    chosen: tuple[TrimThreshold, ...]
+    tied: tuple[int, ...]
+    segments: list[SegmentCounts] | None
 
-    totals = [before[-1] for before in tied]
-    return Merge(merge, {"trim": _trim_findings(ranks, thresholds, totals)})
+    @property
+    def cuts_ties(self) -> bool:
+        """Whether some of the equal entries are kept and some are not, the first ones first."""
+        pairs = zip(self.chosen, self.tied, strict=True)
+        return any(threshold.ties < tied for threshold, tied in pairs)
+
+
+def _thresholds(
+    ranks: Sequence[int], numel: int, operations: Operations
+) -> Generator[Gather, Any, _Thresholds]:
+    """Find the k-th largest magnitude of each task vector, exactly; k is its rank.
+
+    A sample says about where it will lie. One pass over everything counts every magnitude in a
+    window around that place, and what lies above: this proves the guess, or shows that it was
+    wrong. Then a pass over everything that counts coarsely says which window is right.
+    """
+    chosen = [KEEP_ALL if rank else KEEP_NONE for rank in ranks]
+    tied = [0] * len(ranks)
+    trimmed = {model: rank for model, rank in enumerate(ranks) if 0 < rank < numel}
+    segments = None
+    guesses = (yield from _guess(trimmed, numel, operations)) if trimmed else {}
+    while guesses:
+        fine = yield operations.fine_histograms(guesses)
+        missed = []
+        for index, (model, guess) in enumerate(guesses.items()):
+            rank, bins = trimmed[model] - fine.above(index), fine.bins(index)
+            if not 0 < rank <= bins.sum():
+                missed.append(model)
+                continue
+            position, above = operations.select_bin(bins, rank)
+            chosen[model] = TrimThreshold(window(guess) + position, rank - above)
+            tied[model] = int(bins[position])
+        if [*guesses.values()] == [threshold.bits for threshold in chosen]:
+            segments = fine.segments
+        guesses = {}
+        if missed:
+            coarse = yield operations.coarse_histograms(missed)
+            for model, counts in zip(missed, coarse, strict=True):
+                coarse_bin, _ = operations.select_bin(counts, trimmed[model])
+                guesses[model] = _middle(coarse_bin)
+    return _Thresholds(tuple(chosen), tuple(tied), segments)
+
+
+def _guess(
+    ranks: Mapping[int, int], numel: int, operations: Operations
+) -> Generator[Gather, Any, dict[int, int]]:
+    """By model, the bits of the magnitude that has this rank, as far as a sample can say."""
+    coarse = yield operations.coarse_histograms([*ranks], sample=True)
+    sampled = int(coarse[0].sum())
+    places = {
+        model: operations.select_bin(counts, max(1, rank * sampled // numel))
+        for (model, rank), counts in zip(ranks.items(), coarse, strict=True)
+    }
+    middles = {model: _middle(coarse_bin) for model, (coarse_bin, _) in places.items()}
+    fine = yield operations.fine_histograms(middles, sample=True)
+    guesses = {}
+    for index, (model, rank) in enumerate(ranks.items()):
+        left = max(1, rank * sampled // numel) - places[model][1]
+        guesses[model] = window(middles[model]) + operations.select_bin(fine.bins(index), left)[0]
+    return guesses
+
+
+def _middle(coarse_bin: int) -> int:
+    """Bits of the magnitude whose window is a coarse bin."""
+    return coarse_bin * FINE_BINS + FINE_BINS // 2
+
+
+def _ties_left(
+    thresholds: Sequence[TrimThreshold], segments: Sequence[SegmentCounts] | None
+) -> Callable[[int], Counts]:
+    """From a segment's number to the equal entries of each model that are left to keep there.
+
+    Where segments were not counted, every equal entry is kept.
+    """
+    ties = np.array([threshold.ties for threshold in thresholds])
+    if segments is None:
+        return lambda _: ties.copy()
+    tied = [each.counts[:, 1] for each in segments]
+    before = [*itertools.accumulate(tied, initial=np.zeros_like(ties))]
+    return lambda number: ties - before[number]
 
 
 def _trim_findings(
-    ranks: list[int], thresholds: list[TrimThreshold], tied: list[int]
+    tasks: Sequence[TensorTask],
+    ranks: Sequence[int],
+    thresholds: _Thresholds,
+    segments: Sequence[SegmentCounts] | None,
+) -> dict[str, Mapping[str, Any]]:
+    """Per tensor and model: entries kept, the smallest magnitude kept, how many share it."""
+    ties = [threshold.ties for threshold in thresholds.chosen]
+    if segments is None:
+        found = _found(ranks, thresholds.chosen, thresholds.tied, ties)
+        return {task.name: {"trim": found} for task in tasks}
+    findings: dict[str, Mapping[str, Any]] = {}
+    left = np.array(ties)
+    for task in tasks:
+        above, tied = np.sum([each.counts for each in segments if each.name == task.name], axis=0).T
+        kept = np.clip(left, 0, tied)
+        left -= tied
+        found = _found((above + kept).tolist(), thresholds.chosen, tied.tolist(), kept.tolist())
+        findings[task.name] = {"trim": found}
+    return findings
+
+
+def _found(
+    kept: Sequence[int],
+    thresholds: Sequence[TrimThreshold],
+    tied: Sequence[int],
+    tied_kept: Sequence[int],
 ) -> list[dict[str, Any]]:
-    """Per model: entries kept, the smallest magnitude kept (if any), and how many share it."""
+    """What was found out about each model's task vector."""
+    numbers = zip(kept, map(magnitude, thresholds), tied, tied_kept, strict=True)
     return [
         {
-            "kept": rank,
-            "threshold": ties_utils.magnitude(threshold) if rank else None,
-            "tied": count,
-            "tied_kept": threshold.ties,
+            "kept": each,
+            "threshold": smallest if math.isfinite(smallest) else None,
+            "tied": equal,
+            "tied_kept": equal_kept,
         }
-        for rank, threshold, count in zip(ranks, thresholds, tied, strict=True)
+        for each, smallest, equal, equal_kept in numbers
     ]
 
 
-def merge_dare(task: TensorTask) -> Passes:
+def merge_dare(tasks: Sequence[TensorTask], operations: Operations) -> Passes:
     """`dare_utils.dare_linear` and `dare_ties`: masks are made per block from the element index."""
+    (task,) = tasks
     parameters = task.parameters
     densities, rescale = parameters["densities"], parameters["rescale"]
-    keys = [
-        dare_utils.mask_key(parameters["seed"], str(model), task.name)
-        for model in range(len(densities))
-    ]
-
-    def dropped(block: Block) -> list[Tensor]:
-        return [
-            dare_utils.drop(delta, density, key, block.start)
-            for delta, density, key in zip(block.deltas, densities, keys, strict=True)
-        ]
-
-    norms = [(math.nan, math.nan)] * len(densities)
+    models = range(len(densities))
+    keys = tuple(mask_key(parameters["seed"], str(model), task.name) for model in models)
+    norms = [(math.nan, math.nan)] * len(keys)
     if rescale == "l1":
-        parts = yield Gather(
-            lambda block: [dare_utils.absolute_parts(d) for d in (*block.deltas, *dropped(block))],
-            _join_lists,
-        )
-        sums = [math.fsum(part) for part in parts]
+        parts = yield operations.absolute_parts(Drop(keys, densities, (1.0,) * len(keys)))
+        sums = parts.totals()
         norms = list(zip(sums[: len(keys)], sums[len(keys) :], strict=True))
-    factors = [
-        dare_utils.rescale_factor(rescale, density, *norm)
+    factors = tuple(
+        rescale_factor(rescale, density, *norm)
         for density, norm in zip(densities, norms, strict=True)
-    ]
-
-    def merge(block: Block) -> Tensor:
-        deltas = [delta * factor for delta, factor in zip(dropped(block), factors, strict=True)]
-        if parameters["variant"] == "ties":
-            return _elect(block, deltas, parameters)
-        delta = combine_deltas(deltas, parameters["weights"], normalize=parameters["normalize"])
-        return add_task_vector(_base(block), delta, parameters["lam"])
-
-    return Merge(merge, {"rescale_factors": factors})
+    )
+    elect = parameters["variant"] == "ties"
+    task_vectors = _task_vectors(parameters, Drop(keys, densities, factors), elect=elect)
+    findings = {task.name: {"rescale_factors": factors}}
+    return Merge(operations.merge_task_vectors(task_vectors), findings=findings)
 
 
-def _elect(block: Block, deltas: list[Tensor], parameters: Mapping[str, Any]) -> Tensor:
+def _task_vectors(
+    parameters: Mapping[str, Any],
+    sparsify: Trim | TrimRows | Drop | None = None,
+    *,
+    elect: bool = False,
+) -> TaskVectorMerge:
     weights, lam, normalize = (parameters[name] for name in ("weights", "lam", "normalize"))
-    return elect_and_merge(_base(block), deltas, weights, lam, normalize)
-
-
-def _base(block: Block) -> Tensor:
-    assert block.base is not None  # the plan gives one to every method that uses it
-    return block.base
-
-
-def _add_each(left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
-    """Add histogram by histogram, in place: a new one for each block costs as much as counting."""
-    return [a.add_(b) for a, b in zip(left, right, strict=True)]
-
-
-def _join_lists(left: list[list[Any]], right: list[list[Any]]) -> list[list[Any]]:
-    """Join list by list, in place: there can be many thousand blocks."""
-    for a, b in zip(left, right, strict=True):
-        a.extend(b)
-    return left
+    return TaskVectorMerge(weights, lam, normalize, elect, sparsify)
 
 
 def _check_normalizable(parameters: Mapping[str, Any]) -> None:
@@ -210,6 +308,12 @@ def _check_normalizable(parameters: Mapping[str, Any]) -> None:
 
 def _check_ties(parameters: Mapping[str, Any]) -> None:
     check_ties_weights(parameters["weights"], normalize=parameters["normalize"])
+
+
+def _ties_passes(parameters: Mapping[str, Any]) -> int:
+    """One to find the thresholds and one to merge; more where a sample is misleading."""
+    trims = any(0 < density < 1 for density in parameters["densities"])
+    return 2 if trims and parameters["trim_scope"] != "row" else 1
 
 
 def _check_dare(parameters: Mapping[str, Any]) -> None:
@@ -286,6 +390,7 @@ METHODS: dict[str, Method] = {
         passes=lambda _: 2,
         uses_base=False,
         model_count=2,
+        sums=lambda _, models: 3,
         remarks=_remark_on_slerp,
     ),
     "task_arithmetic": Method(
@@ -296,10 +401,24 @@ METHODS: dict[str, Method] = {
     ),
     "ties": Method(
         merge_ties,
-        (WEIGHTS, DENSITIES, LAM, _normalize(True, " of the models that agree")),
-        passes=lambda p: 4 if any(0 < density < 1 for density in p["densities"]) else 1,
+        (
+            WEIGHTS,
+            DENSITIES,
+            LAM,
+            _normalize(True, " of the models that agree"),
+            Parameter(
+                "trim_scope",
+                str,
+                "tensor",
+                "what a density is a share of: each tensor, each of its rows, or the whole model",
+                choices=TRIM_SCOPES,
+            ),
+        ),
+        passes=_ties_passes,
         check=_check_ties,
         advice=_advise,
+        whole_model=lambda p: p["trim_scope"] == "model",
+        bins=FINE_BINS,
     ),
     "dare": Method(
         merge_dare,
@@ -307,7 +426,7 @@ METHODS: dict[str, Method] = {
             WEIGHTS,
             DENSITIES,
             LAM,
-            Parameter("seed", int, 0, "seed of the random masks", dare_utils.check_seed),
+            Parameter("seed", int, 0, "seed of the random masks", check_seed),
             Parameter(
                 "variant",
                 str,
@@ -320,11 +439,12 @@ METHODS: dict[str, Method] = {
                 str,
                 "inverse_density",
                 "how kept entries are scaled up: by 1/density, to the same L1 norm, or not",
-                choices=dare_utils.RESCALES,
+                choices=RESCALES,
             ),
             _normalize(False, ""),
         ),
         passes=lambda p: 2 if p["rescale"] == "l1" else 1,
+        sums=lambda p, models: 2 * models if p["rescale"] == "l1" else 0,
         check=_check_dare,
         advice=_advise,
     ),

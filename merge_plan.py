@@ -68,6 +68,13 @@ class Plan:
         return self.models if self.base is None else [self.base, *self.models]
 
     @property
+    def groups(self) -> list[list[TensorTask]]:
+        """The tensors that are merged together: each alone, or all of them."""
+        if self.method.whole_model(self.parameters):
+            return [self.tasks]
+        return [[task] for task in self.tasks]
+
+    @property
     def passes(self) -> int:
         """How often the inputs are read."""
         return self.method.passes(self.parameters)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from merge_report import format_bytes
+from model_utils import format_bytes
 
 SECONDS_BETWEEN_LINES = 10.0
 

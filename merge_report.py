@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from merge_memory import Fit
 from merge_plan import Plan, free_bytes
-from merge_stream import BLOCK_ELEMENTS
 from model_checks import EMBEDDING, is_tied
-from model_utils import ModelFolder, rows_of
+from model_utils import ModelFolder, format_bytes
 
 REPORT_FILE = "merge_report.json"
 OWN_FILES = ("README.md", "config.json", REPORT_FILE)
@@ -57,6 +57,7 @@ class PlanReport:
         write_bytes: of the result's tensors.
         download_bytes: of weights that are on the Hub only.
         memory_bytes: highest memory of the process, without files that the system caches.
+        threads: that are used.
         disk_free: where the output is to be; None where no output is named.
         files: what the result has besides weights, in the order of names.
         files_left: what the first model has and the result does not.
@@ -77,6 +78,7 @@ class PlanReport:
     write_bytes: int
     download_bytes: int
     memory_bytes: int
+    threads: int
     disk_free: int | None
     files: tuple[str, ...]
     files_left: tuple[str, ...]
@@ -90,7 +92,7 @@ class PlanReport:
         """The plan as lines of text."""
         words = self.vocabulary
         lines = [f"method      {self.method}"]
-        lines += [f"  {name:<10}{_shown(value)}" for name, value in self.parameters.items()]
+        lines += [f"  {name:<9} {_shown(value)}" for name, value in self.parameters.items()]
         lines += [f"{model.role:<12}{_described(model)}" for model in self.models]
         lines += [
             f"output      {self.output_dir or 'not named'}, {self.dtype}",
@@ -108,8 +110,8 @@ class PlanReport:
             f"read        {format_bytes(self.read_bytes)} in {self.passes} "
             f"pass{'es' if self.passes > 1 else ''}",
             f"write       {format_bytes(self.write_bytes)}",
-            f"memory      about {format_bytes(self.memory_bytes)} with Python and torch, without "
-            "their files",
+            f"memory      at most {format_bytes(self.memory_bytes)}, libraries included, "
+            f"without cached files; {self.threads} thread{'s' if self.threads > 1 else ''}",
         ]
         if self.download_bytes:
             lines.append(f"download    {format_bytes(self.download_bytes)}")
@@ -118,16 +120,15 @@ class PlanReport:
         return "\n".join(lines + [f"note        {note}" for note in self.notes])
 
 
-def plan_report(plan: Plan, threads: int, memory_now: int) -> PlanReport:
+def plan_report(plan: Plan, fit: Fit) -> PlanReport:
     """A plan as it is shown.
 
     Args:
         plan: the plan; its models may be open by their headers alone.
-        threads: blocks worked on at once.
-        memory_now: what this process takes before the merge, in bytes.
+        fit: how it is made to fit into memory.
     """
     recipe = plan.recipe
-    notes = list(plan.notes)
+    notes = [*plan.notes, *fit.notes]
     free = None if recipe.output_dir is None else free_bytes(recipe.output_dir)
     if free is not None and free < plan.write_bytes:
         notes.append("the disk has too little room; the merge would be refused")
@@ -145,7 +146,8 @@ def plan_report(plan: Plan, threads: int, memory_now: int) -> PlanReport:
         read_bytes=plan.read_bytes,
         write_bytes=plan.write_bytes,
         download_bytes=plan.download_bytes,
-        memory_bytes=memory_now + working_bytes(plan, threads),
+        memory_bytes=fit.memory_bytes,
+        threads=fit.threads,
         disk_free=free,
         files=tuple(sorted((*OWN_FILES, *plan.carried.names))),
         files_left=plan.carried.left,
@@ -198,19 +200,6 @@ def _rows(count: int, what: str) -> str:
 
 def _shown(value: Any) -> str:
     return ", ".join(str(entry) for entry in value) if isinstance(value, tuple) else str(value)
-
-
-def working_bytes(plan: Plan, threads: int) -> int:
-    """About how much memory a merge takes beside what the process takes already.
-
-    Per thread a few float32 blocks for each input, and what up to three spans have gathered (for
-    TIES, a histogram per model).
-    """
-    rows = (rows_of(task.info.shape) for task in plan.tasks)
-    longest = max(min(count * length, max(BLOCK_ELEMENTS, length)) for count, length in rows)
-    blocks = threads * (plan.method.copies * len(plan.sources) + 4) * 4 * longest
-    gathered = 3 * threads * len(plan.models) * 2**19 if plan.passes > 1 else 0
-    return blocks + gathered
 
 
 @dataclass(frozen=True)
@@ -267,15 +256,3 @@ class MergeReport:
         if self.files_left:
             lines.append(f"left behind: {', '.join(self.files_left)}")
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
-
-
-def format_bytes(count: float) -> str:
-    """A size for people, in decimal units.
-
-    >>> format_bytes(2200000000), format_bytes(512)
-    ('2.20 GB', '512 bytes')
-    """
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count:.0f} bytes"

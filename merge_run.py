@@ -2,19 +2,19 @@
 
 import errno
 import json
-import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from merge_card import model_card, saved_report
+from merge_memory import Fit, anonymous_memory, fit_memory, peak_memory
+from merge_operations import arithmetic, make_operations
 from merge_plan import Plan, free_bytes, open_plan, usable_cores
 from merge_progress import progress_bar
 from merge_recipe import Recipe
@@ -22,7 +22,6 @@ from merge_report import (
     REPORT_FILE,
     MergeReport,
     PlanReport,
-    format_bytes,
     plan_report,
     vocabulary_summary,
 )
@@ -31,34 +30,99 @@ from model_checks import HEAD
 from model_errors import ModelCompatibilityError
 from model_prep import resize_vocabulary, set_special_ids, warn_about
 from model_small_files import GENERATION
-from model_utils import FolderWriter, get_llama, parse_size
+from model_utils import FolderWriter, format_bytes, get_llama, parse_size
 from model_verify import verify_folder
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
 
-def plan(recipe: Recipe, *, device: str = "cpu", threads: int | None = None) -> PlanReport:
+@dataclass(frozen=True)
+class RunSettings:
+    """How a merge is run; nothing here changes the result on a CPU.
+
+    Attributes:
+        device: where to compute, "cpu" or "cuda".
+        threads: segments worked on at once; by default one per core.
+        max_memory: most memory of the process, such as "2GB" or a number of bytes, without files
+            that the system caches; by default a merge takes about 200 MB, and there is no limit.
+        progress: show how far it is, on stderr.
+    """
+
+    device: str = "cpu"
+    threads: int | None = None
+    max_memory: str | int | None = None
+    progress: bool = True
+
+    def problems(self) -> list[str]:
+        """What is wrong with them."""
+        problems = []
+        if self.threads is not None and not (type(self.threads) is int and self.threads >= 1):
+            problems.append(f"threads must be a whole number of at least 1, got {self.threads!r}")
+        if self.max_memory is not None:
+            try:
+                parse_size(self.max_memory)
+            except ValueError as error:
+                problems.append(f"max_memory: {error}")
+        return [*problems, *_device_problems(self.device)]
+
+    def fit(self, plan: Plan, beside: int = 0) -> Fit:
+        """What fits into `max_memory`; `beside` are bytes that the result takes in memory.
+
+        Raises:
+            ValueError: nothing does.
+        """
+        limit = None if self.max_memory is None else parse_size(self.max_memory)
+        held = anonymous_memory() + beside
+        threads = self.threads or usable_cores()
+        return fit_memory(plan, arithmetic(self.device), threads, limit, held)
+
+
+def _device_problems(device: str) -> Iterator[str]:
+    if device == "cpu":
+        return
+    import torch
+
+    try:
+        if torch.device(device).type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are known")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        yield f"device {device!r} cannot be used here ({reason}). Use device 'cpu'"
+
+
+def plan(
+    recipe: Recipe,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    max_memory: str | int | None = None,
+) -> PlanReport:
     """What a merge would do, from config.json, tokenizer files and headers alone.
 
     Of models on the Hub that the cache lacks, only these are fetched; no weights are read.
 
     Arguments and errors as `merge_to_folder`; the recipe needs no `output_dir`.
     """
-    with open_plan(recipe, settings_problems(device, threads), weights=False) as opened:
-        return plan_report(opened, threads or usable_cores(), anonymous_memory())
+    settings = RunSettings(device, threads, max_memory)
+    with open_plan(recipe, settings.problems(), weights=False) as opened:
+        return plan_report(opened, settings.fit(opened))
 
 
 def merge_to_folder(
-    recipe: Recipe, *, device: str = "cpu", threads: int | None = None, progress: bool = True
+    recipe: Recipe,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    max_memory: str | int | None = None,
+    progress: bool = True,
 ) -> MergeReport:
     """Merge model folders into a new folder, in memory that does not grow with the models.
 
     Args:
         recipe: with an `output_dir`.
-        device: where to compute, "cpu" or "cuda".
-        threads: blocks worked on at once; by default one per core.
-        progress: show how far it is, on stderr.
+        device, threads, max_memory, progress: see `RunSettings`.
 
     Raises:
         ValueError: something is wrong with the parameters or the output.
@@ -68,12 +132,14 @@ def merge_to_folder(
     if recipe.output_dir is None:
         raise ValueError("output_dir must name the folder to make, got None")
     started = time.monotonic()
-    with _open_for_merging(recipe, device, threads) as plan:
+    settings = RunSettings(device, threads, max_memory, progress)
+    with _open_for_merging(recipe, settings) as plan:
+        fit = settings.fit(plan)
         _check_space(recipe.output_dir, plan.write_bytes)
         size = parse_size(recipe.max_shard_size)
         with FolderWriter(recipe.output_dir, plan.tensors, size) as writer:
-            findings = _stream(plan, writer, device, threads, progress)
-            report = _report(plan, findings, started)
+            findings = _stream(plan, fit, writer, settings)
+            report = _report(plan, fit, findings, started)
             _write_small_files(plan, report, writer)
             _verify(writer.partial, recipe.output_dir)
             writer.commit()
@@ -81,9 +147,9 @@ def merge_to_folder(
 
 
 @contextmanager
-def _open_for_merging(recipe: Recipe, device: str, threads: int | None) -> Iterator[Plan]:
+def _open_for_merging(recipe: Recipe, settings: RunSettings) -> Iterator[Plan]:
     """A plan whose weights can be read; what speaks against it is said before any download."""
-    problems = settings_problems(device, threads)
+    problems = settings.problems()
     with open_plan(recipe, problems, weights=False) as plan:
         if not plan.download_bytes:
             yield plan
@@ -116,7 +182,12 @@ def _verify(partial: Path, output_dir: Path) -> None:
 
 
 def merge_to_model(
-    recipe: Recipe, *, device: str = "cpu", threads: int | None = None, progress: bool = True
+    recipe: Recipe,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    max_memory: str | int | None = None,
+    progress: bool = True,
 ) -> "PreTrainedModel":
     """Merge model folders into one transformers model, float32, on the CPU.
 
@@ -125,14 +196,16 @@ def merge_to_model(
     Arguments and errors as `merge_to_folder`; the recipe has no `output_dir` and no `dtype`.
     Warns (`UserWarning`) with what the report would note on how the models are brought together.
     """
-    with _open_for_merging(replace(recipe, dtype="float32"), device, threads) as plan:
+    settings = RunSettings(device, threads, max_memory, progress)
+    with _open_for_merging(replace(recipe, dtype="float32"), settings) as plan:
+        fit = settings.fit(plan, beside=plan.write_bytes)
         warn_about(plan.alignment, stacklevel=4)
         model = get_llama(plan.template.path)
         resize_vocabulary(model, plan.alignment.vocabulary.rows, tied=plan.alignment.tied)
         set_special_ids(model, plan.alignment.special_ids)
         model.generation_config = _generation_config(plan, model)
         _check_names(plan, model)
-        _stream(plan, ModelSink(model), device, threads, progress)
+        _stream(plan, fit, ModelSink(model), settings)
         return model
 
 
@@ -161,34 +234,30 @@ class ModelSink:
     """Writes merged rows into a model in memory."""
 
     def __init__(self, model: "PreTrainedModel") -> None:
-        self.tensors: Mapping[str, Tensor] = model.state_dict()
+        self.tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
 
-    def write_rows(self, name: str, first: int, rows: Tensor) -> None:
+    def write_rows(self, name: str, first: int, rows: NDArray[np.float32]) -> None:
         """As `FolderWriter.write_rows`."""
-        self.tensors[name].view(-1, rows.shape[1])[first : first + len(rows)] = rows
+        self.tensors[name].reshape(-1, rows.shape[1])[first : first + len(rows)] = rows
 
 
 def _stream(
-    plan: Plan, sink: Sink, device: str, threads: int | None, progress: bool
+    plan: Plan, fit: Fit, sink: Sink, run_settings: RunSettings
 ) -> dict[str, Mapping[str, Any]]:
-    with progress_bar(plan.read_bytes, plan.recipe.method, show=progress) as on_bytes:
-        settings = StreamSettings(device, threads or usable_cores(), on_bytes=on_bytes)
-        return stream(plan.tasks, plan.method.merge_tensor, plan.base, plan.models, sink, settings)
-
-
-def settings_problems(device: str, threads: int | None) -> list[str]:
-    """What is wrong with how a merge is to be run."""
-    problems = []
-    if threads is not None and not (type(threads) is int and threads >= 1):
-        problems.append(f"threads must be a whole number of at least 1, got {threads!r}")
-    try:
-        if torch.device(device).type not in ("cpu", "cuda"):
-            raise RuntimeError("only cpu and cuda are known")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        problems.append(f"device {device!r} cannot be used here ({reason}). Use device 'cpu'")
-    return problems
+    with (
+        make_operations(run_settings.device) as operations,
+        progress_bar(plan.read_bytes, plan.recipe.method, show=run_settings.progress) as on_bytes,
+    ):
+        settings = StreamSettings(fit.threads, fit.block_bytes, on_bytes)
+        return stream(
+            plan.groups,
+            lambda tasks: plan.method.merge(tasks, operations),
+            plan.passes,
+            operations,
+            plan.sources,
+            sink,
+            settings,
+        )
 
 
 def _check_space(output_dir: Path, need: int) -> None:
@@ -201,22 +270,9 @@ def _check_space(output_dir: Path, need: int) -> None:
         )
 
 
-def peak_memory() -> int:
-    """Highest resident memory of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def anonymous_memory() -> int:
-    """What this process takes now beside files that the system caches, in bytes."""
-    status = Path("/proc/self/status")
-    if not status.exists():  # not Linux: what it took at most
-        return peak_memory()
-    (line,) = (line for line in status.read_text().splitlines() if line.startswith("RssAnon:"))
-    return int(line.split()[1]) * 1024
-
-
-def _report(plan: Plan, findings: Mapping[str, Mapping[str, Any]], started: float) -> MergeReport:
+def _report(
+    plan: Plan, fit: Fit, findings: Mapping[str, Mapping[str, Any]], started: float
+) -> MergeReport:
     recipe = plan.recipe
     return MergeReport(
         method=recipe.method,
@@ -233,6 +289,6 @@ def _report(plan: Plan, findings: Mapping[str, Mapping[str, Any]], started: floa
         peak_memory=peak_memory(),
         files_carried=plan.carried.names,
         files_left=plan.carried.left,
-        notes=(*plan.notes, *plan.method.remarks(findings)),
+        notes=(*plan.notes, *fit.notes, *plan.method.remarks(findings)),
         findings=findings,
     )

@@ -1,39 +1,52 @@
 """The one loop of every merge: read a block of rows of all models, compute, write.
 
-It knows blocks, buffers, threads and progress, and no math. A method gives it a generator per
-tensor (see `Passes`): the generator asks for passes over the tensor, receives what they
+It knows blocks, memory, threads and progress, and no math. A method gives it a generator per
+group of tensors (see `Passes`): the generator asks for passes over the group, receives what they
 gathered, and ends with the function that turns a block of every input into a block of output.
 
-Blocks are ranges of whole rows. What is gathered is folded in the order of the blocks, so the
-result does not depend on how many threads there are; that it does not depend on the size of the
-blocks either is up to what a method gathers (integer counts, and sums over runs within a row).
+A pass is cut into segments, each worked through by one thread, block by block. While a pass of
+one group comes to its end, the next group's first pass is under way, so that no thread waits.
+What segments gather is joined in their order, and blocks are whole rows. So the result depends on
+neither threads nor the size of blocks, as far as what a method gathers does not (integer counts,
+and sums over runs within a row).
 """
 
 import functools
-import math
+import itertools
+import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from model_errors import ModelCompatibilityError
 from model_rows import MappedRows
-from model_safetensors import FLOAT_DTYPES, TensorInfo
+from model_safetensors import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo, widen
 from model_utils import rows_of
 from model_vocabulary import MISSING, RowMap
 
-T = TypeVar("T")
+BLOCK_BYTES = 2**21
+"""Bytes of a block, all inputs and the result together: it stays in a core's cache."""
 
-BLOCK_ELEMENTS = 2**17
-"""Elements of one tensor in a block: a float32 block of one model is 512 KB and stays in cache."""
-
-SPAN_BLOCKS = 16
+SEGMENT_BLOCKS = 16
 """Consecutive blocks that a thread works through before it hands in what it gathered."""
+
+SAMPLE_STEP, SAMPLE_SHARE = 8, 4
+"""A sample is a quarter of the rows of every eighth block of a segment."""
+
+UNDER_WAY = 3
+"""Segments handed out per thread: one is worked on, the others are read ahead."""
+
+LARGEST = {"F32": 3.40282e38, "F16": 65504, "BF16": 3.38953e38}
+"""The largest finite value of each dtype."""
+
+_ALIGNMENT = 64
+_KINDS = {dtype: kind for kind, dtype in enumerate(FLOAT_DTYPES)}
 
 
 class Source(Protocol):
@@ -47,14 +60,19 @@ class Source(Protocol):
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Dtype and shape of every tensor, by name."""
 
-    def read_rows(self, name: str, first: int, stop: int, buffer: Tensor) -> Tensor:
+    def read_rows(
+        self, name: str, first: int, stop: int, buffer: NDArray[np.uint8]
+    ) -> NDArray[Any]:
         """Rows of a tensor as stored; see `ModelFolder.read_rows`."""
+
+    def read_ahead(self, name: str, first: int, stop: int) -> None:
+        """Rows that will be read soon; see `ModelFolder.read_ahead`."""
 
 
 class Sink(Protocol):
     """Where merged rows go; a `FolderWriter` is one."""
 
-    def write_rows(self, name: str, first: int, rows: Tensor) -> None:
+    def write_rows(self, name: str, first: int, rows: NDArray[Any]) -> None:
         """Take merged rows, from row `first` on; see `FolderWriter.write_rows`."""
 
 
@@ -77,52 +95,122 @@ class TensorTask:
     row_map: RowMap | None = None
 
 
-@dataclass(frozen=True)
-class Block:
-    """The same rows of every model, float32, on the device.
+class Layout:
+    """Where the inputs of a block and its result lie in a thread's memory.
 
     Attributes:
-        index: position among the blocks of the tensor.
-        first: the first row.
-        start: flat index of the first element in the tensor.
-        base: (rows, row length), or None for methods without a base.
-        models: the fine-tuned models, each (rows, row length).
+        name: of the tensor.
+        dtypes: of the inputs, the base (if any) first, then of the result; safetensors names.
+        rows: how many a block has at most.
+        row_length: elements of a row.
+        offsets: of each, in bytes; `places` the same, for kernels (int64).
+        kinds: 0 for float32, 1 for float16, 2 for bfloat16 (int64).
+        nbytes: memory for one block.
     """
 
-    index: int
-    first: int
-    start: int
-    base: Tensor | None
-    models: list[Tensor]
+    def __init__(self, task: TensorTask, inputs: Sequence[str], block_bytes: int) -> None:
+        if task.row_map is not None:
+            inputs = ["F32"] * len(inputs)  # as `MappedRows` gives them
+        self.name = task.name
+        self.dtypes = (*inputs, task.info.dtype)
+        sizes = [FLOAT_DTYPES[dtype].itemsize for dtype in self.dtypes]
+        rows, self.row_length = rows_of(task.info.shape)
+        self.rows = max(1, min(rows, block_bytes // max(1, sum(sizes) * self.row_length)))
+        each = [self.rows * self.row_length * size for size in sizes]
+        padded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in each]
+        self.offsets = [*itertools.accumulate(padded, initial=0)][:-1]
+        self.places = np.array(self.offsets)
+        self.kinds = np.array([_KINDS[dtype] for dtype in self.dtypes])
+        self.nbytes = sum(padded)
 
-    @functools.cached_property
-    def deltas(self) -> list[Tensor]:
-        """The task vectors `model - base`."""
-        if self.base is None:
-            raise ValueError("there are no task vectors without a base")
-        return [model - self.base for model in self.models]
+
+class Block(NamedTuple):
+    """The same rows of every input as they are stored, and room for the result.
+
+    Attributes:
+        memory: the thread's; the next block overwrites it.
+        layout: where in it the inputs lie.
+        first: the first row.
+        rows: how many.
+    """
+
+    memory: NDArray[np.uint8]
+    layout: Layout
+    first: int
+    rows: int
+
+    @property
+    def start(self) -> int:
+        """Flat index of the first element in the tensor."""
+        return self.first * self.layout.row_length
+
+    @property
+    def size(self) -> int:
+        """Elements of each input."""
+        return self.rows * self.layout.row_length
+
+    def stored(self, index: int) -> NDArray[Any]:
+        """An input as it is stored, shape (rows, row length); index -1 is the result."""
+        dtype = FLOAT_DTYPES[self.layout.dtypes[index]]
+        offset = self.layout.offsets[index]
+        values = self.memory[offset : offset + self.size * dtype.itemsize].view(dtype)
+        return values.reshape(self.rows, self.layout.row_length)
+
+    def values(self, index: int) -> NDArray[np.float32]:
+        """An input (or the result, -1) in float32, shape (rows, row length)."""
+        return widen(self.stored(index), self.layout.dtypes[index])
 
 
 class Gather(NamedTuple):
-    """A pass that collects something: `function` per block, joined by `fold` in block order."""
+    """A pass that collects something.
 
-    function: Callable[[Block], Any]
+    Attributes:
+        start: an empty collection, for each segment of the pass.
+        take: puts what it finds in a block into the collection.
+        fold: joins the collections of two neighbouring stretches of segments.
+        sample: look at a sample of the rows alone.
+    """
+
+    start: Callable[[], Any]
+    take: Callable[[Block, Any], None]
     fold: Callable[[Any, Any], Any]
+    sample: bool = False
 
 
 class Merge(NamedTuple):
-    """The last pass: `function` turns a block of every model into a block of the result.
+    """The last pass.
 
-    `findings` is what the method found out about the tensor, for the report.
+    Attributes:
+        take: fills the block's result. It is also given what `start` made for the segment, and may
+            change it: a segment's blocks come in their order.
+        start: from the number of a segment within the pass to what its first block is given.
+        findings: what the method found out, by tensor name, for the report.
     """
 
-    function: Callable[[Block], Tensor]
-    findings: Mapping[str, Any] = {}
+    take: Callable[[Block, Any], None]
+    start: Callable[[int], Any] = lambda _: None
+    findings: Mapping[str, Mapping[str, Any]] = {}
 
 
 Passes = Generator[Gather, Any, Merge]
-"""What a method does with one tensor: any number of `Gather`, each answered with what was
+"""What a method does with a group of tensors: any number of `Gather`, each answered with what was
 gathered, then `Merge`. A method that gathers nothing is a plain function returning `Merge`."""
+
+
+class Arithmetic(Protocol):
+    """What the loop itself asks of the arithmetic; `merge_operations.Operations` has the rest."""
+
+    def memory(self, size: int) -> NDArray[np.uint8]:
+        """Memory for a thread's blocks."""
+
+    def broken_inputs(self, block: Block) -> Sequence[int]:
+        """Which inputs hold NaN or infinity."""
+
+    def result_is_finite(self, block: Block) -> bool:
+        """Whether the result holds no NaN and no infinity."""
+
+    def start_thread(self) -> None:
+        """Called once in every thread that computes."""
 
 
 @dataclass(frozen=True)
@@ -130,33 +218,35 @@ class StreamSettings:
     """How a merge is run; nothing here changes a bit of the result on the CPU.
 
     Attributes:
-        device: where to compute, such as "cpu" or "cuda"; blocks travel there and back.
-        threads: blocks worked on at once.
-        block_elements: elements of each model in a block (at least one row is taken).
+        threads: segments worked on at once.
+        block_bytes: memory of a block (at least one row is taken).
         on_bytes: told how many bytes of input have been read since the last call.
     """
 
-    device: str = "cpu"
     threads: int = 1
-    block_elements: int = BLOCK_ELEMENTS
+    block_bytes: int = BLOCK_BYTES
     on_bytes: Callable[[int], None] = lambda _: None
 
 
 def stream(
-    tasks: Sequence[TensorTask],
-    merge_tensor: Callable[[TensorTask], Passes | Merge],
-    base: Source | None,
-    models: Sequence[Source],
+    groups: Sequence[Sequence[TensorTask]],
+    merge_group: Callable[[Sequence[TensorTask]], Passes | Merge],
+    passes: int,
+    operations: Arithmetic,
+    sources: Sequence[Source],
     sink: Sink,
     settings: StreamSettings,
 ) -> dict[str, Mapping[str, Any]]:
-    """Merge tensor by tensor, block by block.
+    """Merge group by group, segment by segment, block by block.
 
     Args:
-        tasks: the tensors of the result, in the order in which they are made.
-        merge_tensor: the method.
-        base: the common ancestor, or None for a method without one.
-        models: the fine-tuned models.
+        groups: the tensors of the result, in the order in which they are made. Those of a group
+            share what is gathered.
+        merge_group: the method.
+        passes: how often it reads a group, as far as that can be known; what `settings.on_bytes`
+            is told adds up to so many times the inputs.
+        operations: the arithmetic that it uses.
+        sources: the models, the base (if any) first.
         sink: takes the merged rows.
 
     Returns:
@@ -167,234 +257,318 @@ def stream(
             output's dtype.
         OSError: reading or writing failed.
     """
-    findings = {}
-    buffers = _Buffers()
-    with _Workers(settings.threads) as workers:
-        for task in tasks:
-            if not task.info.numel:
-                continue  # nothing to read, to merge or to write
-            work = _TensorWork(task, base, models, settings, buffers, workers)
-            merge = _gather_all(merge_tensor(task), work)
-            work.run(functools.partial(write_block, merge, task, sink), lambda *_: None)
-            findings[task.name] = merge.findings
+    findings: dict[str, Mapping[str, Any]] = {}
+    failures: list[tuple[int, BaseException]] = []
+    reader = _Reader(sources, sink, operations, settings)
+    waiting = deque([task for task in tasks if task.info.numel] for tasks in groups)
+    under_way: list[_GroupWork] = []
+    done: queue.SimpleQueue[tuple[_Job, Future[Any]]] = queue.SimpleQueue()
+    given, returned = 0, 0
+
+    with _Workers(settings.threads, operations.start_thread, reader.stopping) as pool:
+        while True:
+            # What waits for an earlier segment counts as well: it takes memory.
+            busy = given - returned + sum(group.held for group in under_way)
+            while not failures and busy < UNDER_WAY * settings.threads:
+                group = next((each for each in under_way if each.left), None)
+                if group is not None:
+                    job = _Job(given, group, group.left.popleft())
+                    if not group.is_read:
+                        reader.read_ahead(job.segment)
+                    check = not group.is_read
+                    future = pool.submit(reader.work, group.request, job.segment, check=check)
+                    # Not a cycle of job and future: it would keep what was gathered alive.
+                    future.add_done_callback(functools.partial(_hand_in, done, job))
+                    given, busy = given + 1, busy + 1
+                elif waiting:
+                    tasks = waiting.popleft()
+                    if tasks:
+                        segments = [*reader.segments(tasks)]
+                        under_way.append(_GroupWork(merge_group(tasks), segments, passes))
+                else:
+                    break
+            if given == returned:
+                break
+            job, future = done.get()
+            returned += 1
+            if error := future.exception():
+                failures.append((job.number, error))
+                continue
+            settings.on_bytes(job.group.credit() * job.segment.nbytes)
+            job.group.finish(job.segment, future.result())
+            del future  # and with it what was gathered
+            if job.group.merge is not None:
+                findings.update(job.group.merge.findings)
+                under_way.remove(job.group)
+        if failures:  # the first in the order of the tensors, whichever thread was faster
+            raise min(failures, key=lambda failure: failure[0])[1]
     return findings
 
 
-def _gather_all(passes: Passes | Merge, work: "_TensorWork") -> Merge:
-    """Run the passes that a method asks for, up to its last one."""
-    if isinstance(passes, Merge):
-        return passes
-    answer: Any = None
-    while True:
+class _Job(NamedTuple):
+    """One pass over one segment, given to the pool.
+
+    Attributes:
+        number: in the order in which jobs are given.
+        group, segment: what is worked on.
+    """
+
+    number: int
+    group: "_GroupWork"
+    segment: "_Segment"
+
+
+def _hand_in(
+    done: "queue.SimpleQueue[tuple[_Job, Future[Any]]]", job: _Job, future: "Future[Any]"
+) -> None:
+    done.put((job, future))
+
+
+class _Segment(NamedTuple):
+    """Rows of one tensor that one thread works through.
+
+    Attributes:
+        number: among the segments of the group.
+        task: the tensor.
+        layout: of its blocks.
+        mapped: reads its rows, where they are not the same in all models.
+        first, stop: rows.
+        nbytes: of all inputs.
+    """
+
+    number: int
+    task: TensorTask
+    layout: Layout
+    mapped: MappedRows | None
+    first: int
+    stop: int
+    nbytes: int
+
+
+class _GroupWork:
+    """A group of tensors on its way through its passes.
+
+    Attributes:
+        request: the pass that is under way.
+        left: its segments that no thread has been given yet.
+        is_read: whether an earlier pass has read all of the group.
+        merge: the last pass, once it is complete.
+    """
+
+    def __init__(self, passes: Passes | Merge, segments: Sequence[_Segment], expected: int) -> None:
+        self._passes = passes
+        self._segments = segments
+        self._to_credit = expected
+        self.is_read = False
+        self.merge: Merge | None = None
+        self._answer: Any = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin the next pass."""
+        self.request = self._next_request()
+        self.left = deque(self._segments)
+        self._results: dict[int, Any] = {}
+        self._joined = 0
+        self._answer = None
+
+    def credit(self) -> int:
+        """How many of the expected passes the one under way stands for; the last, for the rest."""
+        if isinstance(self.request, Merge):
+            return self._to_credit
+        return 0 if self.request.sample else int(self._to_credit > 1)
+
+    def _next_request(self) -> Gather | Merge:
+        if isinstance(self._passes, Merge):
+            return self._passes
         try:
-            gather = passes.send(answer)
+            return self._passes.send(self._answer)
         except StopIteration as stop:
             merge: Merge = stop.value
             return merge
-        answer = work.run(gather.function, gather.fold)
+
+    @property
+    def held(self) -> int:
+        """Segments whose results wait for those of an earlier one."""
+        return len(self._results)
+
+    def finish(self, segment: _Segment, result: Any) -> None:
+        """Take in what a segment gathered; after the last one the next pass begins."""
+        self._results[segment.number] = result
+        while self._joined in self._results:
+            gathered = self._results.pop(self._joined)
+            if isinstance(self.request, Gather):
+                self._answer = (
+                    self.request.fold(self._answer, gathered) if self._joined else gathered
+                )
+            self._joined += 1
+        if self._joined == len(self._segments):
+            self._end_pass()
+
+    def _end_pass(self) -> None:
+        if isinstance(self.request, Merge):
+            self.merge = self.request
+            return
+        self._to_credit -= self.credit()
+        self.is_read |= not self.request.sample
+        self._begin()
 
 
-def write_block(merge: Merge, task: TensorTask, sink: Sink, block: Block) -> None:
-    """Compute a block of the result, round it once to the output's dtype, write it."""
-    dtype = FLOAT_DTYPES[task.info.dtype]
-    merged = merge.function(block).to(dtype).cpu()
-    if not all_finite(merged):
-        raise ModelCompatibilityError(
-            f"{task.name}: {_where_not_finite(merged, block)} does not fit {dtype} "
-            f"(largest value {torch.finfo(dtype).max:g}). Choose another output dtype, or check "
-            "weights and lam"
-        )
-    sink.write_rows(task.name, block.first, merged)
-
-
-class _TensorWork:
-    """One tensor's blocks, worked on by the pool."""
+class _Reader:
+    """What a thread does with a segment: read, compute, write."""
 
     def __init__(
         self,
-        task: TensorTask,
-        base: Source | None,
-        models: Sequence[Source],
+        sources: Sequence[Source],
+        sink: Sink,
+        operations: Arithmetic,
         settings: StreamSettings,
-        buffers: "_Buffers",
-        workers: "_Workers",
     ) -> None:
-        self.task = task
-        self.base = base
-        self.sources = [*models] if base is None else [base, *models]
+        self.sources = sources
+        self.sink = sink
+        self.operations = operations
         self.settings = settings
-        self.buffers = buffers
-        self.workers = workers
-        self.checked = False
-        self.mapped = None
-        if task.row_map is not None:
-            self.mapped = MappedRows(self.sources, task.sources, task.row_map)
-        rows, self.row_length = rows_of(task.info.shape)
-        step = max(1, settings.block_elements // max(1, self.row_length))
-        self.blocks = [(first, min(first + step, rows)) for first in range(0, rows, step)]
+        self.stopping = threading.Event()
+        self._local = threading.local()
 
-    def run(self, function: Callable[[Block], T], fold: Callable[[T, T], T]) -> T:
-        """`function` of every block, folded in the order of the blocks; the pool does the work."""
-        check, self.checked = not self.checked, True
+    def segments(self, tasks: Sequence[TensorTask]) -> Iterator[_Segment]:
+        """The segments of a group, in the order of its tensors and their rows."""
+        number = 0
+        for task in tasks:
+            stored = [
+                source.tensors[name].dtype
+                for source, name in zip(self.sources, task.sources, strict=True)
+            ]
+            layout = Layout(task, stored, self.settings.block_bytes)
+            mapped = None
+            if task.row_map is not None:
+                mapped = MappedRows(self.sources, task.sources, task.row_map)
+            rows, row_length = rows_of(task.info.shape)
+            row_bytes = row_length * sum(FLOAT_DTYPES[dtype].itemsize for dtype in stored)
+            step = layout.rows * SEGMENT_BLOCKS
+            for first in range(0, rows, step):
+                stop = min(first + step, rows)
+                nbytes = (stop - first) * row_bytes
+                yield _Segment(number, task, layout, mapped, first, stop, nbytes)
+                number += 1
 
-        def work(span: range) -> T:
-            return functools.reduce(
-                fold, (function(self.read(index, check=check)) for index in span)
-            )
+    def read_ahead(self, segment: _Segment) -> None:
+        """Say which rows will be read soon."""
+        if segment.mapped is None:
+            for source, name in zip(self.sources, segment.task.sources, strict=True):
+                source.read_ahead(name, segment.first, segment.stop)
 
-        return functools.reduce(fold, self._over_spans(work))
+    def work(self, request: Gather | Merge, segment: _Segment, *, check: bool) -> Any:
+        """Work through a segment; what it gathered."""
+        merging, sample = isinstance(request, Merge), isinstance(request, Gather) and request.sample
+        state = request.start(segment.number) if isinstance(request, Merge) else request.start()
+        rows = segment.layout.rows
+        step, taken = (rows * SAMPLE_STEP, -(-rows // SAMPLE_SHARE)) if sample else (rows, rows)
+        for first in range(segment.first, segment.stop, step):
+            if self.stopping.is_set():
+                raise CancelledError
+            block = self._read(segment, first, min(first + taken, segment.stop))
+            if check and not sample and self.operations.broken_inputs(block):
+                self._refuse_inputs(segment.task, block)
+            request.take(block, state)
+            if merging:
+                if not self.operations.result_is_finite(block):
+                    _refuse_result(segment.task, block)
+                self.sink.write_rows(segment.task.name, first, block.stored(-1))
+        return state
 
-    def _over_spans(self, work: Callable[[range], T]) -> Iterator[T]:
-        """`work` of every span, in order.
-
-        Only a few spans are under way at once: what they gather can be larger than a block.
-        """
-        waiting: deque[tuple[range, Future[T]]] = deque()
-        for start in range(0, len(self.blocks), SPAN_BLOCKS):
-            span = range(start, min(start + SPAN_BLOCKS, len(self.blocks)))
-            waiting.append((span, self.workers.pool.submit(work, span)))
-            if len(waiting) > 2 * self.settings.threads:
-                yield self._finish(*waiting.popleft())
-        while waiting:
-            yield self._finish(*waiting.popleft())
-
-    def _finish(self, span: range, future: Future[T]) -> T:
-        result = future.result()
-        rows = self.blocks[span[-1]][1] - self.blocks[span[0]][0]
-        self.settings.on_bytes(rows * self.row_bytes())
-        return result
-
-    def row_bytes(self) -> int:
-        """Bytes of one row of all inputs."""
-        dtypes = (
-            source.tensors[name].dtype
-            for source, name in zip(self.sources, self.task.sources, strict=True)
-        )
-        return sum(FLOAT_DTYPES[dtype].itemsize for dtype in dtypes) * self.row_length
-
-    def read(self, index: int, *, check: bool) -> Block:
-        """Read one block of all inputs, as float32 on the device."""
-        if self.workers.stopping.is_set():
-            raise CancelledError
-        first, stop = self.blocks[index]
-        inputs = [
-            rows.to(device=self.settings.device, dtype=torch.float32)
-            for rows in self._rows(first, stop)
-        ]
-        start = first * self.row_length
-        base = None if self.base is None else inputs[0]
-        block = Block(index, first, start, base, inputs if base is None else inputs[1:])
-        if check:
-            self._check_finite(inputs, block)
+    def _read(self, segment: _Segment, first: int, stop: int) -> Block:
+        """The rows of every input, as they are stored, in the thread's memory."""
+        layout, task = segment.layout, segment.task
+        block = Block(self._memory(layout.nbytes), layout, first, stop - first)
+        if segment.mapped is not None:
+            inputs = [block.stored(index) for index in range(len(self.sources))]
+            segment.mapped.read(first, stop, inputs)
+            return block
+        for index, source in enumerate(self.sources):
+            memory = block.memory[layout.offsets[index] :]
+            source.read_rows(task.sources[index], first, stop, memory)
         return block
 
-    def _rows(self, first: int, stop: int) -> Iterator[Tensor]:
-        """The same rows of every input, on the CPU."""
-        if self.mapped is not None:
-            yield from self.mapped.read(first, stop, self.buffers.get)
-            return
-        size = (stop - first) * self.row_length * 4
-        for slot, (source, name) in enumerate(zip(self.sources, self.task.sources, strict=True)):
-            yield source.read_rows(name, first, stop, self.buffers.get(slot, size))
+    def _memory(self, size: int) -> NDArray[np.uint8]:
+        """The thread's own memory, used again for every block."""
+        memory: NDArray[np.uint8] | None = getattr(self._local, "memory", None)
+        if memory is None or len(memory) < size:
+            memory = self._local.memory = self.operations.memory(size)
+        return memory
 
-    def _check_finite(self, inputs: Sequence[Tensor], block: Block) -> None:
-        for model, values in enumerate(inputs):
-            if all_finite(values):
-                continue
-            values = self._own(model, values, block)
-            if all_finite(values):
+    def _refuse_inputs(self, task: TensorTask, block: Block) -> None:
+        for model in self.operations.broken_inputs(block):
+            values = _own(task.row_map, model, block)
+            if np.isfinite(values).all():
                 continue  # rows that stand in: their owner is among the inputs
-            source, name = self.sources[model], self.task.sources[model]
+            source, name = self.sources[model], task.sources[model]
             raise ModelCompatibilityError(
                 f"{source.label}: {name} has NaN or infinite weights: "
-                f"{_where_not_finite(values, block, self._row_of(model))}. The model is broken; "
-                "use another copy"
+                f"{_where_not_finite(values, block, _row_of(task.row_map, model))}. The model is "
+                "broken; use another copy"
             )
 
-    def _own(self, model: int, values: Tensor, block: Block) -> Tensor:
-        """Rows of a block with zeros where they are not the model's own."""
-        if self.task.row_map is None:
-            return values
-        own = self.task.row_map.rows[model, block.first : block.first + len(values)]
-        missing = torch.from_numpy(own == MISSING).to(values.device)
-        return values.masked_fill(missing.unsqueeze(1), 0.0)
 
-    def _row_of(self, model: int) -> Callable[[int], int]:
-        """From a row of the result to the model's own."""
-        row_map = self.task.row_map
-        return (lambda row: row) if row_map is None else (lambda row: int(row_map.rows[model, row]))
+def _own(row_map: RowMap | None, model: int, block: Block) -> NDArray[np.float32]:
+    """Rows of a block with zeros where they are not the model's own."""
+    values = block.values(model)
+    if row_map is None:
+        return values
+    missing = row_map.rows[model, block.first : block.first + block.rows] == MISSING
+    return np.where(missing[:, None], np.float32(0.0), values)
 
 
-class _Buffers(threading.local):
-    """Memory to read into, one piece per input and thread, used again for every block."""
+def _row_of(row_map: RowMap | None, model: int) -> Callable[[int], int]:
+    """From a row of the result to the model's own."""
+    return (lambda row: row) if row_map is None else (lambda row: int(row_map.rows[model, row]))
 
-    def __init__(self) -> None:
-        self.pieces: dict[int, Tensor] = {}
 
-    def get(self, slot: int, size: int) -> Tensor:
-        """At least `size` bytes, uint8."""
-        if slot not in self.pieces or len(self.pieces[slot]) < size:
-            self.pieces[slot] = torch.empty(size, dtype=torch.uint8)
-        return self.pieces[slot]
+def _refuse_result(task: TensorTask, block: Block) -> None:
+    name = next(name for name, dtype in DTYPE_NAMES.items() if dtype == task.info.dtype)
+    raise ModelCompatibilityError(
+        f"{task.name}: {_where_not_finite(block.values(-1), block)} does not fit {name} (largest "
+        f"value {LARGEST[task.info.dtype]:g}). Choose another output dtype, or check weights and "
+        "lam"
+    )
+
+
+def _where_not_finite(
+    values: NDArray[np.float32], block: Block, row_of: Callable[[int], int] = lambda row: row
+) -> str:
+    """ "row 3, column 7 (inf; 12 such values in this block)"."""
+    bad = np.argwhere(~np.isfinite(values))
+    row, column = bad[0].tolist()
+    place = row_of(block.first + row)
+    return f"row {place}, column {column} ({values[row, column]}; {len(bad)} such in this block)"
 
 
 class _Workers:
-    """Threads that each compute on their own, without torch's threads inside.
+    """Threads that work on segments.
 
     No thread is left when the block is: they write to files that are closed next, so even a
     second interrupt has to wait for them, which takes no longer than a block.
     """
 
-    _lock = threading.Lock()
-    _merges = 0
-    _torch_threads = 1
+    def __init__(
+        self, threads: int, start_thread: Callable[[], None], stopping: threading.Event
+    ) -> None:
+        self._stopping = stopping
+        self._pool = ThreadPoolExecutor(threads, initializer=start_thread)
 
-    def __init__(self, threads: int) -> None:
-        self.stopping = threading.Event()
-        self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-
-    def __enter__(self) -> Self:
-        with _Workers._lock:  # torch's setting is one for the process, whose merges share it
-            if _Workers._merges == 0:
-                _Workers._torch_threads = torch.get_num_threads()
-            _Workers._merges += 1
-        return self
+    def __enter__(self) -> ThreadPoolExecutor:
+        return self._pool
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         interrupt = None
         if kind is not None:
-            self.stopping.set()
+            self._stopping.set()
         while True:
             try:
-                self.pool.shutdown(cancel_futures=True)
+                self._pool.shutdown(cancel_futures=True)
                 break
             except KeyboardInterrupt as error:
-                self.stopping.set()
+                self._stopping.set()
                 interrupt = error
-        with _Workers._lock:
-            _Workers._merges -= 1
-            if _Workers._merges == 0:
-                torch.set_num_threads(_Workers._torch_threads)
         if interrupt is not None:
             raise interrupt
-
-
-def all_finite(values: Tensor) -> bool:
-    """Whether there is no NaN and no infinity.
-
-    A sum that is finite says so at a fraction of the cost; one that is not may have overflowed.
-    """
-    return math.isfinite(float(values.sum(dtype=torch.float32))) or bool(
-        torch.isfinite(values).all()
-    )
-
-
-def _where_not_finite(
-    values: Tensor, block: Block, row_of: Callable[[int], int] = lambda row: row
-) -> str:
-    """ "row 3, column 7 (inf; 12 such values in this block)"."""
-    bad = torch.nonzero(~torch.isfinite(values))
-    row, column = bad[0].tolist()
-    value = float(values[row, column])
-    place = row_of(block.first + row)
-    return f"row {place}, column {column} ({value}; {len(bad)} such in this block)"

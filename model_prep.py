@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+import numpy as np
 
 from model_checks import (
     DERIVED_TENSOR,
@@ -31,8 +30,8 @@ from model_checks import (
 )
 from model_errors import ModelCompatibilityError
 from model_row_maps import merge_vocabularies
-from model_rows import MappedRows, TensorRows
-from model_safetensors import FLOAT_DTYPES, TensorInfo
+from model_rows import MappedRows, TensorRows, dtype_name
+from model_safetensors import TensorInfo
 from model_tokenizer import TokenTable, added_token, read_tokens
 from model_vocabulary import (
     MergedVocabulary,
@@ -45,6 +44,7 @@ from model_vocabulary import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["ModelCompatibilityError", "align", "prepare_models_for_merging"]
@@ -297,16 +297,18 @@ def _give_vocabulary(models: "Sequence[PreTrainedModel]", alignment: Alignment) 
         set_special_ids(model, alignment.special_ids)
 
 
-def _mapped(states: "Sequence[Mapping[str, Tensor]]", tensor: AlignedTensor) -> list[Tensor]:
+def _mapped(states: "Sequence[Mapping[str, Tensor]]", tensor: AlignedTensor) -> "list[Tensor]":
     """The rows of the merged vocabulary of each model, in its own dtype, from its parameters."""
+    import torch
+
     assert tensor.row_map is not None
     sources = [
         TensorRows({name: state[name]}) for name, state in zip(tensor.sources, states, strict=True)
     ]
-    rows = MappedRows(sources, tensor.sources, tensor.row_map)
-    values = rows.read(0, tensor.shape[0], lambda _, size: torch.empty(size, dtype=torch.uint8))
+    values = [np.empty(tensor.shape, dtype=np.float32) for _ in sources]
+    MappedRows(sources, tensor.sources, tensor.row_map).read(0, tensor.shape[0], values)
     return [
-        value.to(state[name].dtype)
+        torch.from_numpy(value).to(state[name].dtype)
         for value, name, state in zip(values, tensor.sources, states, strict=True)
     ]
 
@@ -330,6 +332,8 @@ def set_special_ids(model: "PreTrainedModel", special_ids: Mapping[str, Any]) ->
 
 def untie_head(model: "PreTrainedModel") -> None:
     """Give a model whose head is its embedding a head of its own, with the same weights."""
+    from torch import nn
+
     if not _has_tied_head(model):
         return
     embedding = model.get_input_embeddings().weight.detach()
@@ -352,10 +356,9 @@ def describe(
     tokenizer: "str | os.PathLike[str] | PreTrainedTokenizerBase | None" = None,
 ) -> ModelDescription:
     """A transformers model as the rules see it; its head is tied if it is so in fact."""
-    names = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
     tied = _has_tied_head(model)
     tensors = {
-        name: TensorInfo(names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+        name: TensorInfo(dtype_name(tensor), tuple(tensor.shape))
         for name, tensor in model.state_dict().items()
         if not (tied and name == HEAD)
     }

@@ -5,16 +5,17 @@ stream of blocks, whatever the models' vocabularies look like.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from model_safetensors import FLOAT_DTYPES, TensorInfo
+from model_safetensors import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo, widen
 from model_vocabulary import MISSING, Piece, RowMap
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MEAN_ROWS = 64
 """Rows added up at once for a mean; fixed, so that the mean does not depend on the blocks."""
@@ -27,7 +28,9 @@ class Rows(Protocol):
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Dtype and shape of every tensor, by name."""
 
-    def read_rows(self, name: str, first: int, stop: int, buffer: Tensor) -> Tensor:
+    def read_rows(
+        self, name: str, first: int, stop: int, buffer: NDArray[np.uint8]
+    ) -> NDArray[Any]:
         """Rows of a tensor as stored; see `ModelFolder.read_rows`."""
 
 
@@ -45,73 +48,62 @@ class MappedRows:
         self._names = names
         self._map = row_map
         self._givers = _givers(row_map)
-        self._means: dict[int, Tensor] = {}
+        self._means: dict[int, NDArray[np.float32]] = {}
         self._lock = threading.Lock()
 
-    def read(self, first: int, stop: int, buffer: Callable[[int, int], Tensor]) -> list[Tensor]:
+    def read(self, first: int, stop: int, targets: Sequence[NDArray[np.float32]]) -> None:
         """Rows `first` to `stop` of the result's vocabulary, of every model.
 
         Args:
             first, stop: rows of the merged vocabulary.
-            buffer: gives memory of a size in bytes (uint8, on the CPU) for each model's index.
-
-        Returns:
-            For each model (stop - first, row length), float32; it may lie in the buffer.
+            targets: for each model (stop - first, row length), to be filled.
         """
-        inputs = [self._own_rows(model, first, stop, buffer) for model in range(len(self._names))]
+        for model, values in enumerate(targets):
+            self._read_own_rows(model, first, values)
         lacking = self._map.rows[:, first:stop] == MISSING
         givers = self._givers[first:stop]
-        for model, values in enumerate(inputs):
+        for model, values in enumerate(targets):
             for giver in np.unique(givers[lacking[model]]).tolist():
                 if giver != MISSING:
-                    places = torch.from_numpy(np.flatnonzero(lacking[model] & (givers == giver)))
-                    values[places] = inputs[giver][places]
+                    places = np.flatnonzero(lacking[model] & (givers == giver))
+                    values[places] = targets[giver][places]
         for place in np.flatnonzero(lacking.any(axis=0) & (givers == MISSING)).tolist():
             pieces = self._map.fills[first + place]
             shared = None if pieces is None else self._sum(pieces)
             for model in np.flatnonzero(lacking[:, place]).tolist():
-                inputs[model][place] = self._mean(model) if shared is None else shared
-        return inputs
+                targets[model][place] = self._mean(model) if shared is None else shared
 
-    def _own_rows(
-        self, model: int, first: int, stop: int, buffer: Callable[[int, int], Tensor]
-    ) -> Tensor:
+    def _read_own_rows(self, model: int, first: int, values: NDArray[np.float32]) -> None:
         """A model's own rows where the result has them; what it lacks is left undefined."""
+        for position, begin, end in runs(self._map.rows[model, first : first + len(values)]):
+            values[position : position + end - begin] = self._own(model, begin, end)
+
+    def _own(self, model: int, begin: int, end: int) -> NDArray[np.float32]:
+        """Consecutive rows of one model."""
         name, source = self._names[model], self._sources[model]
-        dtype = FLOAT_DTYPES[source.tensors[name].dtype]
-        row_length = source.tensors[name].shape[1]
-        row_bytes = row_length * dtype.itemsize
-        memory = buffer(model, (stop - first) * row_length * 4)[: (stop - first) * row_bytes]
-        for position, begin, end in runs(self._map.rows[model, first:stop]):
-            source.read_rows(name, begin, end, memory[position * row_bytes :])
-        return memory.view(dtype).view(stop - first, row_length).to(torch.float32)
+        info = source.tensors[name]
+        size = (end - begin) * info.shape[1] * FLOAT_DTYPES[info.dtype].itemsize
+        return widen(source.read_rows(name, begin, end, np.empty(size, np.uint8)), info.dtype)
 
-    def _sum(self, pieces: Sequence[Piece]) -> Tensor:
+    def _sum(self, pieces: Sequence[Piece]) -> NDArray[np.float32]:
         """A sum of rows, in float64, rounded once to float32."""
-        total = torch.zeros(self._sources[0].tensors[self._names[0]].shape[1], dtype=torch.float64)
+        total = np.zeros(self._sources[0].tensors[self._names[0]].shape[1], dtype=np.float64)
         for model, row, share in pieces:
-            total += share * self._float64(model, row, row + 1)[0]
-        return total.to(torch.float32)
+            total += share * self._own(model, row, row + 1)[0].astype(np.float64)
+        return total.astype(np.float32)
 
-    def _mean(self, model: int) -> Tensor:
+    def _mean(self, model: int) -> NDArray[np.float32]:
         """The mean of a model's rows that are in the result."""
         with self._lock:
             if model not in self._means:
                 own = self._map.rows[model]
                 kept = np.unique(own[own != MISSING])
-                total = torch.zeros(1, dtype=torch.float64)
+                total = np.zeros(self._sources[model].tensors[self._names[model]].shape[1])
                 for start in range(0, len(kept), MEAN_ROWS):
                     for _, begin, end in runs(kept[start : start + MEAN_ROWS]):
-                        total = total + self._float64(model, begin, end).sum(dim=0)
-                self._means[model] = (total / max(1, len(kept))).to(torch.float32)
+                        total += self._own(model, begin, end).sum(axis=0, dtype=np.float64)
+                self._means[model] = (total / max(1, len(kept))).astype(np.float32)
             return self._means[model]
-
-    def _float64(self, model: int, begin: int, end: int) -> Tensor:
-        """Consecutive rows of one model."""
-        name, source = self._names[model], self._sources[model]
-        size = (end - begin) * source.tensors[name].shape[1] * 4
-        rows = source.read_rows(name, begin, end, torch.empty(size, dtype=torch.uint8))
-        return rows.to(torch.float64)
 
 
 def _givers(row_map: RowMap) -> NDArray[np.int64]:
@@ -128,19 +120,29 @@ def _givers(row_map: RowMap) -> NDArray[np.int64]:
 class TensorRows:
     """Tensors in memory as a source of rows."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        names = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
+    def __init__(self, tensors: "Mapping[str, Tensor]") -> None:
         self._values = tensors
         self.tensors = {
-            name: TensorInfo(names[tensor.dtype], tuple(tensor.shape))
+            name: TensorInfo(dtype_name(tensor), tuple(tensor.shape))
             for name, tensor in tensors.items()
         }
 
-    def read_rows(self, name: str, first: int, stop: int, buffer: Tensor) -> Tensor:
+    def read_rows(
+        self, name: str, first: int, stop: int, buffer: NDArray[np.uint8]
+    ) -> NDArray[Any]:
         """As `ModelFolder.read_rows`: the rows lie in `buffer` afterwards."""
+        import torch
+
         rows = self._values[name][first:stop]
-        target = buffer[: rows.numel() * rows.element_size()].view(rows.dtype).view(rows.shape)
-        return target.copy_(rows)
+        stored = rows.contiguous().view(torch.uint8).numpy()
+        target = buffer[: stored.size]
+        target[:] = stored.reshape(-1)
+        return target.view(FLOAT_DTYPES[self.tensors[name].dtype]).reshape(tuple(rows.shape))
+
+
+def dtype_name(tensor: "Tensor") -> str:
+    """A tensor's dtype under its safetensors name; one that cannot be merged as torch calls it."""
+    return DTYPE_NAMES.get(str(tensor.dtype).removeprefix("torch."), str(tensor.dtype))
 
 
 def runs(rows: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:

@@ -12,12 +12,18 @@ import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from model_errors import ModelCompatibilityError
 
-FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""The dtypes that can be merged, under their safetensors names."""
+FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(np.uint16),
+}
+"""The dtypes that can be merged, under their safetensors names, as numpy holds their values;
+bfloat16, which numpy does not have, by its bits."""
 
 DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """What users and config.json call them."""
@@ -59,6 +65,17 @@ class HeaderEntry(NamedTuple):
 
     info: TensorInfo
     begin: int
+
+
+def widen(stored: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Values as numpy holds them (see `FLOAT_DTYPES`) in float32; a copy, but for float32.
+
+    >>> widen(np.array([0x3FC0], dtype=np.uint16), "BF16")
+    array([1.5], dtype=float32)
+    """
+    if dtype == "BF16":
+        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return stored.astype(np.float32, copy=False)
 
 
 def read_header(descriptor: int, label: str) -> dict[str, HeaderEntry]:

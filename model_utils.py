@@ -13,13 +13,14 @@ import os
 import re
 import secrets
 import shutil
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from model_config import read_config
 from model_errors import ModelCompatibilityError
@@ -34,7 +35,37 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
 _PICKLE_NAMES = ("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt")
+
+FLUSH_BYTES = 2**27
+"""What is written goes to the disk in portions of this size."""
+
+_FLUSH = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
+
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+class _Place(NamedTuple):
+    """Where a tensor that can be merged lies, worked out once: it is read in thousands of blocks.
+
+    Attributes:
+        descriptor: of its open file.
+        begin: offset of its first byte.
+        row_bytes, row_length: bytes and elements of a row.
+        dtype: as numpy holds it.
+    """
+
+    descriptor: int
+    begin: int
+    row_bytes: int
+    row_length: int
+    dtype: np.dtype[Any]
+
+
+def _place(descriptor: int, entry: HeaderEntry) -> _Place:
+    rows, row_length = rows_of(entry.info.shape)
+    dtype = FLOAT_DTYPES.get(entry.info.dtype, np.dtype(np.uint8))  # others are not merged
+    row_bytes = entry.info.nbytes // max(1, rows)
+    return _Place(descriptor, entry.begin, row_bytes, row_length, dtype)
 
 
 class ModelFolder:
@@ -57,7 +88,7 @@ class ModelFolder:
         self.config_text = ""
         self.config: dict[str, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
-        self._places: dict[str, tuple[int, int]] = {}
+        self._places: dict[str, _Place] = {}
         self._descriptors: list[int] = []
 
     @property
@@ -70,38 +101,44 @@ class ModelFolder:
         """The tokens of its tokenizer files; None where there are none."""
         return read_tokens(self.path, self.label)
 
-    def read_rows(self, name: str, first: int, stop: int, buffer: Tensor) -> Tensor:
+    def read_rows(
+        self, name: str, first: int, stop: int, buffer: NDArray[np.uint8]
+    ) -> NDArray[Any]:
         """Rows `first` to `stop` of a tensor, as stored.
 
         Args:
             name: a key of `tensors`. A tensor of shape (n,) or () is one row.
             first, stop: rows, counted along the first axis.
-            buffer: uint8, contiguous, on the CPU, at least as long as the rows; it is
-                overwritten, and the result is a view of it.
+            buffer: contiguous, at least as long as the rows; it is overwritten, and the result
+                is a view of it.
 
         Returns:
-            Shape (stop - first, row length), in the stored dtype.
+            Shape (stop - first, row length), in the stored dtype (see `FLOAT_DTYPES`).
 
         Raises:
             ModelCompatibilityError: the file has become shorter since it was opened, or is on
                 the Hub only.
         """
-        info = self.tensors[name]
-        if name not in self._places:
+        place = self._places.get(name)
+        if place is None:
             raise ModelCompatibilityError(
                 f"{self.label}: {name} cannot be read: its weights are not downloaded, only its "
                 "header was read. Open the model with its weights"
             )
-        row_count, row_length = rows_of(info.shape)
-        row_bytes = info.nbytes // row_count if row_count else 0
-        descriptor, begin = self._places[name]
-        target = buffer[: (stop - first) * row_bytes]
-        if not _read_fully(descriptor, target, begin + first * row_bytes):
+        target = buffer[: (stop - first) * place.row_bytes]
+        if not _read_fully(place.descriptor, target, place.begin + first * place.row_bytes):
             raise ModelCompatibilityError(
                 f"{self.label}: {name} ends early: the file changed while it was being read. "
                 "Leave it alone meanwhile and run it again"
             )
-        return target.view(FLOAT_DTYPES[info.dtype]).view(stop - first, row_length)
+        return target.view(place.dtype).reshape(stop - first, place.row_length)
+
+    def read_ahead(self, name: str, first: int, stop: int) -> None:
+        """Ask the system to read rows that will be asked for soon, meanwhile."""
+        place = self._places.get(name)
+        if place is not None and hasattr(os, "posix_fadvise"):  # macOS has no such call
+            begin, size = place.begin + first * place.row_bytes, (stop - first) * place.row_bytes
+            os.posix_fadvise(place.descriptor, begin, size, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         """Close the files; the folder cannot be read from afterwards."""
@@ -154,7 +191,7 @@ class ModelFolder:
         descriptor = os.open(self.path / file, os.O_RDONLY)
         self._descriptors.append(descriptor)
         entries = read_header(descriptor, f"{self.label}/{file}")
-        self._places.update({name: (descriptor, entry.begin) for name, entry in entries.items()})
+        self._places.update({name: _place(descriptor, entry) for name, entry in entries.items()})
         return {name: entry.info for name, entry in entries.items()}
 
     def _read_index(self) -> dict[str, str]:
@@ -225,14 +262,14 @@ def rows_of(shape: Sequence[int]) -> tuple[int, int]:
     return rows, numel // rows if rows else 0
 
 
-def _read_fully(descriptor: int, target: Tensor, offset: int) -> bool:
-    """Fill a uint8 tensor from a file; False where the file ends before."""
-    view = target.numpy().data
-    while len(view):
-        count = os.preadv(descriptor, [view], offset)
+def _read_fully(descriptor: int, target: NDArray[np.uint8], offset: int) -> bool:
+    """Fill a buffer from a file; False where the file ends before."""
+    done = 0
+    while done < len(target):  # a signal can end a read early
+        count = os.preadv(descriptor, [target[done:].data], offset + done)
         if count == 0:
             return False
-        view, offset = view[count:], offset + count
+        done += count
     return True
 
 
@@ -248,6 +285,52 @@ def _no_weights(label: str, path: Path) -> str:
     others = fnmatch.filter(files, "*.safetensors")
     found = f"; found {', '.join(others[:3])}" if others else ""
     return f"{label}: no {WEIGHTS} and no {INDEX}{found}. Expected a folder from save_pretrained"
+
+
+class _Flusher:
+    """Brings files to the disk while they are still being written.
+
+    Otherwise the system keeps most of what is written in memory until the end, and then the
+    disk works alone.
+    """
+
+    def __init__(self) -> None:
+        self._written = 0
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    def start(self, descriptors: Sequence[int]) -> None:
+        """Begin, for files that stay open until `stop`."""
+        self._thread = threading.Thread(target=self._run, args=(descriptors,), daemon=True)
+        self._thread.start()
+
+    def add(self, count: int) -> None:
+        """So many bytes were written."""
+        with self._wake:
+            self._written += count
+            if self._written >= FLUSH_BYTES:
+                self._wake.notify()
+
+    def stop(self) -> None:
+        """End; returns when no file is worked on any more."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _run(self, descriptors: Sequence[int]) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._stopping or self._written >= FLUSH_BYTES)
+                if self._stopping:
+                    return
+                self._written = 0
+            for descriptor in descriptors:
+                with contextlib.suppress(OSError):  # `commit` meets it as well, and reports it
+                    _FLUSH(descriptor)
 
 
 class FolderWriter:
@@ -279,6 +362,7 @@ class FolderWriter:
         self._parents_made: list[Path] = []
         self._places: dict[str, tuple[int, HeaderEntry]] = {}
         self._descriptors: list[int] = []
+        self._flusher = _Flusher()
 
     def __enter__(self) -> Self:
         try:
@@ -291,6 +375,7 @@ class FolderWriter:
                 self._create_shard(file, names)
             if len(self.shards) > 1:
                 self.write_text(INDEX, self._index())
+            self._flusher.start(self._descriptors)
         except BaseException:
             self._abandon()
             raise
@@ -304,23 +389,24 @@ class FolderWriter:
     ) -> None:
         self._abandon()
 
-    def write_rows(self, name: str, first: int, rows: Tensor) -> None:
+    def write_rows(self, name: str, first: int, rows: NDArray[Any]) -> None:
         """Write rows of a tensor, starting at row `first`; safe from several threads.
 
         Args:
             name: one of the tensors that the folder was made for.
             first: row along the first axis; 0 for a vector.
-            rows: (count, row length), on the CPU, contiguous, in the dtype of the tensor.
+            rows: (count, row length), contiguous, in the dtype of the tensor as numpy holds it.
         """
         descriptor, entry = self._places[name]
         if rows.dtype != FLOAT_DTYPES[entry.info.dtype]:
             raise TypeError(f"{name} is {entry.info.dtype}, got rows of {rows.dtype}")
-        row_bytes = rows_of(entry.info.shape)[1] * rows.element_size()
-        view = rows.contiguous().flatten().view(torch.uint8).numpy().data
+        row_bytes = rows_of(entry.info.shape)[1] * rows.itemsize
+        view = rows.reshape(-1).view(np.uint8).data
         offset = entry.begin + first * row_bytes
         while len(view):
             count = os.pwrite(descriptor, view, offset)
             view, offset = view[count:], offset + count
+        self._flusher.add(rows.nbytes)
 
     def write_text(self, name: str, text: str) -> None:
         """Add a text file."""
@@ -332,6 +418,7 @@ class FolderWriter:
 
     def commit(self) -> None:
         """Bring everything to the disk and give the folder its name."""
+        self._flusher.stop()
         for file in self.partial.iterdir():
             _fsync_path(file)
         _fsync_path(self.partial)
@@ -361,6 +448,7 @@ class FolderWriter:
 
     def _abandon(self) -> None:
         """Close the files; remove what was made if it was not renamed."""
+        self._flusher.stop()
         while self._descriptors:
             os.close(self._descriptors.pop())
         with contextlib.suppress(FileNotFoundError):
@@ -422,6 +510,18 @@ def parse_size(size: str | int) -> int:
     return max(1, int(float(match[1]) * _UNITS.get(match[2] or "", 1)))
 
 
+def format_bytes(count: float) -> str:
+    """A size for people, in decimal units.
+
+    >>> format_bytes(2200000000), format_bytes(512)
+    ('2.20 GB', '512 bytes')
+    """
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} bytes"
+
+
 def _fsync_path(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -442,6 +542,7 @@ def get_llama(model: str | os.PathLike[str], device: str = "cpu") -> "PreTrained
             architecture, or its weights are not all there.
         OSError: a file cannot be read.
     """
+    import torch
     from transformers import AutoModelForCausalLM
 
     try:

@@ -5,7 +5,6 @@ row, a dtype that is not that of the tensors, NaN. No tensor is held whole.
 """
 
 import functools
-import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -14,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from model_checks import (
     DERIVED_TENSOR,
@@ -31,7 +30,7 @@ from model_checks import (
 from model_config import read_config
 from model_errors import ModelCompatibilityError
 from model_locate import find_model_folder
-from model_safetensors import DTYPE_NAMES, FLOAT_DTYPES
+from model_safetensors import DTYPE_NAMES, FLOAT_DTYPES, widen
 from model_tokenizer import FORMS, TokenTable, has_tokenizer, read_tokens
 from model_utils import INDEX, WEIGHTS, ModelFolder, open_model_folder, rows_of
 
@@ -391,12 +390,9 @@ def _look(model: ModelFolder, buffer: "_Buffer", name: str, span: tuple[int, int
     """Read one block and look at its values."""
     info, (first, stop) = model.tensors[name], span
     size = (stop - first) * rows_of(info.shape)[1] * FLOAT_DTYPES[info.dtype].itemsize
-    values = model.read_rows(name, first, stop, buffer.get(size))
+    values = widen(model.read_rows(name, first, stop, buffer.get(size)), info.dtype)
     zero = name in VOCABULARY_TENSORS and not values.any()
-    # A finite sum shows that all values are finite, at a fraction of the cost of looking at each.
-    if math.isfinite(float(values.sum(dtype=torch.float32))):
-        return BlockValues(size, 0, None, zero)
-    bad = torch.nonzero(~torch.isfinite(values))
+    bad = np.argwhere(~np.isfinite(values))
     if not len(bad):
         return BlockValues(size, 0, None, zero)
     row, column = bad[0].tolist()
@@ -407,10 +403,10 @@ class _Buffer(threading.local):
     """Memory to read into, one piece per thread, used again for every block."""
 
     def __init__(self) -> None:
-        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.memory = np.empty(0, dtype=np.uint8)
 
-    def get(self, size: int) -> Tensor:
+    def get(self, size: int) -> NDArray[np.uint8]:
         """At least `size` bytes."""
         if len(self.memory) < size:
-            self.memory = torch.empty(size, dtype=torch.uint8)
+            self.memory = np.empty(size, dtype=np.uint8)
         return self.memory

@@ -27,6 +27,7 @@ def slerp_merge_llama(
     vocabulary: str | VocabularySettings = "min",
     tokenizer_source: str | None = None,
     threads: int | None = None,
+    max_memory: str | int | None = None,
     progress: bool = True,
 ) -> "PreTrainedModel":
     """SLERP of two models, into a model in memory.
@@ -39,7 +40,9 @@ def slerp_merge_llama(
             `model_vocabulary.VocabularySettings`, which say what each does.
         tokenizer_source: the model whose special tokens the result has; by default the first one
             (with "max", the one with the most tokens).
-        threads: blocks worked on at once; by default one per core.
+        threads: at work at once; by default one per core.
+        max_memory: most memory of the process, such as "4GB", the result included; by default
+            there is no limit. Refused where it is too little.
         progress: show how far it is.
 
     Returns:
@@ -60,7 +63,9 @@ def slerp_merge_llama(
         vocabulary=vocabulary,
         tokenizer_source=tokenizer_source,
     )
-    return merge_to_model(recipe, device=device, threads=threads, progress=progress)
+    return merge_to_model(
+        recipe, device=device, threads=threads, max_memory=max_memory, progress=progress
+    )
 
 
 def slerp_merge_llama_to_folder(
@@ -75,6 +80,7 @@ def slerp_merge_llama_to_folder(
     chat_template: str = "auto",
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     threads: int | None = None,
+    max_memory: str | int | None = None,
     progress: bool = True,
 ) -> MergeReport:
     """SLERP of two models, from folders to a folder, in memory that does not grow with them.
@@ -101,7 +107,9 @@ def slerp_merge_llama_to_folder(
         tokenizer_source=tokenizer_source,
         chat_template=chat_template,
     )
-    return merge_to_folder(recipe, device=device, threads=threads, progress=progress)
+    return merge_to_folder(
+        recipe, device=device, threads=threads, max_memory=max_memory, progress=progress
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,21 +7,12 @@ rows, `slerp_coefficients` turns the three sums into two numbers, and
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from torch import Tensor
 
 from linear_utils import combine, fold_in
-from tensor_utils import check_t, check_tensors, run_sums
-
-
-class SlerpCoefficients(NamedTuple):
-    """`result = first * a + second * c`, with how it came about."""
-
-    first: float
-    second: float
-    used_lerp: bool
-    cosine: float
+from scalar_utils import SlerpCoefficients, slerp_coefficients
+from tensor_utils import check_tensors, run_sums
 
 
 def dot_parts(a: Tensor, c: Tensor) -> list[list[float]]:
@@ -36,42 +27,6 @@ def dot_parts(a: Tensor, c: Tensor) -> list[list[float]]:
     check_tensors([a, c])
     wide_a, wide_c = a.double(), c.double()
     return [run_sums(x * y) for x, y in ((wide_a, wide_a), (wide_c, wide_c), (wide_a, wide_c))]
-
-
-def slerp_coefficients(
-    aa: float, cc: float, ac: float, t: float, *, dot_threshold: float = 0.9995, eps: float = 1e-8
-) -> SlerpCoefficients:
-    """The two multipliers of SLERP, from the dot products of the two tensors.
-
-    With `cos(theta) = ac / sqrt(aa * cc)`, clipped to [-1, 1], they are
-    `sin((1-t) theta) / sin(theta)` and `sin(t theta) / sin(theta)`. They apply to the tensors
-    as they are, not to unit vectors. Where `|cos(theta)|` is above `dot_threshold` the tensors
-    are (anti)parallel and the straight line `1-t`, `t` is taken; whole tensors of two
-    fine-tunes of one model mostly are. A tensor with norm up to `eps` is not scaled to unit
-    length, so an all-zero one has cosine 0.
-
-    Args:
-        aa, cc, ac: `<a,a>`, `<c,c>`, `<a,c>` in float64.
-        t: in [0, 1]; 0 is `a`, 1 is `c`.
-
-    Raises:
-        ValueError: `t` is outside [0, 1].
-
-    Source: K. Shoemake, "Animating rotation with quaternion curves", 1985; threshold and eps as
-    in mergekit 0.1.5.
-
-    >>> slerp_coefficients(1.0, 1.0, 0.0, 0.5)[:3]
-    (0.7071067811865475, 0.7071067811865475, False)
-    """
-    check_t(t)
-    norm_a, norm_c = math.sqrt(aa), math.sqrt(cc)
-    cosine = ac / (norm_a if norm_a > eps else 1.0) / (norm_c if norm_c > eps else 1.0)
-    cosine = max(-1.0, min(1.0, cosine))
-    if abs(cosine) > dot_threshold:
-        return SlerpCoefficients(1.0 - t, t, True, cosine)
-    theta = math.acos(cosine)
-    first = math.sin((1.0 - t) * theta) / math.sin(theta)
-    return SlerpCoefficients(first, math.sin(t * theta) / math.sin(theta), False, cosine)
 
 
 def slerp(a: Tensor, c: Tensor, t: float, *, dot_threshold: float = 0.9995) -> Tensor:

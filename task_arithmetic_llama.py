@@ -30,6 +30,7 @@ def task_arithmetic_merge_llama(
     vocabulary: str | VocabularySettings = "min",
     tokenizer_source: str | None = None,
     threads: int | None = None,
+    max_memory: str | int | None = None,
     progress: bool = True,
 ) -> "PreTrainedModel":
     """Task arithmetic, into a model in memory.
@@ -45,7 +46,9 @@ def task_arithmetic_merge_llama(
             `model_vocabulary.VocabularySettings`, which say what each does.
         tokenizer_source: the model whose special tokens the result has; by default the base
             (with "max", the one with the most tokens).
-        threads: blocks worked on at once; by default one per core.
+        threads: at work at once; by default one per core.
+        max_memory: most memory of the process, such as "4GB", the result included; by default
+            there is no limit. Refused where it is too little.
         progress: show how far it is.
 
     Returns:
@@ -66,7 +69,9 @@ def task_arithmetic_merge_llama(
         vocabulary=vocabulary,
         tokenizer_source=tokenizer_source,
     )
-    return merge_to_model(recipe, device=device, threads=threads, progress=progress)
+    return merge_to_model(
+        recipe, device=device, threads=threads, max_memory=max_memory, progress=progress
+    )
 
 
 def task_arithmetic_merge_llama_to_folder(
@@ -84,6 +89,7 @@ def task_arithmetic_merge_llama_to_folder(
     chat_template: str = "auto",
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     threads: int | None = None,
+    max_memory: str | int | None = None,
     progress: bool = True,
 ) -> MergeReport:
     """Task arithmetic from folders to a folder, in memory that does not grow with the models.
@@ -110,7 +116,9 @@ def task_arithmetic_merge_llama_to_folder(
         tokenizer_source=tokenizer_source,
         chat_template=chat_template,
     )
-    return merge_to_folder(recipe, device=device, threads=threads, progress=progress)
+    return merge_to_folder(
+        recipe, device=device, threads=threads, max_memory=max_memory, progress=progress
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,59 +1,17 @@
-"""What all merge math shares: argument checks, and sums that do not depend on the blocks.
+"""What all merge math on tensors shares: checks, and sums that do not depend on the blocks."""
 
-The checks raise `ValueError` and know no model or tensor names; callers that do add them.
-"""
-
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 RUN = 2**14
-"""Elements summed in one go. Runs never cross a row, so their sums do not depend on how the
-rows of a tensor are grouped into blocks."""
+"""Elements of a row that are summed to one number. Runs never cross a row, so their sums do not
+depend on how the rows of a tensor are grouped into blocks."""
 
-
-SMALLEST, LARGEST = 1e-30, 1e30
-"""Weights beyond these magnitudes are refused: products with them leave the range of float32."""
-
-
-def check_weights(weights: Sequence[float]) -> None:
-    """Raise `ValueError` unless there is a weight, and all are 0 or of a magnitude in range."""
-    if not weights:
-        raise ValueError("weights must have at least one entry, got none")
-    for weight in weights:
-        if not (weight == 0 or SMALLEST <= abs(weight) <= LARGEST):
-            raise ValueError(
-                f"weights must be 0 or between {SMALLEST:g} and {LARGEST:g} in magnitude, "
-                f"got {weight}"
-            )
-
-
-def check_normalizable(weights: Sequence[float]) -> None:
-    """Raise `ValueError` when dividing by the sum of `weights` makes no sense.
-
-    The sum counts as zero below 1e-12 of the summed magnitudes, and where float32 sees none.
-    """
-    total = math.fsum(weights)
-    magnitude = math.fsum(abs(weight) for weight in weights)
-    if abs(total) <= 1e-12 * magnitude or float32_sum(weights) == 0:
-        raise ValueError(
-            f"weights {list(weights)} sum to {total:g}, so they cannot be normalized. "
-            "Change a weight, or turn normalize off to take the plain sum"
-        )
-
-
-def float32_sum(weights: Sequence[float]) -> float:
-    """Sum of the weights as float32 arithmetic applies them, in their order.
-
-    >>> float32_sum([1.0, -0.999999999])
-    0.0
-    """
-    total = torch.zeros(())
-    for weight in weights:
-        total += weight
-    return float(total)
+LANES = 2**10
+"""Sums that a run is added up in, side by side, before they are added to each other."""
 
 
 def check_tensors(tensors: Sequence[Tensor], base: Tensor | None = None) -> None:
@@ -81,26 +39,6 @@ def as_float32(parameters: Sequence[Tensor], device: str | torch.device) -> list
     return [parameter.detach().to(device=device, dtype=torch.float32) for parameter in parameters]
 
 
-def check_count(name: str, values: Sequence[float], tensors: Sequence[Tensor]) -> None:
-    """Raise `ValueError` unless there is one value for each tensor."""
-    if len(values) != len(tensors):
-        raise ValueError(
-            f"{name} must have one entry per model, got {len(values)} for {len(tensors)} models"
-        )
-
-
-def check_t(t: float) -> None:
-    """Raise `ValueError` unless `t` is in [0, 1]."""
-    if not 0.0 <= t <= 1.0:
-        raise ValueError(f"t must be in [0, 1] (0 is the first model, 1 the second), got {t}")
-
-
-def check_lam(lam: float) -> None:
-    """Raise `ValueError` unless `lam` is a number of a magnitude in range."""
-    if not abs(lam) <= LARGEST:
-        raise ValueError(f"lam must be a number up to {LARGEST:g} in magnitude, got {lam}")
-
-
 def select(mask: Tensor, values: Tensor) -> Tensor:
     """`values` where `mask`, 0.0 elsewhere: `torch.where(mask, values, 0.0)`, several times faster.
 
@@ -111,7 +49,7 @@ def select(mask: Tensor, values: Tensor) -> Tensor:
         mask: bool.
         values: float32, same shape.
 
-    >>> select(torch.tensor([True, False, False]), torch.tensor([-2.0, -3.0, math.nan]))
+    >>> select(torch.tensor([True, False, False]), torch.tensor([-2.0, -3.0, float("nan")]))
     tensor([-2.,  0.,  0.])
     """
     return (values.view(torch.int32) & -mask.int()).view(torch.float32)
@@ -119,6 +57,10 @@ def select(mask: Tensor, values: Tensor) -> Tensor:
 
 def run_sums(values: Tensor) -> list[float]:
     """Sums of `values` over runs of at most 2**14 elements that do not cross a row.
+
+    The order of the additions is laid down, so that it can be the same everywhere: element j of
+    a run goes to lane `j % 1024`, each lane is summed from its first element on, then the upper
+    half of the lanes is added to the lower half until one is left.
 
     Args:
         values: any shape, float64. A row is one entry of the first axis; a vector is one row.
@@ -133,6 +75,18 @@ def run_sums(values: Tensor) -> list[float]:
     if values.numel() == 0:
         return []
     rows = values.reshape(values.shape[0] if values.dim() > 1 else 1, -1)
-    sums = [rows[:, start : start + RUN].sum(dim=1) for start in range(0, rows.shape[1], RUN)]
-    total: list[float] = torch.stack(sums).flatten().tolist()
+    sums = [_lane_sums(rows[:, start : start + RUN]) for start in range(0, rows.shape[1], RUN)]
+    total: list[float] = torch.stack(sums, dim=1).flatten().tolist()
     return total
+
+
+def _lane_sums(runs: Tensor) -> Tensor:
+    """Sum of each row of at most 2**14 elements, in the order that `run_sums` lays down."""
+    steps = pad(runs, (0, -runs.shape[1] % LANES)).view(len(runs), -1, LANES)
+    lanes = steps[:, 0]
+    for step in range(1, steps.shape[1]):
+        lanes = lanes + steps[:, step]
+    while lanes.shape[1] > 1:
+        half = lanes.shape[1] // 2
+        lanes = lanes[:, :half] + lanes[:, half:]
+    return lanes[:, 0]

@@ -12,6 +12,7 @@ from merge_recipe import DEFAULT_SHARD_SIZE, make_recipe
 from merge_report import MergeReport
 from merge_run import merge_to_folder, merge_to_model
 from model_vocabulary import VocabularySettings
+from scalar_utils import TrimScope
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,9 +29,11 @@ def ties_merge_llama(
     *,
     lam: float = 1.0,
     normalize: bool = True,
+    trim_scope: TrimScope = "tensor",
     vocabulary: str | VocabularySettings = "min",
     tokenizer_source: str | None = None,
     threads: int | None = None,
+    max_memory: str | int | None = None,
     progress: bool = True,
 ) -> "PreTrainedModel":
     """TIES merge into a model in memory.
@@ -44,11 +47,15 @@ def ties_merge_llama(
         device: where to compute, "cpu" or "cuda".
         lam: scale of the merged task vector.
         normalize: divide by the summed weights of the models that agree.
+        trim_scope: what a density is a share of: each "tensor", each "row" of one, or the whole
+            "model", as in the authors' code, where tensors with small changes can lose them all.
         vocabulary: "min", "max", "union", "base", "model:<name>" or "error", or
             `model_vocabulary.VocabularySettings`, which say what each does.
         tokenizer_source: the model whose special tokens the result has; by default the base
             (with "max", the one with the most tokens).
-        threads: blocks worked on at once; by default one per core.
+        threads: at work at once; by default one per core.
+        max_memory: most memory of the process, such as "4GB", the result included; by default
+            there is no limit. Refused where it is too little.
         progress: show how far it is.
 
     Returns:
@@ -70,11 +77,14 @@ def ties_merge_llama(
             "densities": densities,
             "lam": lam,
             "normalize": normalize,
+            "trim_scope": trim_scope,
         },
         vocabulary=vocabulary,
         tokenizer_source=tokenizer_source,
     )
-    return merge_to_model(recipe, device=device, threads=threads, progress=progress)
+    return merge_to_model(
+        recipe, device=device, threads=threads, max_memory=max_memory, progress=progress
+    )
 
 
 def ties_merge_llama_to_folder(
@@ -88,11 +98,13 @@ def ties_merge_llama_to_folder(
     dtype: str | None = None,
     lam: float = 1.0,
     normalize: bool = True,
+    trim_scope: TrimScope = "tensor",
     vocabulary: str | VocabularySettings = "min",
     tokenizer_source: str | None = None,
     chat_template: str = "auto",
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     threads: int | None = None,
+    max_memory: str | int | None = None,
     progress: bool = True,
 ) -> MergeReport:
     """TIES merge from folders to a folder, in memory that does not grow with the models.
@@ -116,6 +128,7 @@ def ties_merge_llama_to_folder(
             "densities": densities,
             "lam": lam,
             "normalize": normalize,
+            "trim_scope": trim_scope,
         },
         output_dir=output_dir,
         dtype=dtype,
@@ -124,7 +137,9 @@ def ties_merge_llama_to_folder(
         tokenizer_source=tokenizer_source,
         chat_template=chat_template,
     )
-    return merge_to_folder(recipe, device=device, threads=threads, progress=progress)
+    return merge_to_folder(
+        recipe, device=device, threads=threads, max_memory=max_memory, progress=progress
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

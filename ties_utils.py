@@ -6,7 +6,7 @@ histograms over the bits of the magnitudes, so any rows of a large tensor can be
 trimmed on their own:
 
     coarse = sum of coarse_histogram(rows)              over all rows
-    fine   = sum of fine_histogram(rows, coarse_bin)    over all rows
+    fine   = sum of fine_histogram(rows, bin << 16)     over all rows
     threshold = threshold_from(...)
     trimmed rows = trim_apply(rows, threshold, ties_before)
 
@@ -14,67 +14,22 @@ trimmed on their own:
 this differs from the authors' code, the docstring says so.
 """
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from linear_utils import add_task_vector
-from tensor_utils import as_float32, check_count, check_tensors, check_weights, select
-
-
-class TrimThreshold(NamedTuple):
-    """What to keep of a task vector: float32 bits of |delta| above `bits`, and some equal to it.
-
-    `ties` is how many of the entries equal to the threshold are kept, lowest flat index first.
-    """
-
-    bits: int
-    ties: int
-
-
-KEEP_ALL = TrimThreshold(-1, 0)
-KEEP_NONE = TrimThreshold(2**31 - 1, 0)
-
-
-def check_density(density: float) -> None:
-    """Raise `ValueError` unless `density` is in [0, 1]."""
-    if not 0.0 <= density <= 1.0:
-        raise ValueError(
-            f"densities must be in [0, 1] (the share of each task vector kept), got {density}"
-            f"{f'; for {density:g} percent write {density / 100:g}' if 1 < density <= 100 else ''}"
-        )
-
-
-def check_ties_weights(weights: Sequence[float], *, normalize: bool) -> None:
-    """Raise `ValueError` for weights that TIES cannot use.
-
-    A negative weight flips a model's vote; divided by a sum of weights of both signs the result
-    can have any size, so it needs `normalize=False`.
-    """
-    check_weights(weights)
-    if normalize and min(weights) < 0:
-        raise ValueError(
-            f"weights must not be negative when normalize is on, got {list(weights)}. "
-            "Turn normalize off to subtract a model"
-        )
-
-
-def kept_count(density: float, numel: int) -> int:
-    """How many of `numel` entries a density keeps: `int(density * numel)`, but at least one.
-
-    All for density 1, none for density 0. The product is taken in float64 and cut off, as in
-    mergekit and PEFT; the authors' code keeps one entry more.
-
-    >>> kept_count(0.29, 100), kept_count(0.1, 3), kept_count(0.0, 3)
-    (28, 1, 0)
-    """
-    check_density(density)
-    if density in (0.0, 1.0) or numel == 0:
-        return int(density) * numel
-    return max(1, int(density * numel))
+from scalar_utils import (
+    KEEP_ALL,
+    KEEP_NONE,
+    TrimThreshold,
+    check_count,
+    check_ties_weights,
+    kept_count,
+)
+from tensor_utils import as_float32, check_tensors, select
 
 
 def magnitude_bits(delta: Tensor) -> Tensor:
@@ -87,9 +42,14 @@ def coarse_histogram(delta: Tensor) -> Tensor:
     return torch.bincount((magnitude_bits(delta) >> 16).flatten(), minlength=2**15)
 
 
-def fine_histogram(delta: Tensor, coarse_bin: int) -> Tensor:
-    """Counts of the lower 16 bits of |delta| inside one coarse bin; int64, shape (2**16,)."""
-    position = magnitude_bits(delta).flatten() - (coarse_bin << 16)
+def fine_histogram(delta: Tensor, lowest: int) -> Tensor:
+    """Counts of the 2**16 magnitudes from some bits on, each on its own; int64, shape (2**16,).
+
+    Args:
+        delta: float32.
+        lowest: bits of the first of them; those of a coarse bin begin at `bin << 16`.
+    """
+    position = magnitude_bits(delta).flatten() - lowest
     # The bins below 0 and from 2**16 on take what lies outside, and are dropped.
     counts = torch.bincount(position.clamp_(-1, 2**16).add_(1), minlength=2**16 + 2)
     return counts[1:-1]
@@ -138,7 +98,7 @@ def trim_threshold(delta: Tensor, density: float) -> TrimThreshold:
     if rank in (0, delta.numel()):
         return KEEP_ALL if rank else KEEP_NONE
     coarse_bin, above = select_bin(coarse_histogram(delta), rank)
-    return threshold_from(coarse_bin, fine_histogram(delta, coarse_bin), rank - above)
+    return threshold_from(coarse_bin, fine_histogram(delta, coarse_bin << 16), rank - above)
 
 
 def count_ties(delta: Tensor, threshold: TrimThreshold) -> int:
@@ -173,7 +133,7 @@ def trim(delta: Tensor, density: float) -> Tensor:
 
     Exactly `kept_count(density, n)` entries are kept. Among equal magnitudes at the cut the
     lowest flat index is kept first (mergekit and PEFT leave that to their sort; the authors'
-    code keeps all of them, and trims over the whole model instead of one tensor).
+    code keeps all of them, and trims as `trim_model` does).
 
     Args:
         delta: task vector, float32, finite, any shape.
@@ -191,6 +151,57 @@ def trim(delta: Tensor, density: float) -> Tensor:
     tensor([ 4.,  0.,  3.,  0., -2.])
     """
     return trim_apply(delta, trim_threshold(delta, density))
+
+
+def trim_rows(delta: Tensor, density: float) -> Tensor:
+    """`trim` of every row on its own: `kept_count(density, row length)` entries are kept in each.
+
+    Args:
+        delta: task vector, float32, finite. A row is one entry of the first axis; a vector or a
+            number is one row.
+        density: share kept, in [0, 1].
+
+    Returns:
+        Same shape, float32.
+
+    >>> trim_rows(torch.tensor([[4.0, -1.0], [0.5, 0.5]]), 0.5)
+    tensor([[4.0000, 0.0000],
+            [0.5000, 0.0000]])
+    """
+    check_tensors([delta])
+    rows = delta.reshape(delta.shape[0] if delta.dim() > 1 else 1, -1)
+    length = rows.shape[1]
+    rank = kept_count(density, length)
+    if rank in (0, length):
+        return delta.clone() if rank else torch.zeros_like(delta)
+    bits = magnitude_bits(rows)
+    threshold = bits.kthvalue(length - rank + 1, dim=1, keepdim=True).values
+    above, tied = bits > threshold, bits == threshold
+    ties_left = rank - above.sum(dim=1, keepdim=True)
+    return select(above | (tied & (tied.cumsum(dim=1) <= ties_left)), rows).view_as(delta)
+
+
+def trim_model(deltas: Sequence[Tensor], density: float) -> list[Tensor]:
+    """`trim` of a whole model: the largest magnitudes of all its tensors together are kept.
+
+    A tensor whose changes are all small can lose all of them. This is what the authors' code
+    trims, but for its rule on equal magnitudes (see `trim`).
+
+    Args:
+        deltas: task vectors of every tensor, float32, finite. Their order decides among equal
+            magnitudes at the cut.
+        density: share kept, in [0, 1].
+
+    Returns:
+        The trimmed task vectors, in that order.
+
+    >>> trim_model([torch.tensor([0.1, 0.2]), torch.tensor([3.0, -4.0])], 0.5)
+    [tensor([0., 0.]), tensor([ 3., -4.])]
+    """
+    sizes = [delta.numel() for delta in deltas]
+    trimmed = trim(torch.cat([delta.flatten() for delta in deltas]), density)
+    parts = torch.split(trimmed, sizes)
+    return [part.view_as(delta) for part, delta in zip(parts, deltas, strict=True)]
 
 
 def elect_sign(deltas: Sequence[Tensor] | Tensor) -> Tensor:
@@ -251,7 +262,7 @@ def disjoint_mean(
     tensor([3.])
     """
     deltas = list(deltas)
-    check_count("weights", weights, deltas)
+    check_count("weights", weights, len(deltas))
     check_ties_weights(weights, normalize=normalize)
     check_tensors(deltas, signs)
     total = torch.zeros_like(deltas[0])
@@ -276,7 +287,7 @@ def elect_and_merge(
         deltas: trimmed (TIES) or dropped (DARE) task vectors, float32, shape of `base`.
         weights, lam, normalize: as in `ties`.
     """
-    check_count("weights", weights, deltas)
+    check_count("weights", weights, len(deltas))
     weighted = [delta * weight for delta, weight in zip(deltas, weights, strict=True)]
     merged = disjoint_mean(weighted, elect_sign(weighted), weights, normalize=normalize)
     return add_task_vector(base, merged, lam)
@@ -290,6 +301,7 @@ def ties(
     *,
     lam: float = 1.0,
     normalize: bool = True,
+    trim_scope: Literal["tensor", "row"] = "tensor",
 ) -> Tensor:
     """TIES merge of one tensor: trim, elect, disjoint merge, scale, add the base.
 
@@ -298,9 +310,11 @@ def ties(
         tensors: the fine-tuned models, float32, finite, same shape.
         weights: one per model. They enter the election and the mean (the paper has none); a
             common factor cancels, and with one model the weight has no effect.
-        densities: share of each task vector kept, in [0, 1]; the trim is per tensor.
+        densities: share of each task vector kept, in [0, 1].
         lam: scale of the merged task vector.
         normalize: divide by the summed weights of the models that agree.
+        trim_scope: trim the tensor as a whole or every row of it. For the whole model, trim its
+            task vectors with `trim_model` and give them to `elect_and_merge`.
 
     Returns:
         Same shape, float32.
@@ -317,9 +331,12 @@ def ties(
     tensor([ 4.,  2.,  3.,  0., -3.])
     """
     check_tensors(tensors, base)
-    check_count("densities", densities, tensors)
+    check_count("densities", densities, len(tensors))
+    if trim_scope not in ("tensor", "row"):
+        raise ValueError(f"trim_scope must be tensor or row, got {trim_scope!r}")
+    trim_one = trim if trim_scope == "tensor" else trim_rows
     trimmed = [
-        trim(tensor - base, density) for tensor, density in zip(tensors, densities, strict=True)
+        trim_one(tensor - base, density) for tensor, density in zip(tensors, densities, strict=True)
     ]
     return elect_and_merge(base, trimmed, weights, lam, normalize)
 
@@ -362,14 +379,3 @@ class TIES:
         """
         base, *tensors = as_float32([base_model_parameters, *ft_models_parameters], device)
         return ties(base, tensors, weights, densities, lam=self.lam, normalize=self.normalize)
-
-
-def magnitude(threshold: TrimThreshold) -> float:
-    """The threshold as a number; 0.0 where everything is kept, inf where nothing is.
-
-    >>> magnitude(TrimThreshold(1065353216, 2))
-    1.0
-    """
-    if threshold in (KEEP_ALL, KEEP_NONE):
-        return 0.0 if threshold == KEEP_ALL else math.inf
-    return float(torch.tensor(threshold.bits, dtype=torch.int32).view(torch.float32))

@@ -95,7 +95,7 @@ def make_model(folder: Path, shape: str, model: int) -> None:
                 rows = torch.randn(size, generator=base) * 0.02
                 if model:
                     rows += torch.randn(size, generator=noise) * 0.001
-                writer.write_rows(name, first, rows.to(torch.bfloat16))
+                writer.write_rows(name, first, rows.to(torch.bfloat16).view(torch.uint16).numpy())
         writer.write_text("config.json", config(shape))
         writer.commit()
 

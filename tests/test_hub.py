@@ -16,16 +16,15 @@ import pytest
 from hub_stand_in import HubStandIn, Reply
 from tiny_checkpoints import make_llama, tensor_hashes
 
-from merge_report import format_bytes
 from model_errors import ModelCompatibilityError
-from model_utils import open_model_folder
+from model_utils import format_bytes, open_model_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 DEAD = "http://127.0.0.1:9"  # nothing listens there
 UNWANTED = ("pytorch_model.bin", "optimizer.pt", "modeling.py", "model.gguf")
 FIND = """
 import sys
-from merge_report import format_bytes
+from model_utils import format_bytes
 from model_errors import ModelCompatibilityError
 from model_locate import find_model_folder
 try:
@@ -35,13 +34,13 @@ except ModelCompatibilityError as error:
 """
 OPEN = """
 import json, sys
-import torch
-from merge_report import format_bytes
+import numpy as np
+from model_utils import format_bytes
 from model_errors import ModelCompatibilityError
 from model_utils import open_model_folder
 
 def read(model):
-    buffer = torch.empty(4096, dtype=torch.uint8)
+    buffer = np.empty(4096, dtype=np.uint8)
     try:
         return model.read_rows("model.norm.weight", 0, 1, buffer).shape
     except ModelCompatibilityError as error:

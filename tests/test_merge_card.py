@@ -119,7 +119,8 @@ def test_the_report_has_the_recipe_as_it_was_resolved(tmp_path):
         "method": "ties",
         "base_model": "first",
         "models": ["tuned"],
-        "parameters": {"weights": [1.0], "densities": [0.5], "lam": 1.0, "normalize": True},
+        "parameters": {"weights": [1.0], "densities": [0.5], "lam": 1.0, "normalize": True,
+                       "trim_scope": "tensor"},
         "dtype": "bfloat16",
         "max_shard_size": "5GB",
         "vocabulary": {
@@ -130,7 +131,7 @@ def test_the_report_has_the_recipe_as_it_was_resolved(tmp_path):
         "tokenizer_source": "first",
         "chat_template": "first",
     }  # fmt: skip
-    assert report["versions"].keys() == {"llama-merge", "torch", "python", "machine"}
+    assert report["versions"].keys() == {"llama-merge", "torch", "numba", "python", "machine"}
     assert report["versions"]["llama-merge"] == VERSION
     assert report["result"]["tied"] is False
     assert "seconds" not in json.dumps(report)

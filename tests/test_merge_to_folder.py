@@ -15,10 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_checkpoints import make_llama, read_tensors, save_tensors, tensor_hashes
 
+import merge_memory
 import merge_plan
 import merge_run
 import merge_stream
 from merge_methods import METHODS
+from merge_operations import make_operations
 from merge_plan import open_plan
 from merge_recipe import Recipe
 from merge_run import merge_to_folder
@@ -147,12 +149,11 @@ def test_blocks_threads_and_shards_do_not_change_a_bit(tmp_path, monkeypatch, me
     base, models = make_family(tmp_path / "one", ("bfloat16",) * 4)
     sharded = [make_sharded(folder, tmp_path / "many") for folder in (base, *models)]
     hashes = []
-    for number, (block_elements, span, threads, copy) in enumerate(
-        [(2**17, 16, 1, False), (2**17, 16, 2, False), (1, 3, 4, True), (100, 1, 2, True)]
+    for number, (block_bytes, segment, threads, copy) in enumerate(
+        [(2**21, 16, 1, False), (2**21, 16, 2, False), (1, 3, 4, True), (1000, 1, 2, True)]
     ):
-        small = functools.partial(StreamSettings, block_elements=block_elements)
-        monkeypatch.setattr(merge_run, "StreamSettings", small)
-        monkeypatch.setattr(merge_stream, "SPAN_BLOCKS", span)
+        monkeypatch.setattr(merge_memory, "BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr(merge_stream, "SEGMENT_BLOCKS", segment)
         out = tmp_path / f"out-{number}"
         first, *rest = sharded if copy else (base, *models)
         shard_size = 1000 if copy else "5GB"
@@ -212,9 +213,8 @@ def test_shapes_and_blocks_of_any_size(
     shape |= {"heads": heads[0], "kv_heads": heads[1], "vocab_size": vocab_size}
     base, models = make_family(folder, ("bfloat16",) * 4, **shape)
     run(method, base, models, folder / "whole", parameters=parameters)
-    small = functools.partial(StreamSettings, block_elements=block)
     with monkeypatch.context() as patch:
-        patch.setattr(merge_run, "StreamSettings", small)
+        patch.setattr(merge_memory, "BLOCK_BYTES", 10 * block)
         run(method, base, models, folder / "blocks", parameters=parameters)
     assert tensor_hashes(folder / "blocks") == tensor_hashes(folder / "whole")
 
@@ -275,8 +275,7 @@ def test_weights_that_are_not_numbers_are_refused_by_place(tmp_path, value, show
 
 
 def test_every_block_is_checked_and_large_sums_are_no_infinities(tmp_path, monkeypatch):
-    small = functools.partial(StreamSettings, block_elements=50)
-    monkeypatch.setattr(merge_run, "StreamSettings", small)
+    monkeypatch.setattr(merge_memory, "BLOCK_BYTES", 500)
     base, models = make_family(tmp_path)
     tensors = read_tensors(models[1])
     tensors["lm_head.weight"][-1] = 3e38  # finite, but their sum is not
@@ -290,7 +289,7 @@ def test_every_block_is_checked_and_large_sums_are_no_infinities(tmp_path, monke
 
 def test_what_is_gathered_does_not_pile_up(tmp_path, monkeypatch):
     """A slow fold must hold the threads back, or results wait in memory for it."""
-    monkeypatch.setattr(merge_stream, "SPAN_BLOCKS", 1)
+    monkeypatch.setattr(merge_stream, "SEGMENT_BLOCKS", 1)
     alive, most = set(), 0
 
     class Result:
@@ -306,15 +305,16 @@ def test_what_is_gathered_does_not_pile_up(tmp_path, monkeypatch):
         time.sleep(0.001)
         return left
 
-    def merge_tensor(task):
-        yield Gather(lambda block: Result(), slow_fold)
-        return Merge(lambda block: block.models[0])
+    def merge(tasks):
+        yield Gather(Result, lambda block, result: None, slow_fold)
+        return Merge(lambda block, _: block.stored(-1).fill(0))
 
     _, (model,) = make_family(tmp_path, ("float32",) * 2)
     with open_plan(Recipe(method="linear", models=(str(model),))) as plan:
-        settings = StreamSettings(threads=2, block_elements=1)
-        stream(plan.tasks, merge_tensor, None, plan.models, Nowhere(), settings)
-    assert most <= 2 * 2 + 3
+        settings = StreamSettings(threads=2, block_bytes=1)
+        groups = [[task] for task in plan.tasks]
+        stream(groups, merge, 2, make_operations("cpu"), plan.sources, Nowhere(), settings)
+    assert most <= 2 * merge_stream.UNDER_WAY * 2
 
 
 def test_merges_at_the_same_time_leave_torchs_threads_as_they_were(tmp_path):
@@ -341,7 +341,7 @@ def test_a_model_with_weight_zero_is_still_checked(tmp_path):
 def test_a_result_too_large_for_float16_is_refused(tmp_path):
     base, models = make_family(tmp_path)
     parameters = {"weights": (1e6, 1.0, 1.0)}
-    text = r"embed_tokens\.weight: row \d+, column \d+ .* does not fit torch\.float16 .*65504"
+    text = r"embed_tokens\.weight: row \d+, column \d+ .* does not fit float16 .*65504"
     with pytest.raises(ModelCompatibilityError, match=text):
         run(
             "task_arithmetic", base, models, tmp_path / "out",
@@ -379,9 +379,13 @@ def test_the_plan_says_how_many_bytes_will_be_read(tmp_path, method, parameters)
     )
     counts = []
     with open_plan(recipe) as plan:
-        settings = StreamSettings(block_elements=500, on_bytes=counts.append)
-        merge = plan.method.merge_tensor
-        stream(plan.tasks, merge, plan.base, plan.models, Nowhere(), settings)
+        settings = StreamSettings(block_bytes=5000, on_bytes=counts.append)
+        operations = make_operations("cpu")
+        stream(
+            plan.groups,
+            lambda tasks: plan.method.merge(tasks, operations),
+            plan.passes, operations, plan.sources, Nowhere(), settings,
+        )  # fmt: skip
         assert sum(counts) == plan.read_bytes
         stored = sum(info.nbytes for source in plan.sources for info in source.tensors.values())
         assert plan.read_bytes == stored * plan.passes

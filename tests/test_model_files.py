@@ -5,6 +5,7 @@ import os
 import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -190,25 +191,30 @@ def test_what_is_not_a_model_is_refused(tmp_path, name, text):
 # Opening and reading
 
 
+def bits(tensor):
+    """A tensor as numpy holds it: bfloat16 by its bits."""
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 def test_rows_are_read_as_stored(tmp_path, shards):
     stored = read_tensors(make_llama(tmp_path / "m", shards=shards))
-    buffer = torch.empty(100_000, dtype=torch.uint8)
+    buffer = np.empty(100_000, dtype=np.uint8)
     with open_model_folder(tmp_path / "m") as model:
         assert model.tensors.keys() == stored.keys()
         name = "model.layers.1.mlp.down_proj.weight"
-        assert torch.equal(model.read_rows(name, 3, 7, buffer), stored[name][3:7])
+        assert np.array_equal(model.read_rows(name, 3, 7, buffer), bits(stored[name][3:7]))
         norm = "model.norm.weight"
-        assert torch.equal(model.read_rows(norm, 0, 1, buffer), stored[norm][None])
+        assert np.array_equal(model.read_rows(norm, 0, 1, buffer), bits(stored[norm][None]))
 
 
 def test_a_file_that_becomes_shorter_is_noticed(tmp_path):
     path = make_llama(tmp_path / "m") / "model.safetensors"
     with open_model_folder(tmp_path / "m") as model:
         os.truncate(path, path.stat().st_size // 2)
-        last = max(model.tensors, key=lambda name: model._places[name][1])
+        last = max(model.tensors, key=lambda name: model._places[name].begin)
         with pytest.raises(ModelCompatibilityError, match="the file changed while"):
-            model.read_rows(last, 0, 1, torch.empty(10_000, dtype=torch.uint8))
+            model.read_rows(last, 0, 1, np.empty(10_000, dtype=np.uint8))
 
 
 def remove(name):
@@ -281,14 +287,14 @@ def write_all(writer, names=("a", "b", "c")):
     for name in names:
         rows = torch.arange(TENSORS[name].numel).float()
         shape = TENSORS[name].shape
-        writer.write_rows(name, 0, rows.view(shape if len(shape) > 1 else (1, -1)))
+        writer.write_rows(name, 0, rows.view(shape if len(shape) > 1 else (1, -1)).numpy())
 
 
 @pytest.mark.parametrize(("shard_size", "files"), [(10**9, 1), (50, 2), (70, 2), (1, 3)])
 def test_a_folder_is_written_as_the_library_expects(tmp_path, shard_size, files):
     with FolderWriter(tmp_path / "out", TENSORS, shard_size) as writer:
-        writer.write_rows("a", 1, torch.arange(4, 12).float().view(2, 4))
-        writer.write_rows("a", 0, torch.arange(4).float().view(1, 4))
+        writer.write_rows("a", 1, torch.arange(4, 12).float().view(2, 4).numpy())
+        writer.write_rows("a", 0, torch.arange(4).float().view(1, 4).numpy())
         write_all(writer, ("b", "c"))
         writer.commit()
     stored = read_tensors(tmp_path / "out")
@@ -370,9 +376,9 @@ def test_text_is_written_as_it_is(tmp_path):
 def test_rows_of_another_dtype_are_not_cast(tmp_path):
     with (
         FolderWriter(tmp_path / "out", TENSORS, 50) as writer,
-        pytest.raises(TypeError, match=r"b is F32, got rows of torch\.float16"),
+        pytest.raises(TypeError, match=r"b is F32, got rows of float16"),
     ):
-        writer.write_rows("b", 0, torch.zeros(1, 5).half())
+        writer.write_rows("b", 0, np.zeros((1, 5), np.float16))
 
 
 def test_shards_are_filled_in_order():

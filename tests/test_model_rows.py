@@ -13,6 +13,7 @@ from tiny_checkpoints import make_llama, read_tensors
 
 import model_rows
 from merge_methods import METHODS
+from merge_operations import make_operations
 from merge_plan import open_plan
 from merge_recipe import Recipe
 from merge_stream import StreamSettings, stream
@@ -31,16 +32,22 @@ def mapped(tensors, rows, fills=()):
     return MappedRows(sources, names, RowMap(np.array(rows, dtype=np.int64), dict(fills)))
 
 
-def garbage(_, size):
-    """Memory full of NaN, whatever the dtype."""
-    return torch.full((size + 5,), 0xFF, dtype=torch.uint8)
+def read(rows, first, stop):
+    """Rows of every model, read into memory full of NaN."""
+    lengths = [
+        source.tensors[name].shape[1]
+        for source, name in zip(rows._sources, rows._names, strict=True)
+    ]
+    values = [np.full((stop - first, length), np.nan, dtype=np.float32) for length in lengths]
+    rows.read(first, stop, values)
+    return [torch.from_numpy(each) for each in values]
 
 
-def read_in_blocks(rows, stops, buffer=garbage):
+def read_in_blocks(rows, stops):
     """The rows of every model, read up to each of the stops."""
     blocks, first = [], 0
     for stop in stops:
-        blocks.append([values.clone() for values in rows.read(first, stop, buffer)])
+        blocks.append(read(rows, first, stop))
         first = stop
     return [torch.cat(parts) for parts in zip(*blocks, strict=True)]
 
@@ -50,7 +57,7 @@ def test_rows_are_cut_moved_and_filled():
     tuned = torch.tensor([[7.0, 8.0], [9.0, 10.0]])
     fills = {1: (Piece(0, 0),), 2: (Piece(0, 0, 0.5), Piece(1, 1, 2.0)), 3: None, 4: ()}
     rows = [[2, 0, MISSING, MISSING, MISSING], [1, MISSING, MISSING, 0, MISSING]]
-    first, second = mapped([base, tuned], rows, fills).read(0, 5, garbage)
+    first, second = read(mapped([base, tuned], rows, fills), 0, 5)
     # [1, 2] / 2 + 2 * [9, 10]; the mean of the rows 0 and 2 of the base
     assert first.tolist() == [[5, 6], [1, 2], [18.5, 21], [3, 4], [0, 0]]
     assert second.tolist() == [[9, 10], [1, 2], [18.5, 21], [7, 8], [0, 0]]
@@ -59,22 +66,22 @@ def test_rows_are_cut_moved_and_filled():
 def test_what_a_model_gets_may_be_a_row_that_it_does_not_give_itself():
     values = [torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [4.0]])]
     forced = mapped(values, [[MISSING, 1], [MISSING, 1]], {0: (Piece(1, 1),)})
-    assert [each.tolist() for each in forced.read(0, 2, garbage)] == [[[4], [2]], [[4], [4]]]
+    assert [each.tolist() for each in read(forced, 0, 2)] == [[[4], [2]], [[4], [4]]]
     part = mapped(values, [[0, MISSING], [0, 0]], {1: (Piece(1, 0, 0.5),)})
-    assert [each.tolist() for each in part.read(0, 2, garbage)] == [[[1], [1.5]], [[3], [3]]]
+    assert [each.tolist() for each in read(part, 0, 2)] == [[[1], [1.5]], [[3], [3]]]
 
 
 def test_a_row_that_one_model_gives_leaves_those_alone_that_have_their_own():
     values = [torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0]]), torch.tensor([[4.0]])]
     rows = [[0, 1], [0, MISSING], [MISSING, 0]]
-    found = mapped(values, rows, {0: (Piece(0, 0),), 1: (Piece(0, 1),)}).read(0, 2, garbage)
+    found = read(mapped(values, rows, {0: (Piece(0, 0),), 1: (Piece(0, 1),)}), 0, 2)
     assert [each.tolist() for each in found] == [[[1], [2]], [[3], [2]], [[1], [4]]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_come_as_float32_without_a_change(dtype):
     values = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
-    (rows,) = mapped([values], [[5, 0, 1, 2, 4]]).read(0, 5, garbage)
+    (rows,) = read(mapped([values], [[5, 0, 1, 2, 4]]), 0, 5)
     assert rows.dtype == torch.float32
     assert torch.equal(rows, values[[5, 0, 1, 2, 4]].float())
 
@@ -83,12 +90,12 @@ def test_a_mean_is_that_of_the_rows_that_are_in_the_result():
     values = torch.tensor([[1.0], [100.0], [2.0], [6.0]], dtype=torch.bfloat16)
     other = torch.zeros(4, 1)
     rows = [[0, 2, 3, 3, MISSING], [0, 1, 2, 3, 3]]
-    first, _ = mapped([values, other], rows, {4: None}).read(4, 5, garbage)
+    first, _ = read(mapped([values, other], rows, {4: None}), 4, 5)
     assert first.tolist() == [[3.0]]  # a row counts once, however often it is used
 
 
 def test_the_mean_of_a_model_without_a_row_in_the_result_is_zero():
-    (rows,) = mapped([torch.ones(2, 3)], [[MISSING] * 2], {0: None, 1: None}).read(0, 2, garbage)
+    (rows,) = read(mapped([torch.ones(2, 3)], [[MISSING] * 2], {0: None, 1: None}), 0, 2)
     assert rows.tolist() == [[0.0] * 3] * 2
 
 
@@ -198,9 +205,9 @@ def test_a_mean_does_not_depend_on_blocks_threads_or_which_is_asked_first(monkey
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
     shared = mapped(tensors, rows, fills)
     with ThreadPoolExecutor(4) as pool:
-        reads = [pool.submit(shared.read, row, row + 1, garbage) for row in range(43, -1, -1)]
-    for row, read in zip(range(43, -1, -1), reads, strict=True):
-        for values, whole in zip(read.result(), expected, strict=True):
+        under_way = [pool.submit(read, shared, row, row + 1) for row in range(43, -1, -1)]
+    for row, future in zip(range(43, -1, -1), under_way, strict=True):
+        for values, whole in zip(future.result(), expected, strict=True):
             assert torch.equal(values[0], whole[row])
 
 
@@ -222,7 +229,7 @@ def test_every_row_is_read_once_and_those_of_a_mean_once_more():
     fills = {3: (Piece(0, 3),), 4: (Piece(0, 4),), 5: None, 6: None}
     reader = MappedRows(sources, ["e", "e"], RowMap(rows, fills))
     for row in range(7):
-        reader.read(row, row + 1, garbage)
+        read(reader, row, row + 1)
     assert [source.rows for source in sources] == [5 + 5, 3 + 3]
 
 
@@ -236,14 +243,14 @@ def test_tensors_in_memory_are_read_as_those_of_a_folder(tmp_path, dtype):
     with open_model_folder(tmp_path) as folder:
         assert memory.tensors == folder.tensors
         for first, stop in [(0, 48), (3, 4), (40, 48)]:
-            buffers = [torch.full((4 * 48 * 32,), 1, dtype=torch.uint8) for _ in range(2)]
-            read = [
+            buffers = [np.full(4 * 48 * 32, 1, dtype=np.uint8) for _ in range(2)]
+            found = [
                 source.read_rows(EMBEDDING, first, stop, buffer)
                 for source, buffer in zip((memory, folder), buffers, strict=True)
             ]
-            assert torch.equal(*read)
-            assert torch.equal(*buffers)
-            assert read[0].data_ptr() == buffers[0].data_ptr()
+            assert np.array_equal(*found)
+            assert np.array_equal(*buffers)
+            assert all(map(np.shares_memory, found, buffers))
 
 
 class Kept:
@@ -253,7 +260,8 @@ class Kept:
         self.tensors = {task.name: torch.empty(task.info.shape) for task in tasks}
 
     def write_rows(self, name, first, rows):
-        self.tensors[name].view(-1, rows.shape[1])[first : first + len(rows)] = rows
+        target = self.tensors[name].view(-1, rows.shape[1])
+        target[first : first + len(rows)] = torch.from_numpy(rows)
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare"])
@@ -269,15 +277,19 @@ def test_a_merge_of_mapped_rows_does_not_depend_on_blocks_or_threads(tmp_path, m
         vocabulary=VocabularySettings(mode="pad", pad_to_multiple_of=50),
     )  # fmt: skip
     results = []
-    for elements, threads in [(2**17, 1), (32, 1), (96, 3)]:
+    for block_bytes, threads in [(2**20, 1), (512, 1), (1500, 3)]:
         with ExitStack() as stack:
             plan = stack.enter_context(open_plan(recipe))
             tasks = [task for task in plan.tasks if task.name in (EMBEDDING, HEAD)]
             assert all(task.row_map is not None and task.info.shape[0] == 50 for task in tasks)
             kept = Kept(tasks)
-            settings = StreamSettings(threads=threads, block_elements=elements)
-            merge = METHODS[method].merge_tensor
-            stream(tasks, merge, plan.base, plan.models, kept, settings)
+            settings = StreamSettings(threads=threads, block_bytes=block_bytes)
+            operations = make_operations("cpu")
+            stream(
+                [[task] for task in tasks],
+                lambda group, operations=operations: METHODS[method].merge(group, operations),
+                plan.passes, operations, plan.sources, kept, settings,
+            )  # fmt: skip
             results.append(kept.tensors)
     for name in (EMBEDDING, HEAD):
         assert torch.equal(results[0][name], results[1][name])

@@ -466,7 +466,7 @@ def test_no_more_than_a_block_is_read_at_once_and_everything_is_read_once(monkey
 
     def read_rows(self, name, first, stop, buffer):
         rows = plain(self, name, first, stop, buffer)
-        read.append((name, rows.numel(), len(buffer)))
+        read.append((name, rows.size, len(buffer)))
         return rows
 
     def on_bytes(count):

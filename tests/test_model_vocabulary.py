@@ -144,7 +144,9 @@ def stacked(vocabulary, *tensors):
     """The rows of the result of every model, each tensor being an embedding."""
     sources = [TensorRows({"e": torch.tensor(tensor)}) for tensor in tensors]
     rows = MappedRows(sources, ["e"] * len(tensors), vocabulary.row_map)
-    return rows.read(0, vocabulary.rows, lambda _, size: torch.empty(size, dtype=torch.uint8))
+    values = [np.empty((vocabulary.rows, len(tensor[0])), np.float32) for tensor in tensors]
+    rows.read(0, vocabulary.rows, values)
+    return [torch.from_numpy(each) for each in values]
 
 
 OWNERS = [side("base", "a b"), side("x", "a b <c>", added="<c>"), side("y", "<c> b a", added="<c>")]

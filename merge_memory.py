@@ -1,0 +1,135 @@
+"""How much memory a merge takes, and how it is made to fit into what the user allows.
+
+A block per thread, and what a few segments have gathered: neither grows with the size of the
+models. Files that the system caches are not counted; it gives them up when others need memory.
+"""
+
+import math
+import resource
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from merge_plan import Plan
+from merge_stream import BLOCK_BYTES, UNDER_WAY, Layout
+from model_utils import format_bytes, rows_of
+
+SMALLEST_BLOCK_BYTES = 2**16
+"""Smaller blocks would save next to nothing, and cost much time."""
+
+ARITHMETIC_BYTES = {"numba": 90 * 10**6, "torch": 190 * 10**6}
+"""What the packages take themselves, compiling included; measured on Linux, rounded up."""
+
+STATUS = Path("/proc/self/status")
+
+RUN = 2**14
+"""Elements of a row that become one sum (`tensor_utils`)."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a merge is run so that its memory suffices.
+
+    Attributes:
+        threads: segments worked on at once.
+        block_bytes: memory of a block.
+        memory_bytes: highest memory of the process, without files that the system caches.
+        notes: what the user should know.
+    """
+
+    threads: int
+    block_bytes: int
+    memory_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+def fit_memory(plan: Plan, arithmetic: str, threads: int, limit: int | None, held: int) -> Fit:
+    """Choose blocks, and threads if need be, with which a merge stays within a limit.
+
+    Args:
+        plan: what is merged.
+        arithmetic: "numba" or "torch".
+        threads: segments to work on at once, at most.
+        limit: most memory of the process in bytes; None for no limit.
+        held: what it holds before the merge and will hold beside it, in bytes.
+
+    Raises:
+        ValueError: the merge cannot be done in so little memory.
+    """
+    wanted = Fit(threads, BLOCK_BYTES, 0)
+    for fit in _choices(wanted) if limit is not None else [wanted]:
+        needed = held + _needed(plan, arithmetic, fit)
+        if limit is None or needed <= limit:
+            notes = []
+            if fit.threads < threads:
+                notes.append(
+                    f"{fit.threads} of {threads} threads are used, to stay within max_memory"
+                )
+            return replace(fit, memory_bytes=needed, notes=tuple(notes))
+    raise ValueError(
+        f"max_memory {format_bytes(limit or 0)} is too little: this merge takes at least "
+        f"{format_bytes(needed)}, {format_bytes(held)} of which the process holds already. Allow "
+        "more, or merge fewer models at once"
+    )
+
+
+def _choices(wanted: Fit) -> Iterator[Fit]:
+    """Smaller and smaller blocks, then fewer threads."""
+    for threads in range(wanted.threads, 0, -1):
+        block_bytes = wanted.block_bytes
+        while block_bytes >= SMALLEST_BLOCK_BYTES:
+            yield replace(wanted, threads=threads, block_bytes=block_bytes)
+            block_bytes //= 2
+
+
+def _needed(plan: Plan, arithmetic: str, fit: Fit) -> int:
+    """What a merge takes beside what the process holds."""
+    return (
+        (0 if arithmetic in sys.modules else ARITHMETIC_BYTES[arithmetic])
+        + fit.threads * max(_block_bytes(plan, arithmetic, fit.block_bytes))
+        + _gathered_bytes(plan, fit.threads)
+    )
+
+
+def _block_bytes(plan: Plan, arithmetic: str, block_bytes: int) -> Iterator[int]:
+    """What a thread takes for a block of each tensor."""
+    for task in plan.tasks:
+        stored = [
+            source.tensors[name].dtype
+            for source, name in zip(plan.sources, task.sources, strict=True)
+        ]
+        layout = Layout(task, stored, block_bytes)
+        elements = layout.rows * layout.row_length
+        mapped = 8 * elements if task.row_map is not None else 0  # a model's own rows, widened
+        copies = plan.method.copies * len(stored) + 4 if arithmetic == "torch" else 0
+        yield layout.nbytes + mapped + 4 * elements * copies
+
+
+def _gathered_bytes(plan: Plan, threads: int) -> int:
+    """What segments have gathered and the stream has not used up yet."""
+    models = len(plan.models)
+    rows = [rows_of(task.info.shape) for task in plan.tasks]
+    sums = max(count * math.ceil(length / RUN) for count, length in rows)
+    counts = 2 * UNDER_WAY * threads * models * plan.method.bins * 8
+    return counts + 3 * plan.method.sums(plan.parameters, models) * sums * 8
+
+
+def peak_memory() -> int:
+    """Highest resident memory of this process so far, in bytes."""
+    if STATUS.exists():  # getrusage would count what the process had before it became this one
+        return _status("VmHWM")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def anonymous_memory() -> int:
+    """What this process takes now beside files that the system caches, in bytes."""
+    return _status("RssAnon") if STATUS.exists() else peak_memory()
+
+
+def _status(entry: str) -> int:
+    """An entry of what Linux knows about this process, in bytes."""
+    lines = STATUS.read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{entry}:"))
+    return int(line.split()[1]) * 1024
