@@ -15,7 +15,6 @@ written, or for the process alone.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
-import numba
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
@@ -46,7 +45,8 @@ PIECE = 512
 """Elements worked on at once."""
 
 RUN, LANES = 2**14, 2**10
-"""As in `tensor_utils`, whose `run_sums` lays down the order of additions."""
+"""As in `scalar_utils`. What a kernel knows as a constant stands in this file: compiled code is
+kept until the file changes."""
 
 COUNTERS = PIECE // 8 + 4
 """Philox counters of a piece: one more where it does not start at a multiple of 8, and vectors
@@ -339,10 +339,13 @@ def _drop(delta: Any, size: Any, key: Any, limit: Any, start: Any, draws: Any) -
     first, skip = start // 8, start % 8
     words = np.empty((4, COUNTERS), np.uint64)
     _philox(key[0], key[1], np.uint64(first + 1), words[0], words[1], words[2], words[3])
+    pairs = draws.view(np.uint64)  # the low half of a word comes first
+    word_0, word_1, word_2, word_3 = words[0], words[1], words[2], words[3]
     for j in range(COUNTERS):
-        for i in range(4):
-            draws[8 * j + 2 * i] = _U32(words[i, j] & _LOW)
-            draws[8 * j + 2 * i + 1] = _U32(words[i, j] >> _HALF)
+        pairs[4 * j] = word_0[j]
+        pairs[4 * j + 1] = word_1[j]
+        pairs[4 * j + 2] = word_2[j]
+        pairs[4 * j + 3] = word_3[j]
     below = _U32(limit)
     for j in range(size):
         delta[j] = delta[j] if draws[skip + j] < below else _ZERO
@@ -374,6 +377,8 @@ def _fine_histograms(
     models: Any,
     guesses: Any,
     windows: Any,
+    bins: Any,
+    spares: Any,
     counts: Any,
     around: Any,
 ) -> None:
@@ -386,18 +391,18 @@ def _fine_histograms(
         for k in range(len(models)):
             i = models[k] + 1
             _subtract(memory, places[i], kinds[i], start, n, base, delta)
-            bins, guess = counts[k], guesses[k]
+            found, guess = counts[k], guesses[k]
             above, equal = np.int32(0), np.int32(0)
             lowest = windows[k]
             for j in range(n):
                 inside = _magnitude(delta[j]) - lowest
-                spare = FINE_BINS + (j & (SPARE_BINS - 1))
-                outside = spare if inside < 0 else spare + SPARE_BINS
-                position[j] = np.int32(inside if 0 <= inside < FINE_BINS else outside)
+                spare = bins + (j & (spares - 1))
+                outside = spare if inside < 0 else spare + spares
+                position[j] = np.int32(inside if 0 <= inside < bins else outside)
                 above += np.int32(_magnitude(delta[j]) > guess)
                 equal += np.int32(_magnitude(delta[j]) == guess)
             for j in range(n):
-                bins[position[j]] += 1
+                found[position[j]] += 1
             around[k, 0] += above
             around[k, 1] += equal
 
@@ -599,8 +604,6 @@ def _disjoint_sum(
 class KernelOperations:
     """The kernels as `merge_operations.Operations`; on the CPU."""
 
-    name = f"numba {numba.__version__}"
-
     def __enter__(self) -> Self:
         return self
 
@@ -686,8 +689,9 @@ class KernelOperations:
 
         def take(block: Block, gathered: FineCounts) -> None:
             around = gathered.segments[0].counts
+            bins = (FINE_BINS, SPARE_BINS)
             _fine_histograms(
-                *_parts(block), block.size, models, bits, lowest, gathered.counts, around
+                *_parts(block), block.size, models, bits, lowest, *bins, gathered.counts, around
             )
 
         return fine_gather(len(guesses), take, sample=sample)

@@ -14,17 +14,15 @@ from pathlib import Path
 from merge_plan import Plan
 from merge_stream import BLOCK_BYTES, UNDER_WAY, Layout
 from model_utils import format_bytes, rows_of
+from scalar_utils import RUN
 
 SMALLEST_BLOCK_BYTES = 2**16
 """Smaller blocks would save next to nothing, and cost much time."""
 
-ARITHMETIC_BYTES = {"numba": 90 * 10**6, "torch": 190 * 10**6}
+ARITHMETIC_BYTES = {"numba": 100 * 10**6, "torch": 190 * 10**6}
 """What the packages take themselves, compiling included; measured on Linux, rounded up."""
 
 STATUS = Path("/proc/self/status")
-
-RUN = 2**14
-"""Elements of a row that become one sum (`tensor_utils`)."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def _choices(wanted: Fit) -> Iterator[Fit]:
 def _needed(plan: Plan, arithmetic: str, fit: Fit) -> int:
     """What a merge takes beside what the process holds."""
     return (
-        (0 if arithmetic in sys.modules else ARITHMETIC_BYTES[arithmetic])
+        ARITHMETIC_BYTES[arithmetic]
         + fit.threads * max(_block_bytes(plan, arithmetic, fit.block_bytes))
         + _gathered_bytes(plan, fit.threads)
     )
@@ -101,7 +99,7 @@ def _block_bytes(plan: Plan, arithmetic: str, block_bytes: int) -> Iterator[int]
         ]
         layout = Layout(task, stored, block_bytes)
         elements = layout.rows * layout.row_length
-        mapped = 8 * elements if task.row_map is not None else 0  # a model's own rows, widened
+        mapped = 10 * elements if task.row_map is not None else 0  # a model's own rows, widened
         copies = plan.method.copies * len(stored) + 4 if arithmetic == "torch" else 0
         yield layout.nbytes + mapped + 4 * elements * copies
 

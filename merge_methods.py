@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -158,53 +159,91 @@ def _thresholds(
     """Find the k-th largest magnitude of each task vector, exactly; k is its rank.
 
     A sample says about where it will lie. One pass over everything counts every magnitude in a
-    window around that place, and what lies above: this proves the guess, or shows that it was
-    wrong. Then a pass over everything that counts coarsely says which window is right.
+    window around that place, and what lies above: this proves the guess, or shows on which side
+    the right one is. Then the sample is asked for a place safely on that side, and after that a
+    pass over everything that counts coarsely says which window is right.
     """
     chosen = [KEEP_ALL if rank else KEEP_NONE for rank in ranks]
     tied = [0] * len(ranks)
-    trimmed = {model: rank for model, rank in enumerate(ranks) if 0 < rank < numel}
-    segments = None
-    guesses = (yield from _guess(trimmed, numel, operations)) if trimmed else {}
-    while guesses:
+    counted: dict[int, list[SegmentCounts]] = {}
+    missing = {model: rank for model, rank in enumerate(ranks) if 0 < rank < numel}
+    sides: dict[int, int] = {}
+    for find_windows in (_guess, _guess_on_the_other_side, _find_windows):
+        if not missing:
+            break
+        guesses = yield from find_windows(missing, numel, operations, sides)
         fine = yield operations.fine_histograms(guesses)
-        missed = []
         for index, (model, guess) in enumerate(guesses.items()):
-            rank, bins = trimmed[model] - fine.above(index), fine.bins(index)
+            rank, bins = ranks[model] - fine.above(index), fine.bins(index)
             if not 0 < rank <= bins.sum():
-                missed.append(model)
+                sides[model] = 1 if rank > 0 else -1  # the right one is smaller, or larger
                 continue
             position, above = operations.select_bin(bins, rank)
             chosen[model] = TrimThreshold(window(guess) + position, rank - above)
             tied[model] = int(bins[position])
-        if [*guesses.values()] == [threshold.bits for threshold in chosen]:
-            segments = fine.segments
-        guesses = {}
-        if missed:
-            coarse = yield operations.coarse_histograms(missed)
-            for model, counts in zip(missed, coarse, strict=True):
-                coarse_bin, _ = operations.select_bin(counts, trimmed[model])
-                guesses[model] = _middle(coarse_bin)
-    return _Thresholds(tuple(chosen), tuple(tied), segments)
+            if chosen[model].bits == guess:
+                counted[model] = fine.of_model(index)
+            del missing[model]
+    return _Thresholds(tuple(chosen), tuple(tied), _joined(counted, len(ranks)))
 
 
 def _guess(
-    ranks: Mapping[int, int], numel: int, operations: Operations
+    ranks: Mapping[int, int],
+    numel: int,
+    operations: Operations,
+    _: Mapping[int, int],
+    deviations: Mapping[int, int] = MappingProxyType({}),
 ) -> Generator[Gather, Any, dict[int, int]]:
-    """By model, the bits of the magnitude that has this rank, as far as a sample can say."""
+    """By model, the bits of the magnitude that has this rank, as far as a sample can say.
+
+    Args:
+        deviations: by model, so many standard deviations of the sample away from the rank.
+    """
     coarse = yield operations.coarse_histograms([*ranks], sample=True)
     sampled = int(coarse[0].sum())
-    places = {
-        model: operations.select_bin(counts, max(1, rank * sampled // numel))
+    wanted, above, middles = {}, {}, {}
+    for (model, rank), counts in zip(ranks.items(), coarse, strict=True):
+        share = rank / numel
+        deviation = math.sqrt(share * (1 - share) * sampled)
+        place = round(share * sampled + deviations.get(model, 0) * deviation)
+        wanted[model] = min(max(1, place), sampled)
+        coarse_bin, above[model] = operations.select_bin(counts, wanted[model])
+        middles[model] = _middle(coarse_bin)
+    fine = yield operations.fine_histograms(middles, sample=True)
+    return {
+        model: window(middle)
+        + operations.select_bin(fine.bins(index), wanted[model] - above[model])[0]
+        for index, (model, middle) in enumerate(middles.items())
+    }
+
+
+def _guess_on_the_other_side(
+    ranks: Mapping[int, int], numel: int, operations: Operations, sides: Mapping[int, int]
+) -> Generator[Gather, Any, dict[int, int]]:
+    """A guess from the sample that is safely on the side on which the right one is."""
+    deviations = {model: SAFE_DEVIATIONS * sides[model] for model in ranks}
+    return (yield from _guess(ranks, numel, operations, sides, deviations))
+
+
+def _find_windows(
+    ranks: Mapping[int, int], _numel: int, operations: Operations, _: Mapping[int, int]
+) -> Generator[Gather, Any, dict[int, int]]:
+    """By model, a guess in whose window the magnitude of this rank is, from all coarse bins."""
+    coarse = yield operations.coarse_histograms([*ranks])
+    return {
+        model: _middle(operations.select_bin(counts, rank)[0])
         for (model, rank), counts in zip(ranks.items(), coarse, strict=True)
     }
-    middles = {model: _middle(coarse_bin) for model, (coarse_bin, _) in places.items()}
-    fine = yield operations.fine_histograms(middles, sample=True)
-    guesses = {}
-    for index, (model, rank) in enumerate(ranks.items()):
-        left = max(1, rank * sampled // numel) - places[model][1]
-        guesses[model] = window(middles[model]) + operations.select_bin(fine.bins(index), left)[0]
-    return guesses
+
+
+def _joined(counted: Mapping[int, list[SegmentCounts]], models: int) -> list[SegmentCounts] | None:
+    """What was counted of each model, segment by segment; None unless that is all of them."""
+    if len(counted) < models:
+        return None
+    return [
+        SegmentCounts(each[0].name, np.concatenate([one.counts for one in each]))
+        for each in zip(*(counted[model] for model in range(models)), strict=True)
+    ]
 
 
 def _middle(coarse_bin: int) -> int:
@@ -352,6 +391,9 @@ def _remark_on_slerp(findings: Mapping[str, Mapping[str, Any]]) -> Iterator[str]
             f"them ({', '.join(opposite[:3])})"
         )
 
+
+SAFE_DEVIATIONS = 5
+"""How many standard deviations of a sample's rank are taken for safe."""
 
 ADVISED_REACH = 5.0
 """Where lambda times the mean weight lies above this, percent were probably meant."""

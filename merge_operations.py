@@ -12,13 +12,12 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from merge_stream import Block, Gather
+from merge_stream import Arithmetic, Block, Gather
 from scalar_utils import Key, TrimThreshold
 
 if TYPE_CHECKING:
@@ -87,32 +86,15 @@ class TaskVectorMerge:
     sparsify: Trim | TrimRows | Drop | None = None
 
 
-class Operations(Protocol):
+class Operations(Arithmetic, Protocol):
     """The arithmetic that the methods and the stream use; torch and the kernels both offer it.
 
     Functions for a block come with their parameters bound.
-
-    Attributes:
-        name: what computes, with its version.
     """
-
-    name: str
 
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *_: object) -> None: ...
-
-    def memory(self, size: int) -> NDArray[np.uint8]:
-        """Memory for a thread's blocks."""
-
-    def start_thread(self) -> None:
-        """Called once in every thread that computes."""
-
-    def broken_inputs(self, block: Block) -> list[int]:
-        """Which inputs hold NaN or infinity."""
-
-    def result_is_finite(self, block: Block) -> bool:
-        """Whether the result, as it was rounded, holds no NaN and no infinity."""
 
     def linear(self, weights: Sequence[float], *, normalize: bool) -> Take:
         """`linear_utils.linear`."""
@@ -148,17 +130,21 @@ class Operations(Protocol):
 
 
 def arithmetic(device: str) -> str:
-    """The package that computes: "numba", where there is a CPU and numba, else "torch"."""
-    return "numba" if device == "cpu" and find_spec("numba") is not None else "torch"
+    """The package that computes: "numba" on a CPU, where it can be imported, else "torch"."""
+    if device == "cpu":
+        with contextlib.suppress(ImportError):  # not there, or not for this numpy
+            import numba  # noqa: F401
+
+            return "numba"
+    return "torch"
 
 
 def make_operations(device: str) -> Operations:
     """The fastest arithmetic there is for a device; see `arithmetic`."""
     if arithmetic(device) == "numba":
-        with contextlib.suppress(ImportError):  # there, but not for this numpy
-            from merge_kernels import KernelOperations
+        from merge_kernels import KernelOperations
 
-            return KernelOperations()
+        return KernelOperations()
     return TorchOperations(device)
 
 
@@ -207,6 +193,10 @@ class FineCounts:
     def above(self, index: int) -> int:
         """Entries of one of the models above its window."""
         return int(self.counts[index, -SPARE_BINS:].sum())
+
+    def of_model(self, index: int) -> list[SegmentCounts]:
+        """The segments' counts of one of the models: shape (1, 2) each."""
+        return [SegmentCounts(each.name, each.counts[index : index + 1]) for each in self.segments]
 
     def __add__(self, other: Self) -> Self:
         self.counts += other.counts
@@ -289,7 +279,6 @@ class TorchOperations:
     def __init__(self, device: str = "cpu") -> None:
         import torch
 
-        self.name = f"torch {torch.__version__}"
         self._torch = torch
         self._device = torch.device(device)
         self._dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -69,10 +69,11 @@ class Plan:
 
     @property
     def groups(self) -> list[list[TensorTask]]:
-        """The tensors that are merged together: each alone, or all of them."""
+        """The tensors that are merged together: each alone, in the order of the files, or all."""
         if self.method.whole_model(self.parameters):
             return [self.tasks]
-        return [[task] for task in self.tasks]
+        first = self.sources[0]
+        return [[t] for t in sorted(self.tasks, key=lambda t: first.position(t.sources[0]))]
 
     @property
     def passes(self) -> int:

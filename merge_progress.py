@@ -50,10 +50,13 @@ class _Lines:
         if now - self.printed < SECONDS_BETWEEN_LINES:
             return
         self.printed = now
-        left = (now - self.started) * (self.total - self.done) / self.done
+        left = ""
+        if self.done:  # a first look at a sample counts for nothing
+            seconds = (now - self.started) * (self.total - self.done) / self.done
+            left = f", about {seconds:.0f} s left"
         print(
             f"{self.description}: {format_bytes(self.done)} of {format_bytes(self.total)} "
-            f"({100 * self.done / self.total:.0f} %), about {left:.0f} s left",
+            f"({100 * self.done / self.total:.0f} %){left}",
             file=sys.stderr,
             flush=True,
         )

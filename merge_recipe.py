@@ -194,7 +194,7 @@ def output_problems(recipe: Recipe) -> list[str]:
     ):
         problems.append(f"dtype must be one of {', '.join(DTYPE_NAMES)}, got {recipe.dtype!r}")
     try:
-        parse_size(recipe.max_shard_size)
+        parse_size(recipe.max_shard_size, "max_shard_size")
     except ValueError as error:
         problems.append(str(error))
     if recipe.output_dir is not None:

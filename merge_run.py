@@ -2,6 +2,7 @@
 
 import errno
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
 
+TRANSFORMERS_BYTES = 300 * 10**6
+"""What torch and transformers take themselves; measured, rounded up."""
+
+
 @dataclass(frozen=True)
 class RunSettings:
     """How a merge is run; nothing here changes the result on a CPU.
@@ -45,7 +50,8 @@ class RunSettings:
         device: where to compute, "cpu" or "cuda".
         threads: segments worked on at once; by default one per core.
         max_memory: most memory of the process, such as "2GB" or a number of bytes, without files
-            that the system caches; by default a merge takes about 200 MB, and there is no limit.
+            that the system caches; by default there is no limit, and a merge takes 60 MB and
+            about 20 MB for each thread (TIES: and 3 MB for each thread and model).
         progress: show how far it is, on stderr.
     """
 
@@ -61,9 +67,9 @@ class RunSettings:
             problems.append(f"threads must be a whole number of at least 1, got {self.threads!r}")
         if self.max_memory is not None:
             try:
-                parse_size(self.max_memory)
+                parse_size(self.max_memory, "max_memory")
             except ValueError as error:
-                problems.append(f"max_memory: {error}")
+                problems.append(str(error))
         return [*problems, *_device_problems(self.device)]
 
     def fit(self, plan: Plan, beside: int = 0) -> Fit:
@@ -75,7 +81,12 @@ class RunSettings:
         limit = None if self.max_memory is None else parse_size(self.max_memory)
         held = anonymous_memory() + beside
         threads = self.threads or usable_cores()
-        return fit_memory(plan, arithmetic(self.device), threads, limit, held)
+        package = arithmetic(self.device)
+        fit = fit_memory(plan, package, threads, limit, held)
+        if package == "torch" and self.device == "cpu":
+            note = "numba cannot be imported, so torch computes, many times slower"
+            fit = replace(fit, notes=(*fit.notes, note))
+        return fit
 
 
 def _device_problems(device: str) -> Iterator[str]:
@@ -198,7 +209,7 @@ def merge_to_model(
     """
     settings = RunSettings(device, threads, max_memory, progress)
     with _open_for_merging(replace(recipe, dtype="float32"), settings) as plan:
-        fit = settings.fit(plan, beside=plan.write_bytes)
+        fit = settings.fit(plan, beside=_model_bytes(plan))
         warn_about(plan.alignment, stacklevel=4)
         model = get_llama(plan.template.path)
         resize_vocabulary(model, plan.alignment.vocabulary.rows, tied=plan.alignment.tied)
@@ -207,6 +218,13 @@ def merge_to_model(
         _check_names(plan, model)
         _stream(plan, fit, ModelSink(model), settings)
         return model
+
+
+def _model_bytes(plan: Plan) -> int:
+    """What a model in memory takes, while its vocabulary is resized and its libraries loaded."""
+    embeddings = sum(task.info.nbytes for task in plan.tasks if task.row_map is not None)
+    libraries = 0 if "transformers" in sys.modules else TRANSFORMERS_BYTES
+    return plan.write_bytes + embeddings + libraries
 
 
 def _generation_config(plan: Plan, model: "PreTrainedModel") -> "GenerationConfig":
@@ -249,7 +267,7 @@ def _stream(
         progress_bar(plan.read_bytes, plan.recipe.method, show=run_settings.progress) as on_bytes,
     ):
         settings = StreamSettings(fit.threads, fit.block_bytes, on_bytes)
-        return stream(
+        findings = stream(
             plan.groups,
             lambda tasks: plan.method.merge(tasks, operations),
             plan.passes,
@@ -258,6 +276,7 @@ def _stream(
             sink,
             settings,
         )
+        return {task.name: findings[task.name] for task in plan.tasks if task.name in findings}
 
 
 def _check_space(output_dir: Path, need: int) -> None:

@@ -45,6 +45,9 @@ UNDER_WAY = 3
 LARGEST = {"F32": 3.40282e38, "F16": 65504, "BF16": 3.38953e38}
 """The largest finite value of each dtype."""
 
+READ_AHEAD_SEGMENTS = 64
+"""A group of more segments may not be in memory any more when the pass after a sample comes."""
+
 _ALIGNMENT = 64
 _KINDS = {dtype: kind for kind, dtype in enumerate(FLOAT_DTYPES)}
 
@@ -273,7 +276,7 @@ def stream(
                 group = next((each for each in under_way if each.left), None)
                 if group is not None:
                     job = _Job(given, group, group.left.popleft())
-                    if not group.is_read:
+                    if group.reads_ahead:
                         reader.read_ahead(job.segment)
                     check = not group.is_read
                     future = pool.submit(reader.work, group.request, job.segment, check=check)
@@ -300,7 +303,7 @@ def stream(
             if job.group.merge is not None:
                 findings.update(job.group.merge.findings)
                 under_way.remove(job.group)
-        if failures:  # the first in the order of the tensors, whichever thread was faster
+        if failures:  # of what was under way, the first that was begun, whichever was faster
             raise min(failures, key=lambda failure: failure[0])[1]
     return findings
 
@@ -371,6 +374,12 @@ class _GroupWork:
         self._results: dict[int, Any] = {}
         self._joined = 0
         self._answer = None
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether the pass under way reads what it is given, or another soon will."""
+        sample = isinstance(self.request, Gather) and self.request.sample
+        return not sample or len(self._segments) <= READ_AHEAD_SEGMENTS
 
     def credit(self) -> int:
         """How many of the expected passes the one under way stands for; the last, for the rest."""
@@ -547,7 +556,7 @@ class _Workers:
     """Threads that work on segments.
 
     No thread is left when the block is: they write to files that are closed next, so even a
-    second interrupt has to wait for them, which takes no longer than a block.
+    second interrupt has to wait for them, which takes no longer than a block, or compiling a kernel.
     """
 
     def __init__(

@@ -118,7 +118,7 @@ def _givers(row_map: RowMap) -> NDArray[np.int64]:
 
 
 class TensorRows:
-    """Tensors in memory as a source of rows."""
+    """Matrices in memory as a source of rows."""
 
     def __init__(self, tensors: "Mapping[str, Tensor]") -> None:
         self._values = tensors
@@ -134,7 +134,7 @@ class TensorRows:
         import torch
 
         rows = self._values[name][first:stop]
-        stored = rows.contiguous().view(torch.uint8).numpy()
+        stored = rows.cpu().contiguous().view(torch.uint8).numpy()
         target = buffer[: stored.size]
         target[:] = stored.reshape(-1)
         return target.view(FLOAT_DTYPES[self.tensors[name].dtype]).reshape(tuple(rows.shape))

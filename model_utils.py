@@ -140,6 +140,11 @@ class ModelFolder:
             begin, size = place.begin + first * place.row_bytes, (stop - first) * place.row_bytes
             os.posix_fadvise(place.descriptor, begin, size, os.POSIX_FADV_WILLNEED)
 
+    def position(self, name: str) -> tuple[int, int]:
+        """Where a tensor lies: to read in this order is to read each file from front to back."""
+        place = self._places.get(name)
+        return (0, 0) if place is None else (self._descriptors.index(place.descriptor), place.begin)
+
     def close(self) -> None:
         """Close the files; the folder cannot be read from afterwards."""
         while self._descriptors:
@@ -292,45 +297,67 @@ class _Flusher:
 
     Otherwise the system keeps most of what is written in memory until the end, and then the
     disk works alone.
+
+    Attributes:
+        error: what went wrong first. The system says it once; a later fsync would not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, descriptors: Sequence[int]) -> None:
+        self.error: OSError | None = None
+        self._descriptors = descriptors
         self._written = 0
         self._wake = threading.Condition()
         self._stopping = False
         self._thread: threading.Thread | None = None
 
-    def start(self, descriptors: Sequence[int]) -> None:
-        """Begin, for files that stay open until `stop`."""
-        self._thread = threading.Thread(target=self._run, args=(descriptors,), daemon=True)
-        self._thread.start()
-
     def add(self, count: int) -> None:
-        """So many bytes were written."""
+        """So many bytes were written.
+
+        Raises:
+            OSError: what was written before could not be brought to the disk.
+        """
+        if self.error is not None:
+            raise self.error
         with self._wake:
             self._written += count
-            if self._written >= FLUSH_BYTES:
-                self._wake.notify()
+            if self._written < FLUSH_BYTES or self._stopping:
+                return
+            self._wake.notify()
+            if self._thread is None:
+                # Here, and not before: this is no main thread, which an interrupt could end
+                # in the middle of the start.
+                thread = threading.Thread(target=self._run, daemon=True)
+                thread.start()
+                self._thread = thread
 
     def stop(self) -> None:
-        """End; returns when no file is worked on any more."""
-        with self._wake:
-            self._stopping = True
-            self._wake.notify()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """End; returns when no file is worked on any more, even if it is interrupted."""
+        interrupt = None
+        while self._thread is not None:
+            try:
+                with self._wake:
+                    self._stopping = True
+                    self._wake.notify()
+                self._thread.join()
+                self._thread = None
+            except KeyboardInterrupt as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
 
-    def _run(self, descriptors: Sequence[int]) -> None:
+    def _run(self) -> None:
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._stopping or self._written >= FLUSH_BYTES)
                 if self._stopping:
                     return
                 self._written = 0
-            for descriptor in descriptors:
-                with contextlib.suppress(OSError):  # `commit` meets it as well, and reports it
+            try:
+                for descriptor in self._descriptors:
                     _FLUSH(descriptor)
+            except OSError as error:
+                self.error = error
+                return
 
 
 class FolderWriter:
@@ -362,7 +389,7 @@ class FolderWriter:
         self._parents_made: list[Path] = []
         self._places: dict[str, tuple[int, HeaderEntry]] = {}
         self._descriptors: list[int] = []
-        self._flusher = _Flusher()
+        self._flusher = _Flusher(self._descriptors)
 
     def __enter__(self) -> Self:
         try:
@@ -375,7 +402,6 @@ class FolderWriter:
                 self._create_shard(file, names)
             if len(self.shards) > 1:
                 self.write_text(INDEX, self._index())
-            self._flusher.start(self._descriptors)
         except BaseException:
             self._abandon()
             raise
@@ -419,6 +445,9 @@ class FolderWriter:
     def commit(self) -> None:
         """Bring everything to the disk and give the folder its name."""
         self._flusher.stop()
+        self._flusher.add(0)  # raises what went wrong
+        for descriptor in self._descriptors:
+            os.fsync(descriptor)
         for file in self.partial.iterdir():
             _fsync_path(file)
         _fsync_path(self.partial)
@@ -448,7 +477,12 @@ class FolderWriter:
 
     def _abandon(self) -> None:
         """Close the files; remove what was made if it was not renamed."""
-        self._flusher.stop()
+        try:
+            self._flusher.stop()
+        finally:
+            self._remove()
+
+    def _remove(self) -> None:
         while self._descriptors:
             os.close(self._descriptors.pop())
         with contextlib.suppress(FileNotFoundError):
@@ -498,15 +532,15 @@ def plan_shards(tensors: Mapping[str, TensorInfo], max_shard_size: int) -> dict[
     }
 
 
-def parse_size(size: str | int) -> int:
-    """Bytes of a size such as "5GB" (10**9 each), "500MB" or 1000000.
+def parse_size(size: str | int, name: str = "size") -> int:
+    """Bytes of a size such as "5GB" (10**9 each), "500MB" or 1000000; `name` is for the error.
 
     >>> parse_size("1.5GB")
     1500000000
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]B)?", str(size).strip().upper())
     if match is None or float(match[1]) <= 0:
-        raise ValueError(f"max_shard_size must be a size such as 5GB or 500MB, got {size!r}")
+        raise ValueError(f"{name} must be a size such as 5GB or 500MB, got {size!r}")
     return max(1, int(float(match[1]) * _UNITS.get(match[2] or "", 1)))
 
 

@@ -19,6 +19,13 @@ RESCALES: tuple[Rescale, ...] = ("inverse_density", "l1", "none")
 TrimScope = Literal["tensor", "row", "model"]
 TRIM_SCOPES: tuple[TrimScope, ...] = ("tensor", "row", "model")
 
+RUN = 2**14
+"""Elements of a row that are summed to one number. Runs never cross a row, so their sums do not
+depend on how the rows of a tensor are grouped into blocks."""
+
+LANES = 2**10
+"""Sums that a run is added up in, side by side, before they are added to each other."""
+
 SMALLEST, LARGEST = 1e-30, 1e30
 """Weights beyond these magnitudes are refused: products with them leave the range of float32."""
 

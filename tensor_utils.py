@@ -6,12 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-RUN = 2**14
-"""Elements of a row that are summed to one number. Runs never cross a row, so their sums do not
-depend on how the rows of a tensor are grouped into blocks."""
-
-LANES = 2**10
-"""Sums that a run is added up in, side by side, before they are added to each other."""
+from scalar_utils import LANES, RUN
 
 
 def check_tensors(tensors: Sequence[Tensor], base: Tensor | None = None) -> None:

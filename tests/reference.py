@@ -99,6 +99,11 @@ def trim(delta: ArrayLike, density: float) -> Array:
     return kept.reshape(delta.shape)
 
 
+def trim_rows(delta: ArrayLike, density: float) -> Array:
+    """`trim` of every row."""
+    return np.stack([trim(row, density) for row in np.asarray(delta)])
+
+
 def ties(
     base: ArrayLike,
     tensors: Sequence[ArrayLike],
@@ -106,14 +111,17 @@ def ties(
     densities: Sequence[float],
     lam: float = 1.0,
     normalize: bool = True,
+    trim_scope: Literal["tensor", "row"] = "tensor",
 ) -> Array:
     """TIES: trim, elect by weighted mass, merge what agrees, add lam times that to the base.
 
     The subtraction is rounded to float32 first: equal magnitudes must be those a float32 merge
-    sees. Negative weights are not refused; the formula is applied as it stands.
+    sees. Negative weights are not refused; the formula is applied as it stands. A row is an entry
+    of the first axis of a matrix; a vector is one row.
     """
     narrow = [np.asarray(tensor, np.float32) - np.asarray(base, np.float32) for tensor in tensors]
-    deltas = [trim(delta, density) for delta, density in zip(narrow, densities, strict=True)]
+    trim_one = trim if trim_scope == "tensor" or narrow[0].ndim == 1 else trim_rows
+    deltas = [trim_one(delta, density) for delta, density in zip(narrow, densities, strict=True)]
     return as_float64(base) + lam * combine(deltas, weights, elect=True, normalize=normalize)
 
 

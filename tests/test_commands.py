@@ -15,9 +15,13 @@ import pytest
 import torch
 from tiny_checkpoints import make_llama, read_tensors, tensor_hashes
 
+import merge_progress
 from dare_llama import dare_merge_llama_to_folder
 from linear_llama import linear_merge_llama_to_folder
+from merge_memory import fit_memory
 from merge_methods import METHODS
+from merge_plan import open_plan
+from merge_recipe import make_recipe
 from model_errors import ModelCompatibilityError
 from slerp_llama import slerp_merge_llama_to_folder
 from task_arithmetic_llama import task_arithmetic_merge_llama_to_folder
@@ -250,7 +254,7 @@ def test_two_signals_in_the_middle_leave_nothing_behind(models, tmp_path, number
     time.sleep(0.02)
     process.send_signal(number)
     _, error = process.communicate()
-    assert process.returncode == 128 + number
+    assert process.returncode == 128 + number, error
     assert error == "error: interrupted; nothing has been written\n"
     assert sorted(os.listdir(tmp_path)) == ["a", "b", "base"]
 
@@ -504,3 +508,55 @@ def test_sources_of_single_tokens_come_from_a_file(models, capsys):
     Path("sources.json").write_text('{"a": {"source": "b", "force": true}}')
     assert ties("--tokens", "sources.json", "--plan") == 0
     assert "base: 1 row" in capsys.readouterr().out
+
+
+# Memory
+
+
+def test_a_merge_that_does_not_fit_is_refused_before_anything_is_written(models, capsys):
+    assert ties("--densities", 0.5, 0.5, "--save", "out", "--max-memory", "20MB") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: max_memory 20.00 MB is too little: this merge takes at least ")
+    assert "Allow more" in error
+    assert sorted(os.listdir(models)) == ["a", "b", "base"]
+
+
+@pytest.mark.parametrize("size", ["lots", "0", "-1GB"])
+def test_a_memory_that_is_no_size_is_refused(models, capsys, size):
+    assert ties("--save", "out", f"--max_memory={size}") == 2
+    assert "max_memory must be a size such as 5GB" in capsys.readouterr().err
+
+
+def test_less_memory_means_smaller_blocks_then_fewer_threads(models):
+    def fit(limit, method="ties"):
+        recipe = make_recipe(method, "base", ["a", "b"], {"densities": [0.5, 0.5]})
+        with open_plan(recipe) as plan:
+            return fit_memory(plan, "numba", 8, limit, 50 * 10**6)
+
+    free = fit(None)
+    assert (free.threads, free.notes) == (8, ())
+    assert fit(free.memory_bytes) == free
+    tight = fit(free.memory_bytes - 10**7)
+    assert tight.threads < 8
+    assert tight.memory_bytes <= free.memory_bytes - 10**7
+    assert tight.notes == (f"{tight.threads} of 8 threads are used, to stay within max_memory",)
+    with pytest.raises(ValueError, match=r"max_memory 60\.00 MB is too little"):
+        fit(60 * 10**6)
+
+
+def test_torch_computes_where_numba_cannot_be_imported_and_the_report_says_so(models, monkeypatch):
+    ties_merge_llama_to_folder("base", ["a", "b"], densities=[0.5, 0.3], output_dir="x")
+    monkeypatch.setitem(sys.modules, "numba", None)
+    report = ties_merge_llama_to_folder("base", ["a", "b"], densities=[0.5, 0.3], output_dir="y")
+    assert "numba cannot be imported, so torch computes, many times slower" in report.notes
+    assert tensor_hashes(models / "x") == tensor_hashes(models / "y")
+
+
+def test_lines_of_progress_begin_before_anything_counts(capsys, monkeypatch):
+    monkeypatch.setattr(merge_progress, "SECONDS_BETWEEN_LINES", 0.0)
+    with merge_progress.progress_bar(100, "ties", show=True) as update:
+        update(0)
+        update(50)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "ties: 0 bytes of 100 bytes (0 %)"
+    assert second.startswith("ties: 50 bytes of 100 bytes (50 %), about ")

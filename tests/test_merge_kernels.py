@@ -17,7 +17,7 @@ from merge_kernels import KernelOperations
 from merge_operations import Drop, TaskVectorMerge, TorchOperations, Trim, TrimRows, window
 from merge_stream import Block, Layout, TensorTask
 from model_safetensors import FLOAT_DTYPES, TensorInfo, widen
-from scalar_utils import KEEP_ALL, KEEP_NONE, TrimThreshold, mask_key
+from scalar_utils import KEEP_ALL, KEEP_NONE, LANES, RUN, TrimThreshold, mask_key
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS, TORCH = KernelOperations(), TorchOperations()
@@ -195,6 +195,38 @@ def test_entries_are_dropped_alike(dtypes, size, first, elect):
         assert_same_bits(block, lambda ops, merge=merge: ops.merge_task_vectors(merge))
 
 
+# Torch, when a GPU's memory runs out
+
+
+def test_what_does_not_fit_on_the_gpu_is_computed_on_the_cpu(monkeypatch):
+    """A device stands in for the GPU whose memory is always too small."""
+    block = make_block(3, 700, MIXED)
+    merge = TaskVectorMerge(WEIGHTS[1], 1.0, True, True, TrimRows((0.3, 0.5, 1.0)))
+    TORCH.merge_task_vectors(merge)(block, None)
+    want = block.stored(-1).copy()
+    operations = TorchOperations()
+    operations._device = torch.device("meta")
+    plain, asked = operations._inputs, []
+
+    def inputs(block):
+        asked.append(operations._device.type)
+        if operations._device.type == "meta":
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB\nmore")
+        return plain(block)
+
+    monkeypatch.setattr(operations, "_inputs", inputs)
+    gather, take = operations.coarse_histograms([0]), operations.merge_task_vectors(merge)
+    counts = gather.start()
+    text = r"meta has too little memory for a block .*2 MiB\). The rest is computed on the CPU"
+    with pytest.warns(UserWarning, match=text) as caught:
+        gather.take(block, counts)
+    block.stored(-1).fill(0)
+    take(block, None)
+    assert counts.sum() == block.size
+    assert np.array_equal(block.stored(-1), want)
+    assert (len(caught), asked) == (1, ["meta", "cpu", "cpu"])
+
+
 # Conversions
 
 
@@ -249,6 +281,10 @@ def test_what_is_not_finite_is_found(dtype, value, place):
 # Compiling
 
 
+def test_constants_that_are_compiled_in_are_those_of_the_definition():
+    assert (merge_kernels.RUN, merge_kernels.LANES) == (RUN, LANES)
+
+
 def test_a_kernel_is_compiled_once_for_all_dtypes():
     for dtypes in LAYOUTS:
         KERNELS.linear((1.0,) * 4, normalize=True)(make_block(2, 40, dtypes), None)
@@ -271,7 +307,8 @@ def test_compiled_code_outlives_a_read_only_installation(tmp_path):
 
     def run(cache):
         result = subprocess.run(
-            [sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True,
+            [sys.executable, "-B", "-c", code],
+            cwd=tmp_path, capture_output=True, text=True, check=True,
             env={"PYTHONPATH": str(package), "PATH": os.environ["PATH"], "XDG_CACHE_HOME": cache},
         )  # fmt: skip
         return result.stdout

@@ -20,7 +20,7 @@ import merge_plan
 import merge_run
 import merge_stream
 from merge_methods import METHODS
-from merge_operations import make_operations
+from merge_operations import TorchOperations, make_operations
 from merge_plan import open_plan
 from merge_recipe import Recipe
 from merge_run import merge_to_folder
@@ -39,6 +39,10 @@ CASES = {
     "ties, sum": (
         "ties",
         {"weights": (1.0, -0.5, 0.5), "densities": (0.4,) * 3, "normalize": False},
+    ),
+    "ties, rows": (
+        "ties",
+        {"weights": WEIGHTS, "densities": (0.2, 0.5, 0.9), "trim_scope": "row"},
     ),
     "dare": ("dare", {"weights": WEIGHTS, "densities": (0.3, 0.6, 1.0), "seed": 5}),
     "dare, l1": ("dare", {"weights": WEIGHTS, "densities": (0.3,) * 3, "rescale": "l1"}),
@@ -164,6 +168,89 @@ def test_blocks_threads_and_shards_do_not_change_a_bit(tmp_path, monkeypatch, me
         assert (len(list(out.glob("*.safetensors"))) > 1) == copy
         hashes.append(tensor_hashes(out))
     assert hashes[1:] == hashes[:1] * 3
+
+
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+def test_a_trim_of_the_whole_model_takes_it_as_one_vector(tmp_path, monkeypatch, dtypes):
+    base, models = make_family(tmp_path / "one", dtypes)
+    parameters = {"weights": WEIGHTS, "densities": (0.2, 0.5, 1.0), "trim_scope": "model"}
+    report = run("ties", base, models, tmp_path / "out", parameters=parameters)
+    merged, names = read_tensors(tmp_path / "out"), [*report.findings]
+    stored = [read_tensors(folder) for folder in (base, *models)]
+    vectors = [
+        np.concatenate([tensors[name].double().numpy().ravel() for name in names])
+        for tensors in (*stored, merged)
+    ]
+    del parameters["trim_scope"]
+    wrong = np.abs(vectors[-1] - reference.ties(vectors[0], vectors[1:-1], **parameters)) > 1e-6
+    assert not (wrong & ~close_votes(parameters, vectors[0], vectors[1:-1])).any()
+
+    kept = np.array(
+        [[model["kept"] for model in each["trim"]] for each in report.findings.values()]
+    )
+    size = len(vectors[0])
+    assert kept.sum(axis=0).tolist() == [int(0.2 * size), int(0.5 * size), size]
+    assert len({*kept[:, 0] / [merged[name].numel() for name in names]}) > 3  # not tensor by tensor
+
+    monkeypatch.setattr(merge_memory, "BLOCK_BYTES", 700)
+    monkeypatch.setattr(merge_stream, "SEGMENT_BLOCKS", 1)
+    first, *rest = [make_sharded(folder, tmp_path / "many") for folder in (base, *models)]
+    parameters["trim_scope"] = "model"
+    run("ties", first, rest, tmp_path / "again", parameters=parameters, threads=4)
+    assert tensor_hashes(tmp_path / "again") == tensor_hashes(tmp_path / "out")
+
+
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_a_sample_that_misleads_costs_time_and_nothing_else(tmp_path, monkeypatch, scope):
+    """The rows that are sampled differ from the base by more than all others, or not at all."""
+    monkeypatch.setattr(merge_memory, "BLOCK_BYTES", 4096)
+    base, (model,) = make_family(tmp_path, ("float32",) * 2, hidden_size=64, vocab_size=900)
+    tensors = read_tensors(base)
+    random = np.random.default_rng(0)
+    for name, factor in ((EMBEDDING, 1000.0), (HEAD, 0.0)):
+        noise = torch.from_numpy(random.normal(0, 0.01, tensors[name].shape)).float()
+        rows_of_a_block = 4096 // (3 * 4 * 64)
+        for first in range(0, 900, merge_stream.SAMPLE_STEP * rows_of_a_block):
+            noise[first : first + rows_of_a_block] *= factor
+        tensors[name] += noise
+    save_tensors(model, tensors, 1)
+    parameters = {"densities": (0.5,), "trim_scope": scope}
+    passes = []
+    plain = merge_stream._Reader.work
+
+    def work(reader, request, segment, *, check):
+        passes.append((segment.task.name, id(request)))
+        return plain(reader, request, segment, check=check)
+
+    monkeypatch.setattr(merge_stream._Reader, "work", work)
+    report = run("ties", base, [model], tmp_path / "out", parameters=parameters)
+    assert len({request for name, request in passes if name == HEAD}) > 4
+    merged, before = read_tensors(tmp_path / "out"), read_tensors(base)
+    kept = {name: int((merged[name] != before[name]).sum()) for name in merged}
+    if scope == "model":
+        assert sum(kept.values()) <= sum(tensor.numel() for tensor in before.values()) // 2
+    found = {name: each["trim"][0] for name, each in report.findings.items()}
+    for name in (EMBEDDING, HEAD):
+        delta = (tensors[name] - before[name]).abs()
+        lowest = found[name]["threshold"]
+        assert found[name]["kept"] == int((delta > lowest).sum()) + found[name]["tied_kept"]
+        if scope == "tensor":
+            assert found[name]["kept"] == delta.numel() // 2
+
+
+@pytest.mark.parametrize(("method", "parameters"), CASES.values(), ids=CASES)
+def test_torch_and_the_kernels_make_the_same_bytes(tmp_path, monkeypatch, method, parameters):
+    base, models = make_family(tmp_path, DTYPES["mixed"])
+    cases = [parameters]
+    if method == "ties" and "trim_scope" not in parameters:
+        cases.append(parameters | {"trim_scope": "model"})
+    for number, case in enumerate(cases):
+        for name in ("kernels", "torch"):
+            run(method, base, models, tmp_path / f"{name}-{number}", parameters=case)
+            monkeypatch.setattr(merge_run, "make_operations", TorchOperations)
+        monkeypatch.undo()
+        found = [tensor_hashes(tmp_path / f"{name}-{number}") for name in ("kernels", "torch")]
+        assert found[0] == found[1]
 
 
 def make_sharded(folder, parent):
@@ -341,7 +428,7 @@ def test_a_model_with_weight_zero_is_still_checked(tmp_path):
 def test_a_result_too_large_for_float16_is_refused(tmp_path):
     base, models = make_family(tmp_path)
     parameters = {"weights": (1e6, 1.0, 1.0)}
-    text = r"embed_tokens\.weight: row \d+, column \d+ .* does not fit float16 .*65504"
+    text = r"\.weight: row \d+, column \d+ .* does not fit float16 .*65504"
     with pytest.raises(ModelCompatibilityError, match=text):
         run(
             "task_arithmetic", base, models, tmp_path / "out",

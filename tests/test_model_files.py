@@ -1,8 +1,11 @@
 """Headers, configs, finding folders, reading and writing them."""
 
+import errno
 import json
 import os
 import stat
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_checkpoints import make_llama, read_tensors
 
+import model_utils
 from model_config import edit_config, merged_config, read_config
 from model_errors import ModelCompatibilityError
 from model_locate import find_model_folder
@@ -396,7 +400,7 @@ def test_sizes(text, size):
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "5 gigs", "nan"])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(ValueError, match="max_shard_size must be a size such as 5GB"):
+    with pytest.raises(ValueError, match="size must be a size such as 5GB"):
         parse_size(text)
 
 
@@ -406,3 +410,57 @@ def test_configs_are_edited_at_any_depth():
         "a_config": {"b_config": {"vocab_size": 9}, "tied": 1},
         "vocab_size": 9,
     }
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_disk_that_fails_while_files_are_brought_to_it_ends_the_merge(
+    tmp_path, monkeypatch, late
+):
+    """The system reports it once, to whoever asks first."""
+    failed = threading.Event()
+
+    def flush(descriptor):
+        failed.set()
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(model_utils, "_FLUSH", flush)
+    monkeypatch.setattr(model_utils, "FLUSH_BYTES", 1)
+
+    def merge():
+        with FolderWriter(tmp_path / "out", TENSORS, 10**9) as writer:
+            write_all(writer, ("a",))
+            assert failed.wait(10)
+            while not late:
+                write_all(writer, ("b",))
+            writer.commit()
+
+    with pytest.raises(OSError, match="Input/output error"):
+        merge()
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_interrupt_while_the_disk_is_busy_leaves_no_folder(tmp_path, monkeypatch):
+    busy = threading.Event()
+    monkeypatch.setattr(model_utils, "FLUSH_BYTES", 1)
+    monkeypatch.setattr(model_utils, "_FLUSH", lambda _: (busy.set(), time.sleep(0.3)))
+    plain, interrupts = threading.Thread.join, iter([KeyboardInterrupt, None])
+
+    def join(thread, timeout=None):
+        plain(thread, timeout)
+
+    def interrupted(thread, timeout=None):
+        if (error := next(interrupts, None)) is not None:
+            raise error
+        join(thread, timeout)
+
+    def merge(writer):
+        with writer:
+            write_all(writer, ("a",))
+            assert busy.wait(10)
+            monkeypatch.setattr(threading.Thread, "join", interrupted)
+
+    writer = FolderWriter(tmp_path / "out", TENSORS, 10**9)
+    with pytest.raises(KeyboardInterrupt):
+        merge(writer)
+    assert os.listdir(tmp_path) == []
+    assert writer._descriptors == []
