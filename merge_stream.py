@@ -556,7 +556,7 @@ class _Workers:
     """Threads that work on segments.
 
     No thread is left when the block is: they write to files that are closed next, so even a
-    second interrupt has to wait for them, which takes no longer than a block, or compiling a kernel.
+    second interrupt has to wait for them: for a block at most, or for a kernel to be compiled.
     """
 
     def __init__(

@@ -527,13 +527,24 @@ def session(mergekit: Path | None) -> dict[str, Any]:
     """Where, when and with what the runs were made."""
     return {
         "date": date.today().isoformat(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shown_command(sys.argv),
         "revision": revision(),
         "cpu": processor(),
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "versions": versions(mergekit),
     }
+
+
+def shown_command(arguments: Sequence[str]) -> str:
+    """The command as anyone would repeat it: without the paths of this machine."""
+    shown, hidden = [], False
+    for argument in arguments[1:]:
+        if hidden or argument == "--mergekit":
+            hidden = not hidden
+            continue
+        shown.append("FOLDER" if os.path.isdir(argument) and os.path.isabs(argument) else argument)
+    return shlex.join(["python", "benchmarks/compare.py", *shown])
 
 
 def processor() -> str:
