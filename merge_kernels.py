@@ -20,8 +20,6 @@ from numba import njit
 from numpy.typing import NDArray
 
 from merge_operations import (
-    FINE_BINS,
-    SPARE_BINS,
     Counts,
     Drop,
     FineCounts,
@@ -48,9 +46,8 @@ RUN, LANES = 2**14, 2**10
 """As in `scalar_utils`. What a kernel knows as a constant stands in this file: compiled code is
 kept until the file changes."""
 
-COUNTERS = PIECE // 8 + 4
-"""Philox counters of a piece: one more where it does not start at a multiple of 8, and vectors
-are full."""
+COUNTERS = PIECE // 8
+"""Philox counters of a piece that starts at a multiple of 8; a counter gives 8 draws."""
 
 # Histograms of a row: the upper 8 of the 31 bits of a magnitude, the next 8, ...; a row is short,
 # and to look through many bins would take longer than to fill them.
@@ -69,6 +66,9 @@ _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 _M0_LOW, _M0_HIGH = np.uint64(0xE14C6C93), np.uint64(0xD2E7470E)
 _M1_LOW, _M1_HIGH = np.uint64(0x95121157), np.uint64(0xCA5A8263)
 _STEP_0, _STEP_1 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBB67AE8584CAA73B)
+
+# A byte eight times; of each of these bytes the bit of its number.
+_REPEAT, _BIT_OF_BYTE = np.uint64(0x0101010101010101), np.uint64(0x8040201008040201)
 
 
 def _kernel(**options: Any) -> Callable[[F], F]:
@@ -272,7 +272,7 @@ def _absolute_parts(
     """`dare_utils.absolute_parts` of every task vector, then of what is kept of each."""
     models = len(keys)
     base, delta = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
-    draws = np.empty(8 * COUNTERS, np.uint32)
+    bits, flags = np.empty(2 * COUNTERS, np.uint8), np.empty(2 * PIECE, np.uint8)
     lanes = np.empty((2 * models, LANES), np.float64)
     number = 0
     for row in range(rows):
@@ -288,7 +288,7 @@ def _absolute_parts(
                     _subtract(memory, places[i + 1], kinds[i + 1], place, n, base, delta)
                     for j in range(n):
                         lanes[i, lane + j] += np.float64(abs(delta[j]))
-                    _drop(delta, n, keys[i], limits[i], first + place, draws)
+                    _drop(delta, n, keys[i], limits[i], first + place, bits, flags)
                     for j in range(n):
                         lanes[models + i, lane + j] += np.float64(abs(delta[j]))
             for i in range(2 * models):
@@ -310,45 +310,53 @@ def _multiply_wide(word: Any, low: Any, high: Any) -> Any:
 
 
 @_kernel()
-def _philox(
-    key_0: Any, key_1: Any, first: Any, out_0: Any, out_1: Any, out_2: Any, out_3: Any
-) -> None:
-    """`dare_utils.philox` for `COUNTERS` blocks, each word in an array of its own.
+def _kept(word: Any, limit: Any) -> Any:
+    """Two bits: whether the draws of a word lie below the limit; its low half is drawn first."""
+    return np.uint64((word & _LOW) < limit) | np.uint64((word >> _HALF) < limit) << np.uint64(1)
 
-    The compiler makes vector instructions of this only while the count is a constant.
+
+@_kernel()
+def _keep_bits(key_0: Any, key_1: Any, first: Any, limit: Any, bits: Any) -> None:
+    """`dare_utils.philox` from a counter on; of each, which of its 8 draws lie below the limit.
+
+    The compiler makes vector instructions of this only while the count is a constant, and its
+    widest ones because what is stored is narrow. Of a counter's four words three are 0, so each
+    of the first two of the ten rounds has a product that is not needed: that of 0, and that of
+    the key.
     """
+    key_high, key_low = _multiply_wide(key_0, _M0_LOW, _M0_HIGH)
     for j in range(COUNTERS):
-        word_0, word_1 = first + np.uint64(j), np.uint64(0)
-        word_2, word_3 = np.uint64(0), np.uint64(0)
-        step_0, step_1 = key_0, key_1
-        for _ in range(10):
+        high_0, low_0 = _multiply_wide(first + np.uint64(j), _M0_LOW, _M0_HIGH)
+        high_2, low_2 = _multiply_wide(high_0 ^ key_1, _M1_LOW, _M1_HIGH)
+        step_0, step_1 = key_0 + _STEP_0, key_1 + _STEP_1
+        word_0, word_1 = high_2 ^ step_0, low_2
+        word_2, word_3 = key_high ^ low_0 ^ step_1, key_low
+        for _ in range(8):
+            step_0 += _STEP_0
+            step_1 += _STEP_1
             high_0, low_0 = _multiply_wide(word_0, _M0_LOW, _M0_HIGH)
             high_2, low_2 = _multiply_wide(word_2, _M1_LOW, _M1_HIGH)
             word_0, word_1 = high_2 ^ word_1 ^ step_0, low_2
             word_2, word_3 = high_0 ^ word_3 ^ step_1, low_0
-            step_0 += _STEP_0
-            step_1 += _STEP_1
-        out_0[j], out_1[j], out_2[j], out_3[j] = word_0, word_1, word_2, word_3
+        kept = _kept(word_0, limit) | _kept(word_1, limit) << np.uint64(2)
+        kept |= _kept(word_2, limit) << np.uint64(4) | _kept(word_3, limit) << np.uint64(6)
+        bits[j] = np.uint8(kept)
 
 
 @_kernel()
-def _drop(delta: Any, size: Any, key: Any, limit: Any, start: Any, draws: Any) -> None:
+def _drop(delta: Any, size: Any, key: Any, limit: Any, start: Any, bits: Any, flags: Any) -> None:
     """`dare_utils.drop` in place; `start` is the flat index of the first entry."""
     if limit > _LOW:  # every draw is below
         return
-    first, skip = start // 8, start % 8
-    words = np.empty((4, COUNTERS), np.uint64)
-    _philox(key[0], key[1], np.uint64(first + 1), words[0], words[1], words[2], words[3])
-    pairs = draws.view(np.uint64)  # the low half of a word comes first
-    word_0, word_1, word_2, word_3 = words[0], words[1], words[2], words[3]
-    for j in range(COUNTERS):
-        pairs[4 * j] = word_0[j]
-        pairs[4 * j + 1] = word_1[j]
-        pairs[4 * j + 2] = word_2[j]
-        pairs[4 * j + 3] = word_3[j]
-    below = _U32(limit)
+    first, skip = np.uint64(start // 8 + 1), start % 8
+    _keep_bits(key[0], key[1], first, limit, bits)
+    if skip > 0:  # the last entries belong to one counter more
+        _keep_bits(key[0], key[1], first + np.uint64(COUNTERS), limit, bits[COUNTERS:])
+    octets = flags.view(np.uint64)
+    for j in range(2 * COUNTERS if skip > 0 else COUNTERS):
+        octets[j] = np.uint64(bits[j]) * _REPEAT & _BIT_OF_BYTE
     for j in range(size):
-        delta[j] = delta[j] if draws[skip + j] < below else _ZERO
+        delta[j] = delta[j] if flags[skip + j] != 0 else _ZERO
 
 
 @_kernel()
@@ -378,32 +386,39 @@ def _fine_histograms(
     guesses: Any,
     windows: Any,
     bins: Any,
-    spares: Any,
-    counts: Any,
+    above: Any,
     around: Any,
 ) -> None:
-    """What `merge_operations.FineCounts` holds."""
+    """What `merge_operations.FineCounts` holds.
+
+    Few entries lie in a window, apart from those equal to the guess, and these are counted apart:
+    the branch is rarely taken, which costs less than to count everything somewhere.
+    """
     base, delta = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
-    position = np.empty(PIECE, np.int32)
+    position = np.empty(PIECE, np.uint32)
+    count = _U32(bins.shape[1])
     for start in range(0, size, PIECE):
         n = min(PIECE, size - start)
         _widen(memory, places[0], kinds[0], start, n, base)
         for k in range(len(models)):
             i = models[k] + 1
             _subtract(memory, places[i], kinds[i], start, n, base, delta)
-            found, guess = counts[k], guesses[k]
-            above, equal = np.int32(0), np.int32(0)
-            lowest = windows[k]
+            found, guess, lowest = bins[k], guesses[k], windows[k]
+            guessed, highest = _U32(guess - lowest), np.int32(lowest + count - 1)
+            beyond, over, equal = np.int32(0), np.int32(0), np.int32(0)
             for j in range(n):
-                inside = _magnitude(delta[j]) - lowest
-                spare = bins + (j & (spares - 1))
-                outside = spare if inside < 0 else spare + spares
-                position[j] = np.int32(inside if 0 <= inside < bins else outside)
-                above += np.int32(_magnitude(delta[j]) > guess)
-                equal += np.int32(_magnitude(delta[j]) == guess)
+                magnitude = _magnitude(delta[j])
+                beyond += np.int32(magnitude > highest)
+                over += np.int32(magnitude > guess)
+                equal += np.int32(magnitude == guess)
+                place = _U32(magnitude - lowest)  # below the window: a large number
+                position[j] = place if magnitude != guess else count
             for j in range(n):
-                found[position[j]] += 1
-            around[k, 0] += above
+                if position[j] < count:
+                    found[position[j]] += 1
+            found[guessed] += equal
+            above[k] += beyond
+            around[k, 0] += over
             around[k, 1] += equal
 
 
@@ -543,7 +558,7 @@ def _merge_task_vectors(
     base, total = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
     signs, agreeing = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
     deltas = np.empty((models, PIECE), np.float32)
-    draws = np.empty(8 * COUNTERS, np.uint32)
+    bits, flags = np.empty(2 * COUNTERS, np.uint8), np.empty(2 * PIECE, np.uint8)
     for number in range(size // stretch):
         for start in range(number * stretch, (number + 1) * stretch, PIECE):
             n = min(PIECE, (number + 1) * stretch - start)
@@ -551,18 +566,16 @@ def _merge_task_vectors(
             for j in range(n):
                 total[j] = _ZERO
             for i in range(models):
-                delta, weight = deltas[i], weights[i]
+                delta, factor, weight = deltas[i], factors[i], weights[i]
                 _subtract(memory, places[i + 1], kinds[i + 1], start, n, base, delta)
                 if sparsify == _TRIM:
                     ties_left[number, i] = _trim(
                         delta, n, thresholds[number, i], ties_left[number, i]
                     )
                 elif sparsify == _DROP:
-                    _drop(delta, n, keys[i], limits[i], first + start, draws)
-                    factor = factors[i]
-                    for j in range(n):
-                        delta[j] *= factor
+                    _drop(delta, n, keys[i], limits[i], first + start, bits, flags)
                 for j in range(n):
+                    delta[j] *= factor
                     delta[j] *= weight
                     total[j] += delta[j]
             if elect:
@@ -688,11 +701,8 @@ class KernelOperations:
         lowest = np.array([window(guess) for guess in guesses.values()], dtype=np.int32)
 
         def take(block: Block, gathered: FineCounts) -> None:
-            around = gathered.segments[0].counts
-            bins = (FINE_BINS, SPARE_BINS)
-            _fine_histograms(
-                *_parts(block), block.size, models, bits, lowest, *bins, gathered.counts, around
-            )
+            counts = (gathered.bins, gathered.above, gathered.segments[0].counts)
+            _fine_histograms(*_parts(block), block.size, models, bits, lowest, *counts)
 
         return fine_gather(len(guesses), take, sample=sample)
 

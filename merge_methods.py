@@ -174,7 +174,7 @@ def _thresholds(
         guesses = yield from find_windows(missing, numel, operations, sides)
         fine = yield operations.fine_histograms(guesses)
         for index, (model, guess) in enumerate(guesses.items()):
-            rank, bins = ranks[model] - fine.above(index), fine.bins(index)
+            rank, bins = ranks[model] - int(fine.above[index]), fine.bins[index]
             if not 0 < rank <= bins.sum():
                 sides[model] = 1 if rank > 0 else -1  # the right one is smaller, or larger
                 continue
@@ -212,7 +212,7 @@ def _guess(
     fine = yield operations.fine_histograms(middles, sample=True)
     return {
         model: window(middle)
-        + operations.select_bin(fine.bins(index), wanted[model] - above[model])[0]
+        + operations.select_bin(fine.bins[index], wanted[model] - above[model])[0]
         for index, (model, middle) in enumerate(middles.items())
     }
 

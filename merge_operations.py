@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
 COARSE_BINS, FINE_BINS = 2**15, 2**16
 
-SPARE_BINS = 8
-"""Bins that take what lies outside: several, so that increments do not wait for each other."""
-
 Counts = NDArray[np.int64]
 Take = Callable[[Block, Any], None]
 """What `merge_stream.Merge.take` is: fills a block's result."""
@@ -175,31 +172,25 @@ class SegmentCounts:
 
 @dataclass
 class FineCounts:
-    """What lies in a window of 2**16 magnitudes around a guess, per model, and beside it.
+    """What lies in a window of 2**16 magnitudes around a guess, per model, and above it.
 
     Attributes:
-        counts: shape (models, 2**16 + 2 * SPARE_BINS): of every magnitude in the window, then of
-            what lies below it, then of what lies above it, each spread over some bins.
+        bins: entries of every magnitude in the window; shape (models, 2**16).
+        above: entries above the window; shape (models,).
         segments: of each segment, entries above the guess, and at it.
     """
 
-    counts: Counts
+    bins: Counts
+    above: Counts
     segments: list[SegmentCounts]
-
-    def bins(self, index: int) -> Counts:
-        """Within the window of one of the models."""
-        return self.counts[index, :FINE_BINS]
-
-    def above(self, index: int) -> int:
-        """Entries of one of the models above its window."""
-        return int(self.counts[index, -SPARE_BINS:].sum())
 
     def of_model(self, index: int) -> list[SegmentCounts]:
         """The segments' counts of one of the models: shape (1, 2) each."""
         return [SegmentCounts(each.name, each.counts[index : index + 1]) for each in self.segments]
 
     def __add__(self, other: Self) -> Self:
-        self.counts += other.counts
+        self.bins += other.bins
+        self.above += other.above
         self.segments += other.segments
         return self
 
@@ -213,8 +204,8 @@ def fine_gather(models: int, take: Callable[[Block, FineCounts], None], *, sampl
     """A pass that counts within a window of each model's magnitudes: `FineCounts`."""
 
     def start() -> FineCounts:
-        counts = np.zeros((models, FINE_BINS + 2 * SPARE_BINS), dtype=np.int64)
-        return FineCounts(counts, [SegmentCounts.start(models)])
+        bins = np.zeros((models, FINE_BINS), dtype=np.int64)
+        return FineCounts(bins, np.zeros(models, dtype=np.int64), [SegmentCounts.start(models)])
 
     def take_named(block: Block, gathered: FineCounts) -> None:
         gathered.segments[0].name = block.layout.name
@@ -369,24 +360,22 @@ class TorchOperations:
         """`ties_utils.fine_histogram` of some of the task vectors, around their guesses."""
         from ties_utils import fine_histogram, magnitude_bits
 
-        def found(block: Block, gathered: FineCounts) -> tuple[Counts, Counts]:
+        def found(block: Block) -> list[tuple[Counts, int, list[int]]]:
             deltas = self._deltas(block)[1]
-            counts = np.zeros_like(gathered.counts)
-            around = np.zeros_like(gathered.segments[0].counts)
-            for index, (model, guess) in enumerate(guesses.items()):
+            counts = []
+            for model, guess in guesses.items():
                 lowest, bits = window(guess), magnitude_bits(deltas[model])
-                counts[index, :FINE_BINS] = fine_histogram(deltas[model], lowest).cpu().numpy()
-                counts[index, -1] = int((bits - lowest >= FINE_BINS).count_nonzero())
-                around[index] = [
-                    int((bits > guess).count_nonzero()),
-                    int((bits == guess).count_nonzero()),
-                ]
-            return counts, around
+                bins = fine_histogram(deltas[model], lowest).cpu().numpy()
+                above = int((bits - lowest >= FINE_BINS).count_nonzero())
+                around = [int(part.count_nonzero()) for part in (bits > guess, bits == guess)]
+                counts.append((bins, above, around))
+            return counts
 
         def take(block: Block, gathered: FineCounts) -> None:
-            counts, around = self._run(lambda: found(block, gathered))
-            gathered.counts += counts
-            gathered.segments[0].counts += around
+            for index, (bins, above, around) in enumerate(self._run(lambda: found(block))):
+                gathered.bins[index] += bins
+                gathered.above[index] += above
+                gathered.segments[0].counts[index] += around
 
         return fine_gather(len(guesses), take, sample=sample)
 

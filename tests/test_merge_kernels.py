@@ -123,11 +123,10 @@ def test_histograms_and_counts(dtypes):
     for guesses in ({0: some[0], 2: some[2]}, {1: 0}, {1: 2**31 - 2**16}):
         kernels, by_torch = gathered(block, lambda ops, g=guesses: ops.fine_histograms(g))
         for index, (model, guess) in enumerate(guesses.items()):
-            assert np.array_equal(kernels.bins(index), by_torch.bins(index))
+            assert np.array_equal(kernels.bins[index], by_torch.bins[index])
             magnitudes = np.abs(deltas[model]).view(np.int32)
             above = int((magnitudes.astype(np.int64) >= window(guess) + 2**16).sum())
-            assert kernels.above(index) == by_torch.above(index) == above
-        assert kernels.counts.sum() == block.size * len(guesses)
+            assert kernels.above[index] == by_torch.above[index] == above
         assert np.array_equal(kernels.segments[0].counts, by_torch.segments[0].counts)
         assert kernels.segments[0].name == "t"
     thresholds = [TrimThreshold(some[0], 1), KEEP_ALL, KEEP_NONE]
@@ -290,7 +289,7 @@ def test_a_kernel_is_compiled_once_for_all_dtypes():
         KERNELS.linear((1.0,) * 4, normalize=True)(make_block(2, 40, dtypes), None)
     kernels = [value for value in vars(merge_kernels).values() if hasattr(value, "signatures")]
     assert len(kernels) > 20
-    assert max(len(kernel.signatures) for kernel in kernels) == 1
+    assert [k.__name__ for k in kernels if len(k.signatures) > 1] == []
 
 
 def test_compiled_code_outlives_a_read_only_installation(tmp_path):
