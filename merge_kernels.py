@@ -700,9 +700,9 @@ class KernelOperations:
         models, bits = np.array([*guesses]), np.array([*guesses.values()], dtype=np.int32)
         lowest = np.array([window(guess) for guess in guesses.values()], dtype=np.int32)
 
-        def take(block: Block, gathered: FineCounts) -> None:
-            counts = (gathered.bins, gathered.above, gathered.segments[0].counts)
-            _fine_histograms(*_parts(block), block.size, models, bits, lowest, *counts)
+        def take(block: Block, gathered: FineCounts, counts: Counts) -> None:
+            found = (gathered.bins, gathered.above, counts)
+            _fine_histograms(*_parts(block), block.size, models, bits, lowest, *found)
 
         return fine_gather(len(guesses), take, sample=sample)
 

@@ -1,7 +1,7 @@
 """How much memory a merge takes, and how it is made to fit into what the user allows.
 
-A block per thread, and what a few segments have gathered: neither grows with the size of the
-models. Files that the system caches are not counted; it gives them up when others need memory.
+A block per thread, and what a few passes have gathered: neither grows with the size of the models.
+Files that the system caches are not counted; it gives them up when others need memory.
 """
 
 import math
@@ -105,11 +105,11 @@ def _block_bytes(plan: Plan, arithmetic: str, block_bytes: int) -> Iterator[int]
 
 
 def _gathered_bytes(plan: Plan, threads: int) -> int:
-    """What segments have gathered and the stream has not used up yet."""
+    """What passes that are under way have gathered."""
     models = len(plan.models)
     rows = [rows_of(task.info.shape) for task in plan.tasks]
     sums = max(count * math.ceil(length / RUN) for count, length in rows)
-    counts = 2 * UNDER_WAY * threads * models * plan.method.bins * 8
+    counts = UNDER_WAY * threads * models * plan.method.bins * 8
     return counts + 3 * plan.method.sums(plan.parameters, models) * sums * 8
 
 

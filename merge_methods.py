@@ -20,6 +20,7 @@ from merge_operations import (
     Drop,
     Operations,
     SegmentCounts,
+    Segments,
     TaskVectorMerge,
     Trim,
     TrimRows,
@@ -144,7 +145,7 @@ class _Thresholds(NamedTuple):
 
     chosen: tuple[TrimThreshold, ...]
     tied: tuple[int, ...]
-    segments: list[SegmentCounts] | None
+    segments: Segments | None
 
     @property
     def cuts_ties(self) -> bool:
@@ -165,7 +166,7 @@ def _thresholds(
     """
     chosen = [KEEP_ALL if rank else KEEP_NONE for rank in ranks]
     tied = [0] * len(ranks)
-    counted: dict[int, list[SegmentCounts]] = {}
+    counted: dict[int, Segments] = {}
     missing = {model: rank for model, rank in enumerate(ranks) if 0 < rank < numel}
     sides: dict[int, int] = {}
     for find_windows in (_guess, _guess_on_the_other_side, _find_windows):
@@ -236,14 +237,16 @@ def _find_windows(
     }
 
 
-def _joined(counted: Mapping[int, list[SegmentCounts]], models: int) -> list[SegmentCounts] | None:
+def _joined(counted: Mapping[int, Segments], models: int) -> Segments | None:
     """What was counted of each model, segment by segment; None unless that is all of them."""
     if len(counted) < models:
         return None
-    return [
-        SegmentCounts(each[0].name, np.concatenate([one.counts for one in each]))
-        for each in zip(*(counted[model] for model in range(models)), strict=True)
-    ]
+    return {
+        number: SegmentCounts(
+            each.name, np.concatenate([counted[model][number].counts for model in range(models)])
+        )
+        for number, each in counted[0].items()
+    }
 
 
 def _middle(coarse_bin: int) -> int:
@@ -252,7 +255,7 @@ def _middle(coarse_bin: int) -> int:
 
 
 def _ties_left(
-    thresholds: Sequence[TrimThreshold], segments: Sequence[SegmentCounts] | None
+    thresholds: Sequence[TrimThreshold], segments: Segments | None
 ) -> Callable[[int], Counts]:
     """From a segment's number to the equal entries of each model that are left to keep there.
 
@@ -261,7 +264,7 @@ def _ties_left(
     ties = np.array([threshold.ties for threshold in thresholds])
     if segments is None:
         return lambda _: ties.copy()
-    tied = [each.counts[:, 1] for each in segments]
+    tied = [segments[number].counts[:, 1] for number in range(len(segments))]
     before = [*itertools.accumulate(tied, initial=np.zeros_like(ties))]
     return lambda number: ties - before[number]
 
@@ -270,7 +273,7 @@ def _trim_findings(
     tasks: Sequence[TensorTask],
     ranks: Sequence[int],
     thresholds: _Thresholds,
-    segments: Sequence[SegmentCounts] | None,
+    segments: Segments | None,
 ) -> dict[str, Mapping[str, Any]]:
     """Per tensor and model: entries kept, the smallest magnitude kept, how many share it."""
     ties = [threshold.ties for threshold in thresholds.chosen]
@@ -280,7 +283,9 @@ def _trim_findings(
     findings: dict[str, Mapping[str, Any]] = {}
     left = np.array(ties)
     for task in tasks:
-        above, tied = np.sum([each.counts for each in segments if each.name == task.name], axis=0).T
+        above, tied = np.sum(
+            [each.counts for each in segments.values() if each.name == task.name], axis=0
+        ).T
         kept = np.clip(left, 0, tied)
         left -= tied
         found = _found((above + kept).tolist(), thresholds.chosen, tied.tolist(), kept.tolist())

@@ -7,12 +7,13 @@ and hands them to `merge_stream`.
 
 import contextlib
 import math
+import mmap
 import operator
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,7 +118,7 @@ class Operations(Arithmetic, Protocol):
         """
 
     def count_kept(self, thresholds: Sequence[TrimThreshold]) -> Gather:
-        """Entries of each task vector above its threshold, and at it: `SegmentCounts`."""
+        """Entries of each task vector above its threshold, and at it: `Segments`."""
 
     def select_bin(self, counts: Counts, rank: int) -> tuple[int, int]:
         """`ties_utils.select_bin`."""
@@ -147,13 +148,19 @@ def make_operations(device: str) -> Operations:
 
 def coarse_gather(models: int, take: Callable[[Block, Counts], None], *, sample: bool) -> Gather:
     """A pass that counts into coarse bins, per model: shape (models, 2**15)."""
-    return Gather(
-        lambda: np.zeros((models, COARSE_BINS), dtype=np.int64), take, operator.iadd, sample=sample
-    )
+    return Gather(lambda: _bins(models, COARSE_BINS), take, operator.iadd, sample=sample)
 
 
-@dataclass
-class SegmentCounts:
+def _bins(models: int, count: int) -> Counts:
+    """Empty bins, shape (models, count), in memory that goes back to the system after use.
+
+    The allocator would keep it; and here bins that nothing falls into take no memory.
+    """
+    memory = mmap.mmap(-1, models * count * np.dtype(np.int64).itemsize)
+    return np.frombuffer(memory, dtype=np.int64).reshape(models, count)
+
+
+class SegmentCounts(NamedTuple):
     """Counts of one segment.
 
     Attributes:
@@ -164,10 +171,17 @@ class SegmentCounts:
     name: str
     counts: Counts
 
-    @classmethod
-    def start(cls, models: int) -> Self:
-        """Nothing counted yet."""
-        return cls("", np.zeros((models, 2), dtype=np.int64))
+
+Segments = dict[int, SegmentCounts]
+"""By the number of a segment."""
+
+
+def segment_counts(segments: Segments, block: Block, models: int) -> Counts:
+    """Where a block's segment is counted."""
+    if block.segment not in segments:
+        counts = np.zeros((models, 2), dtype=np.int64)
+        segments[block.segment] = SegmentCounts(block.layout.name, counts)
+    return segments[block.segment].counts
 
 
 @dataclass
@@ -182,16 +196,24 @@ class FineCounts:
 
     bins: Counts
     above: Counts
-    segments: list[SegmentCounts]
+    segments: Segments
 
-    def of_model(self, index: int) -> list[SegmentCounts]:
+    @classmethod
+    def start(cls, models: int) -> Self:
+        """Nothing counted yet."""
+        return cls(_bins(models, FINE_BINS), np.zeros(models, dtype=np.int64), {})
+
+    def of_model(self, index: int) -> Segments:
         """The segments' counts of one of the models: shape (1, 2) each."""
-        return [SegmentCounts(each.name, each.counts[index : index + 1]) for each in self.segments]
+        return {
+            number: SegmentCounts(each.name, each.counts[index : index + 1])
+            for number, each in self.segments.items()
+        }
 
-    def __add__(self, other: Self) -> Self:
+    def __iadd__(self, other: Self) -> Self:
         self.bins += other.bins
         self.above += other.above
-        self.segments += other.segments
+        self.segments |= other.segments
         return self
 
 
@@ -200,18 +222,18 @@ def window(guess: int) -> int:
     return max(0, guess - FINE_BINS // 2)
 
 
-def fine_gather(models: int, take: Callable[[Block, FineCounts], None], *, sample: bool) -> Gather:
-    """A pass that counts within a window of each model's magnitudes: `FineCounts`."""
+def fine_gather(
+    models: int, take: Callable[[Block, FineCounts, Counts], None], *, sample: bool
+) -> Gather:
+    """A pass that counts within a window of each model's magnitudes: `FineCounts`.
 
-    def start() -> FineCounts:
-        bins = np.zeros((models, FINE_BINS), dtype=np.int64)
-        return FineCounts(bins, np.zeros(models, dtype=np.int64), [SegmentCounts.start(models)])
+    `take` is also given the counts of the block's segment.
+    """
 
-    def take_named(block: Block, gathered: FineCounts) -> None:
-        gathered.segments[0].name = block.layout.name
-        take(block, gathered)
+    def take_block(block: Block, gathered: FineCounts) -> None:
+        take(block, gathered, segment_counts(gathered.segments, block, models))
 
-    return Gather(start, take_named, operator.add, sample=sample)
+    return Gather(lambda: FineCounts.start(models), take_block, operator.iadd, sample=sample)
 
 
 class RunSums:
@@ -239,17 +261,12 @@ def run_sums_gather(take: Callable[[Block, RunSums], None]) -> Gather:
 
 
 def counts_gather(models: int, take: Callable[[Block, Counts], None]) -> Gather:
-    """A pass that counts segment by segment; gives a list of `SegmentCounts`."""
+    """A pass that counts segment by segment: `Segments`."""
 
-    def take_named(block: Block, segments: list[SegmentCounts]) -> None:
-        segments[0].name = block.layout.name
-        take(block, segments[0].counts)
+    def take_block(block: Block, segments: Segments) -> None:
+        take(block, segment_counts(segments, block, models))
 
-    return Gather(
-        lambda: [SegmentCounts.start(models)],
-        take_named,
-        operator.iadd,
-    )
+    return Gather(dict, take_block, operator.ior)
 
 
 class TorchOperations:
@@ -371,11 +388,11 @@ class TorchOperations:
                 counts.append((bins, above, around))
             return counts
 
-        def take(block: Block, gathered: FineCounts) -> None:
+        def take(block: Block, gathered: FineCounts, counts: Counts) -> None:
             for index, (bins, above, around) in enumerate(self._run(lambda: found(block))):
                 gathered.bins[index] += bins
                 gathered.above[index] += above
-                gathered.segments[0].counts[index] += around
+                counts[index] += around
 
         return fine_gather(len(guesses), take, sample=sample)
 

@@ -11,6 +11,7 @@ neither threads nor the size of blocks, as far as what a method gathers does not
 and sums over runs within a row).
 """
 
+import contextlib
 import functools
 import itertools
 import queue
@@ -34,7 +35,7 @@ BLOCK_BYTES = 2**21
 """Bytes of a block, all inputs and the result together: it stays in a core's cache."""
 
 SEGMENT_BLOCKS = 16
-"""Consecutive blocks that a thread works through before it hands in what it gathered."""
+"""Consecutive blocks that one thread works through."""
 
 SAMPLE_STEP, SAMPLE_SHARE = 8, 4
 """A sample is a quarter of the rows of every eighth block of a segment."""
@@ -135,12 +136,14 @@ class Block(NamedTuple):
         layout: where in it the inputs lie.
         first: the first row.
         rows: how many.
+        segment: number, within the pass, of the segment that it is part of.
     """
 
     memory: NDArray[np.uint8]
     layout: Layout
     first: int
     rows: int
+    segment: int = 0
 
     @property
     def start(self) -> int:
@@ -168,9 +171,10 @@ class Gather(NamedTuple):
     """A pass that collects something.
 
     Attributes:
-        start: an empty collection, for each segment of the pass.
+        start: an empty collection; a pass has as many as threads work on it at once, whatever the
+            number of its segments.
         take: puts what it finds in a block into the collection.
-        fold: joins the collections of two neighbouring stretches of segments.
+        fold: joins two collections, in any order.
         sample: look at a sample of the rows alone.
     """
 
@@ -270,19 +274,15 @@ def stream(
 
     with _Workers(settings.threads, operations.start_thread, reader.stopping) as pool:
         while True:
-            # What waits for an earlier segment counts as well: it takes memory.
-            busy = given - returned + sum(group.held for group in under_way)
-            while not failures and busy < UNDER_WAY * settings.threads:
+            while not failures and given - returned < UNDER_WAY * settings.threads:
                 group = next((each for each in under_way if each.left), None)
                 if group is not None:
                     job = _Job(given, group, group.left.popleft())
                     if group.reads_ahead:
                         reader.read_ahead(job.segment)
-                    check = not group.is_read
-                    future = pool.submit(reader.work, group.request, job.segment, check=check)
-                    # Not a cycle of job and future: it would keep what was gathered alive.
+                    future = pool.submit(reader.work, group, job.segment)
                     future.add_done_callback(functools.partial(_hand_in, done, job))
-                    given, busy = given + 1, busy + 1
+                    given += 1
                 elif waiting:
                     tasks = waiting.popleft()
                     if tasks:
@@ -298,8 +298,7 @@ def stream(
                 failures.append((job.number, error))
                 continue
             settings.on_bytes(job.group.credit() * job.segment.nbytes)
-            job.group.finish(job.segment, future.result())
-            del future  # and with it what was gathered
+            job.group.finish_segment()
             if job.group.merge is not None:
                 findings.update(job.group.merge.findings)
                 under_way.remove(job.group)
@@ -365,14 +364,14 @@ class _GroupWork:
         self.is_read = False
         self.merge: Merge | None = None
         self._answer: Any = None
+        self._collections: list[Any] = []
         self._begin()
 
     def _begin(self) -> None:
         """Begin the next pass."""
         self.request = self._next_request()
         self.left = deque(self._segments)
-        self._results: dict[int, Any] = {}
-        self._joined = 0
+        self._unfinished = len(self._segments)
         self._answer = None
 
     @property
@@ -396,28 +395,26 @@ class _GroupWork:
             merge: Merge = stop.value
             return merge
 
-    @property
-    def held(self) -> int:
-        """Segments whose results wait for those of an earlier one."""
-        return len(self._results)
+    @contextlib.contextmanager
+    def collection(self, gather: Gather) -> Iterator[Any]:
+        """What a thread puts into what it finds in a segment; no other does at the same time."""
+        try:
+            collection = self._collections.pop()
+        except IndexError:
+            collection = gather.start()
+        yield collection
+        self._collections.append(collection)
 
-    def finish(self, segment: _Segment, result: Any) -> None:
-        """Take in what a segment gathered; after the last one the next pass begins."""
-        self._results[segment.number] = result
-        while self._joined in self._results:
-            gathered = self._results.pop(self._joined)
-            if isinstance(self.request, Gather):
-                self._answer = (
-                    self.request.fold(self._answer, gathered) if self._joined else gathered
-                )
-            self._joined += 1
-        if self._joined == len(self._segments):
-            self._end_pass()
-
-    def _end_pass(self) -> None:
+    def finish_segment(self) -> None:
+        """After the last one the next pass begins."""
+        self._unfinished -= 1
+        if self._unfinished:
+            return
         if isinstance(self.request, Merge):
             self.merge = self.request
             return
+        self._answer = functools.reduce(self.request.fold, self._collections)
+        self._collections.clear()
         self._to_credit -= self.credit()
         self.is_read |= not self.request.sample
         self._begin()
@@ -467,29 +464,44 @@ class _Reader:
             for source, name in zip(self.sources, segment.task.sources, strict=True):
                 source.read_ahead(name, segment.first, segment.stop)
 
-    def work(self, request: Gather | Merge, segment: _Segment, *, check: bool) -> Any:
-        """Work through a segment; what it gathered."""
-        merging, sample = isinstance(request, Merge), isinstance(request, Gather) and request.sample
-        state = request.start(segment.number) if isinstance(request, Merge) else request.start()
+    def work(self, group: _GroupWork, segment: _Segment) -> None:
+        """Work through a segment."""
+        request = group.request
+        if isinstance(request, Gather):
+            with group.collection(request) as collection:
+                self._gather(request, segment, collection, check=not group.is_read)
+        else:
+            self._merge(request, segment, check=not group.is_read)
+
+    def _gather(self, gather: Gather, segment: _Segment, collection: Any, *, check: bool) -> None:
+        for block in self._blocks(segment, sample=gather.sample):
+            if check and not gather.sample:
+                self._check_inputs(segment.task, block)
+            gather.take(block, collection)
+
+    def _merge(self, merge: Merge, segment: _Segment, *, check: bool) -> None:
+        state = merge.start(segment.number)
+        for block in self._blocks(segment):
+            if check:
+                self._check_inputs(segment.task, block)
+            merge.take(block, state)
+            if not self.operations.result_is_finite(block):
+                _refuse_result(segment.task, block)
+            self.sink.write_rows(segment.task.name, block.first, block.stored(-1))
+
+    def _blocks(self, segment: _Segment, *, sample: bool = False) -> Iterator[Block]:
+        """The blocks of a segment, or some rows of some."""
         rows = segment.layout.rows
         step, taken = (rows * SAMPLE_STEP, -(-rows // SAMPLE_SHARE)) if sample else (rows, rows)
         for first in range(segment.first, segment.stop, step):
             if self.stopping.is_set():
                 raise CancelledError
-            block = self._read(segment, first, min(first + taken, segment.stop))
-            if check and not sample and self.operations.broken_inputs(block):
-                self._refuse_inputs(segment.task, block)
-            request.take(block, state)
-            if merging:
-                if not self.operations.result_is_finite(block):
-                    _refuse_result(segment.task, block)
-                self.sink.write_rows(segment.task.name, first, block.stored(-1))
-        return state
+            yield self._read(segment, first, min(first + taken, segment.stop))
 
     def _read(self, segment: _Segment, first: int, stop: int) -> Block:
         """The rows of every input, as they are stored, in the thread's memory."""
         layout, task = segment.layout, segment.task
-        block = Block(self._memory(layout.nbytes), layout, first, stop - first)
+        block = Block(self._memory(layout.nbytes), layout, first, stop - first, segment.number)
         if segment.mapped is not None:
             inputs = [block.stored(index) for index in range(len(self.sources))]
             segment.mapped.read(first, stop, inputs)
@@ -506,7 +518,7 @@ class _Reader:
             memory = self._local.memory = self.operations.memory(size)
         return memory
 
-    def _refuse_inputs(self, task: TensorTask, block: Block) -> None:
+    def _check_inputs(self, task: TensorTask, block: Block) -> None:
         for model in self.operations.broken_inputs(block):
             values = _own(task.row_map, model, block)
             if np.isfinite(values).all():

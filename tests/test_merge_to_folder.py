@@ -3,8 +3,10 @@
 import functools
 import json
 import math
+import operator
 import os
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -26,6 +28,7 @@ from merge_recipe import Recipe
 from merge_run import merge_to_folder
 from merge_stream import Gather, Merge, StreamSettings, stream
 from model_errors import ModelCompatibilityError
+from model_utils import rows_of
 from model_vocabulary import VocabularySettings
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -218,9 +221,9 @@ def test_a_sample_that_misleads_costs_time_and_nothing_else(tmp_path, monkeypatc
     passes = []
     plain = merge_stream._Reader.work
 
-    def work(reader, request, segment, *, check):
-        passes.append((segment.task.name, id(request)))
-        return plain(reader, request, segment, check=check)
+    def work(reader, group, segment):
+        passes.append((segment.task.name, id(group.request)))
+        plain(reader, group, segment)
 
     monkeypatch.setattr(merge_stream._Reader, "work", work)
     report = run("ties", base, [model], tmp_path / "out", parameters=parameters)
@@ -374,26 +377,21 @@ def test_every_block_is_checked_and_large_sums_are_no_infinities(tmp_path, monke
         run("slerp", base, models, tmp_path / "again")
 
 
-def test_what_is_gathered_does_not_pile_up(tmp_path, monkeypatch):
-    """A slow fold must hold the threads back, or results wait in memory for it."""
+def test_a_pass_gathers_in_as_many_places_as_threads(tmp_path, monkeypatch):
+    """However many segments there are: what they find would pile up otherwise."""
     monkeypatch.setattr(merge_stream, "SEGMENT_BLOCKS", 1)
-    alive, most = set(), 0
-
-    class Result:
-        def __init__(self):
-            nonlocal most
-            alive.add(id(self))
-            most = max(most, len(alive))
-
-        def __del__(self):
-            alive.discard(id(self))
-
-    def slow_fold(left, right):
-        time.sleep(0.001)
-        return left
+    started, answers = [], []
 
     def merge(tasks):
-        yield Gather(Result, lambda block, result: None, slow_fold)
+        def start():
+            started.append(tasks[0].name)
+            return Counter()
+
+        def take(block, found):
+            time.sleep(0.0002)  # for the other thread to begin
+            found[block.segment] += block.rows
+
+        answers.append((yield Gather(start, take, operator.add)))
         return Merge(lambda block, _: block.stored(-1).fill(0))
 
     _, (model,) = make_family(tmp_path, ("float32",) * 2)
@@ -401,7 +399,11 @@ def test_what_is_gathered_does_not_pile_up(tmp_path, monkeypatch):
         settings = StreamSettings(threads=2, block_bytes=1)
         groups = [[task] for task in plan.tasks]
         stream(groups, merge, 2, make_operations("cpu"), plan.sources, Nowhere(), settings)
-    assert most <= 2 * merge_stream.UNDER_WAY * 2
+        rows = sorted(rows_of(task.info.shape)[0] for task in plan.tasks)
+    assert max(Counter(started).values()) == 2
+    assert sorted(len(found) for found in answers) == rows
+    assert all(set(found) == {*range(len(found))} for found in answers)
+    assert {rows for found in answers for rows in found.values()} == {1}
 
 
 def test_merges_at_the_same_time_leave_torchs_threads_as_they_were(tmp_path):
