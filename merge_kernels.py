@@ -272,7 +272,7 @@ def _absolute_parts(
     """`dare_utils.absolute_parts` of every task vector, then of what is kept of each."""
     models = len(keys)
     base, delta = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
-    bits, flags = np.empty(2 * COUNTERS, np.uint8), np.empty(2 * PIECE, np.uint8)
+    kept, flags = np.empty(2 * COUNTERS, np.uint8), np.empty(2 * PIECE, np.uint8)
     lanes = np.empty((2 * models, LANES), np.float64)
     number = 0
     for row in range(rows):
@@ -288,7 +288,7 @@ def _absolute_parts(
                     _subtract(memory, places[i + 1], kinds[i + 1], place, n, base, delta)
                     for j in range(n):
                         lanes[i, lane + j] += np.float64(abs(delta[j]))
-                    _drop(delta, n, keys[i], limits[i], first + place, bits, flags)
+                    _drop(delta, n, keys[i], limits[i], first + place, kept, flags)
                     for j in range(n):
                         lanes[models + i, lane + j] += np.float64(abs(delta[j]))
             for i in range(2 * models):
@@ -316,7 +316,7 @@ def _kept(word: Any, limit: Any) -> Any:
 
 
 @_kernel()
-def _keep_bits(key_0: Any, key_1: Any, first: Any, limit: Any, bits: Any) -> None:
+def _keep_bits(key_0: Any, key_1: Any, first: Any, limit: Any, kept: Any) -> None:
     """`dare_utils.philox` from a counter on; of each, which of its 8 draws lie below the limit.
 
     The compiler makes vector instructions of this only while the count is a constant, and its
@@ -338,23 +338,23 @@ def _keep_bits(key_0: Any, key_1: Any, first: Any, limit: Any, bits: Any) -> Non
             high_2, low_2 = _multiply_wide(word_2, _M1_LOW, _M1_HIGH)
             word_0, word_1 = high_2 ^ word_1 ^ step_0, low_2
             word_2, word_3 = high_0 ^ word_3 ^ step_1, low_0
-        kept = _kept(word_0, limit) | _kept(word_1, limit) << np.uint64(2)
-        kept |= _kept(word_2, limit) << np.uint64(4) | _kept(word_3, limit) << np.uint64(6)
-        bits[j] = np.uint8(kept)
+        bits = _kept(word_0, limit) | _kept(word_1, limit) << np.uint64(2)
+        bits |= _kept(word_2, limit) << np.uint64(4) | _kept(word_3, limit) << np.uint64(6)
+        kept[j] = np.uint8(bits)
 
 
 @_kernel()
-def _drop(delta: Any, size: Any, key: Any, limit: Any, start: Any, bits: Any, flags: Any) -> None:
+def _drop(delta: Any, size: Any, key: Any, limit: Any, start: Any, kept: Any, flags: Any) -> None:
     """`dare_utils.drop` in place; `start` is the flat index of the first entry."""
     if limit > _LOW:  # every draw is below
         return
     first, skip = np.uint64(start // 8 + 1), start % 8
-    _keep_bits(key[0], key[1], first, limit, bits)
-    if skip > 0:  # the last entries belong to one counter more
-        _keep_bits(key[0], key[1], first + np.uint64(COUNTERS), limit, bits[COUNTERS:])
+    _keep_bits(key[0], key[1], first, limit, kept)
+    if skip > 0:  # the last entries belong to one counter more; their number is a constant
+        _keep_bits(key[0], key[1], first + np.uint64(COUNTERS), limit, kept[COUNTERS:])
     octets = flags.view(np.uint64)
     for j in range(2 * COUNTERS if skip > 0 else COUNTERS):
-        octets[j] = np.uint64(bits[j]) * _REPEAT & _BIT_OF_BYTE
+        octets[j] = np.uint64(kept[j]) * _REPEAT & _BIT_OF_BYTE
     for j in range(size):
         delta[j] = delta[j] if flags[skip + j] != 0 else _ZERO
 
@@ -558,7 +558,7 @@ def _merge_task_vectors(
     base, total = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
     signs, agreeing = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
     deltas = np.empty((models, PIECE), np.float32)
-    bits, flags = np.empty(2 * COUNTERS, np.uint8), np.empty(2 * PIECE, np.uint8)
+    kept, flags = np.empty(2 * COUNTERS, np.uint8), np.empty(2 * PIECE, np.uint8)
     for number in range(size // stretch):
         for start in range(number * stretch, (number + 1) * stretch, PIECE):
             n = min(PIECE, (number + 1) * stretch - start)
@@ -573,7 +573,7 @@ def _merge_task_vectors(
                         delta, n, thresholds[number, i], ties_left[number, i]
                     )
                 elif sparsify == _DROP:
-                    _drop(delta, n, keys[i], limits[i], first + start, bits, flags)
+                    _drop(delta, n, keys[i], limits[i], first + start, kept, flags)
                 for j in range(n):
                     delta[j] *= factor
                     delta[j] *= weight

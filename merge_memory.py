@@ -1,18 +1,19 @@
 """How much memory a merge takes, and how it is made to fit into what the user allows.
 
-A block per thread, and what a few passes have gathered: neither grows with the size of the models.
-Files that the system caches are not counted; it gives them up when others need memory.
+A block per thread, and what a few passes have gathered. Neither grows with the size of the
+models, but for a few bytes per segment where a whole model is trimmed at once. Files that the
+system caches are not counted; it gives them up when others need memory.
 """
 
 import math
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from merge_plan import Plan
-from merge_stream import BLOCK_BYTES, UNDER_WAY, Layout
+from merge_stream import BLOCK_BYTES, Layout, TensorTask
 from model_utils import format_bytes, rows_of
 from scalar_utils import RUN
 
@@ -21,6 +22,11 @@ SMALLEST_BLOCK_BYTES = 2**16
 
 ARITHMETIC_BYTES = {"numba": 100 * 10**6, "torch": 190 * 10**6}
 """What the packages take themselves, compiling included; measured on Linux, rounded up."""
+
+COLLECTIONS = 3
+"""For each thread: one that it fills, and others whose pass waits for its last segment."""
+
+SEGMENT_OBJECT_BYTES = 300
 
 STATUS = Path("/proc/self/status")
 
@@ -83,34 +89,48 @@ def _choices(wanted: Fit) -> Iterator[Fit]:
 
 def _needed(plan: Plan, arithmetic: str, fit: Fit) -> int:
     """What a merge takes beside what the process holds."""
+    layouts = [_layout(plan, task, fit.block_bytes) for task in plan.tasks]
+    blocks = (
+        _block_bytes(plan, arithmetic, task, layout)
+        for task, layout in zip(plan.tasks, layouts, strict=True)
+    )
     return (
         ARITHMETIC_BYTES[arithmetic]
-        + fit.threads * max(_block_bytes(plan, arithmetic, fit.block_bytes))
-        + _gathered_bytes(plan, fit.threads)
+        + fit.threads * max(blocks)
+        + _gathered_bytes(plan, layouts, fit.threads)
     )
 
 
-def _block_bytes(plan: Plan, arithmetic: str, block_bytes: int) -> Iterator[int]:
-    """What a thread takes for a block of each tensor."""
-    for task in plan.tasks:
-        stored = [
-            source.tensors[name].dtype
-            for source, name in zip(plan.sources, task.sources, strict=True)
-        ]
-        layout = Layout(task, stored, block_bytes)
-        elements = layout.rows * layout.row_length
-        mapped = 10 * elements if task.row_map is not None else 0  # a model's own rows, widened
-        copies = plan.method.copies * len(stored) + 4 if arithmetic == "torch" else 0
-        yield layout.nbytes + mapped + 4 * elements * copies
+def _layout(plan: Plan, task: TensorTask, block_bytes: int) -> Layout:
+    stored = [
+        source.tensors[name].dtype for source, name in zip(plan.sources, task.sources, strict=True)
+    ]
+    return Layout(task, stored, block_bytes)
 
 
-def _gathered_bytes(plan: Plan, threads: int) -> int:
+def _block_bytes(plan: Plan, arithmetic: str, task: TensorTask, layout: Layout) -> int:
+    """What a thread takes for a block."""
+    elements = layout.rows * layout.row_length
+    mapped = 10 * elements if task.row_map is not None else 0  # a model's own rows, widened
+    copies = plan.method.copies * len(task.sources) + 4 if arithmetic == "torch" else 0
+    return layout.nbytes + mapped + 4 * elements * copies
+
+
+def _gathered_bytes(plan: Plan, layouts: Sequence[Layout], threads: int) -> int:
     """What passes that are under way have gathered."""
     models = len(plan.models)
     rows = [rows_of(task.info.shape) for task in plan.tasks]
     sums = max(count * math.ceil(length / RUN) for count, length in rows)
-    counts = UNDER_WAY * threads * models * plan.method.bins * 8
-    return counts + 3 * plan.method.sums(plan.parameters, models) * sums * 8
+    gathered = 3 * plan.method.sums(plan.parameters, models) * sums * 8
+    segments = [
+        math.ceil(count / layout.segment_rows)
+        for (count, _), layout in zip(rows, layouts, strict=True)
+    ]
+    group = (sum if plan.method.whole_model(plan.parameters) else max)(segments)
+    if plan.method.bins:
+        counts = 8 * models * (plan.method.bins + 2 * group)
+        gathered += COLLECTIONS * threads * counts
+    return gathered + group * SEGMENT_OBJECT_BYTES
 
 
 def peak_memory() -> int:
@@ -123,7 +143,7 @@ def peak_memory() -> int:
 
 def anonymous_memory() -> int:
     """What this process takes now beside files that the system caches, in bytes."""
-    return _status("RssAnon") if STATUS.exists() else peak_memory()
+    return _status("RssAnon") + _status("RssShmem") if STATUS.exists() else peak_memory()
 
 
 def _status(entry: str) -> int:

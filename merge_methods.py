@@ -5,7 +5,6 @@ that asks `merge_stream` for passes over a group of tensors and ends with the fu
 To add one: its functions in a `*_utils` module, an entry in `METHODS`, a driver, a test.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from merge_operations import (
     Drop,
     Operations,
     SegmentCounts,
-    Segments,
     TaskVectorMerge,
     Trim,
     TrimRows,
@@ -64,7 +62,7 @@ class Method:
         remarks: what is worth saying about the findings of all tensors.
         whole_model: whether all tensors are one group, from the resolved parameters; else each
             is one.
-        bins: most counts that a segment gathers per model, for the memory plan.
+        bins: most bins that a pass counts in, per model, for the memory plan.
         sums: sums that are gathered for each run of a row, from the resolved parameters and the
             number of models, for the memory plan.
         copies: float32 blocks that torch holds per input, as measured, for the memory plan.
@@ -139,13 +137,12 @@ class _Thresholds(NamedTuple):
     Attributes:
         chosen: one per model.
         tied: how many entries of each model are equal to its threshold.
-        segments: how many of each segment lie above the thresholds and at them, where that has
-            been counted already.
+        segments: entries above the thresholds and at them, where that has been counted already.
     """
 
     chosen: tuple[TrimThreshold, ...]
     tied: tuple[int, ...]
-    segments: Segments | None
+    segments: SegmentCounts | None
 
     @property
     def cuts_ties(self) -> bool:
@@ -166,7 +163,7 @@ def _thresholds(
     """
     chosen = [KEEP_ALL if rank else KEEP_NONE for rank in ranks]
     tied = [0] * len(ranks)
-    counted: dict[int, Segments] = {}
+    counted: dict[int, Counts] = {}
     missing = {model: rank for model, rank in enumerate(ranks) if 0 < rank < numel}
     sides: dict[int, int] = {}
     for find_windows in (_guess, _guess_on_the_other_side, _find_windows):
@@ -183,9 +180,15 @@ def _thresholds(
             chosen[model] = TrimThreshold(window(guess) + position, rank - above)
             tied[model] = int(bins[position])
             if chosen[model].bits == guess:
-                counted[model] = fine.of_model(index)
+                counted[model] = fine.segments.counts[:, index]
             del missing[model]
-    return _Thresholds(tuple(chosen), tuple(tied), _joined(counted, len(ranks)))
+        names = fine.segments.names
+        del fine, bins  # before the next pass
+    segments = None
+    if len(counted) == len(ranks):
+        counts = [counted[model] for model in range(len(ranks))]
+        segments = SegmentCounts(names, np.stack(counts, axis=1))
+    return _Thresholds(tuple(chosen), tuple(tied), segments)
 
 
 def _guess(
@@ -210,6 +213,7 @@ def _guess(
         wanted[model] = min(max(1, place), sampled)
         coarse_bin, above[model] = operations.select_bin(counts, wanted[model])
         middles[model] = _middle(coarse_bin)
+    del coarse, counts  # before the next pass
     fine = yield operations.fine_histograms(middles, sample=True)
     return {
         model: window(middle)
@@ -237,25 +241,13 @@ def _find_windows(
     }
 
 
-def _joined(counted: Mapping[int, Segments], models: int) -> Segments | None:
-    """What was counted of each model, segment by segment; None unless that is all of them."""
-    if len(counted) < models:
-        return None
-    return {
-        number: SegmentCounts(
-            each.name, np.concatenate([counted[model][number].counts for model in range(models)])
-        )
-        for number, each in counted[0].items()
-    }
-
-
 def _middle(coarse_bin: int) -> int:
     """Bits of the magnitude whose window is a coarse bin."""
     return coarse_bin * FINE_BINS + FINE_BINS // 2
 
 
 def _ties_left(
-    thresholds: Sequence[TrimThreshold], segments: Segments | None
+    thresholds: Sequence[TrimThreshold], segments: SegmentCounts | None
 ) -> Callable[[int], Counts]:
     """From a segment's number to the equal entries of each model that are left to keep there.
 
@@ -264,32 +256,33 @@ def _ties_left(
     ties = np.array([threshold.ties for threshold in thresholds])
     if segments is None:
         return lambda _: ties.copy()
-    tied = [segments[number].counts[:, 1] for number in range(len(segments))]
-    before = [*itertools.accumulate(tied, initial=np.zeros_like(ties))]
-    return lambda number: ties - before[number]
+    tied = segments.counts[:, :, 1]
+    left = ties - (tied.cumsum(axis=0) - tied)
+    return lambda number: left[number].copy()
 
 
 def _trim_findings(
     tasks: Sequence[TensorTask],
     ranks: Sequence[int],
     thresholds: _Thresholds,
-    segments: Segments | None,
+    segments: SegmentCounts | None,
 ) -> dict[str, Mapping[str, Any]]:
     """Per tensor and model: entries kept, the smallest magnitude kept, how many share it."""
     ties = [threshold.ties for threshold in thresholds.chosen]
     if segments is None:
         found = _found(ranks, thresholds.chosen, thresholds.tied, ties)
         return {task.name: {"trim": found} for task in tasks}
+    counted = {task.name: np.zeros((len(ranks), 2), dtype=np.int64) for task in tasks}
+    for name, counts in zip(segments.names, segments.counts, strict=True):
+        counted[name] += counts
     findings: dict[str, Mapping[str, Any]] = {}
     left = np.array(ties)
-    for task in tasks:
-        above, tied = np.sum(
-            [each.counts for each in segments.values() if each.name == task.name], axis=0
-        ).T
+    for name, counts in counted.items():
+        above, tied = counts.T
         kept = np.clip(left, 0, tied)
         left -= tied
         found = _found((above + kept).tolist(), thresholds.chosen, tied.tolist(), kept.tolist())
-        findings[task.name] = {"trim": found}
+        findings[name] = {"trim": found}
     return findings
 
 

@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,7 +118,7 @@ class Operations(Arithmetic, Protocol):
         """
 
     def count_kept(self, thresholds: Sequence[TrimThreshold]) -> Gather:
-        """Entries of each task vector above its threshold, and at it: `Segments`."""
+        """Entries of each task vector above its threshold, and at it: `SegmentCounts`."""
 
     def select_bin(self, counts: Counts, rank: int) -> tuple[int, int]:
         """`ties_utils.select_bin`."""
@@ -148,40 +148,44 @@ def make_operations(device: str) -> Operations:
 
 def coarse_gather(models: int, take: Callable[[Block, Counts], None], *, sample: bool) -> Gather:
     """A pass that counts into coarse bins, per model: shape (models, 2**15)."""
-    return Gather(lambda: _bins(models, COARSE_BINS), take, operator.iadd, sample=sample)
+    return Gather(lambda _: _bins(models, COARSE_BINS), take, _join_bins, sample=sample)
 
 
 def _bins(models: int, count: int) -> Counts:
     """Empty bins, shape (models, count), in memory that goes back to the system after use.
 
-    The allocator would keep it; and here bins that nothing falls into take no memory.
+    The allocator would keep it; and pages whose bins stay empty take none.
     """
-    memory = mmap.mmap(-1, models * count * np.dtype(np.int64).itemsize)
+    size = models * count * np.dtype(np.int64).itemsize
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return np.frombuffer(memory, dtype=np.int64).reshape(models, count)
 
 
-class SegmentCounts(NamedTuple):
-    """Counts of one segment.
+def _join_bins(bins: Counts, others: Counts) -> Counts:
+    """Add counts to others, and leave pages alone where there is nothing to add."""
+    return np.add(bins, others, out=bins, where=others != 0)
+
+
+@dataclass
+class SegmentCounts:
+    """Entries above a magnitude, and equal to it, per segment and model.
 
     Attributes:
-        name: of its tensor.
-        counts: per model, entries above a magnitude, and equal to it; shape (models, 2).
+        names: of the tensors that the segments belong to.
+        counts: shape (segments, models, 2).
     """
 
-    name: str
+    names: Sequence[str]
     counts: Counts
 
+    @classmethod
+    def start(cls, names: Sequence[str], models: int) -> Self:
+        """Nothing counted yet."""
+        return cls(names, np.zeros((len(names), models, 2), dtype=np.int64))
 
-Segments = dict[int, SegmentCounts]
-"""By the number of a segment."""
-
-
-def segment_counts(segments: Segments, block: Block, models: int) -> Counts:
-    """Where a block's segment is counted."""
-    if block.segment not in segments:
-        counts = np.zeros((models, 2), dtype=np.int64)
-        segments[block.segment] = SegmentCounts(block.layout.name, counts)
-    return segments[block.segment].counts
+    def __iadd__(self, other: Self) -> Self:
+        self.counts += other.counts
+        return self
 
 
 @dataclass
@@ -191,35 +195,29 @@ class FineCounts:
     Attributes:
         bins: entries of every magnitude in the window; shape (models, 2**16).
         above: entries above the window; shape (models,).
-        segments: of each segment, entries above the guess, and at it.
+        segments: entries above the guess, and at it.
     """
 
     bins: Counts
     above: Counts
-    segments: Segments
+    segments: SegmentCounts
 
     @classmethod
-    def start(cls, models: int) -> Self:
+    def start(cls, names: Sequence[str], models: int) -> Self:
         """Nothing counted yet."""
-        return cls(_bins(models, FINE_BINS), np.zeros(models, dtype=np.int64), {})
-
-    def of_model(self, index: int) -> Segments:
-        """The segments' counts of one of the models: shape (1, 2) each."""
-        return {
-            number: SegmentCounts(each.name, each.counts[index : index + 1])
-            for number, each in self.segments.items()
-        }
+        above = np.zeros(models, dtype=np.int64)
+        return cls(_bins(models, FINE_BINS), above, SegmentCounts.start(names, models))
 
     def __iadd__(self, other: Self) -> Self:
-        self.bins += other.bins
+        _join_bins(self.bins, other.bins)
         self.above += other.above
-        self.segments |= other.segments
+        self.segments += other.segments
         return self
 
 
 def window(guess: int) -> int:
-    """Bits of the lowest of the 2**16 magnitudes around a guess."""
-    return max(0, guess - FINE_BINS // 2)
+    """Bits of the lowest of the 2**16 magnitudes around a guess; the highest has 31 bits."""
+    return min(max(0, guess - FINE_BINS // 2), 2**31 - FINE_BINS)
 
 
 def fine_gather(
@@ -231,9 +229,12 @@ def fine_gather(
     """
 
     def take_block(block: Block, gathered: FineCounts) -> None:
-        take(block, gathered, segment_counts(gathered.segments, block, models))
+        take(block, gathered, gathered.segments.counts[block.segment])
 
-    return Gather(lambda: FineCounts.start(models), take_block, operator.iadd, sample=sample)
+    def start(names: Sequence[str]) -> FineCounts:
+        return FineCounts.start(names, models)
+
+    return Gather(start, take_block, operator.iadd, sample=sample)
 
 
 class RunSums:
@@ -257,16 +258,16 @@ class RunSums:
 
 def run_sums_gather(take: Callable[[Block, RunSums], None]) -> Gather:
     """A pass that collects `RunSums`."""
-    return Gather(RunSums, take, operator.iadd)
+    return Gather(lambda _: RunSums(), take, operator.iadd)
 
 
 def counts_gather(models: int, take: Callable[[Block, Counts], None]) -> Gather:
-    """A pass that counts segment by segment: `Segments`."""
+    """A pass that collects `SegmentCounts`."""
 
-    def take_block(block: Block, segments: Segments) -> None:
-        take(block, segment_counts(segments, block, models))
+    def take_block(block: Block, segments: SegmentCounts) -> None:
+        take(block, segments.counts[block.segment])
 
-    return Gather(dict, take_block, operator.ior)
+    return Gather(lambda names: SegmentCounts.start(names, models), take_block, operator.iadd)
 
 
 class TorchOperations:

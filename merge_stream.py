@@ -6,9 +6,9 @@ gathered, and ends with the function that turns a block of every input into a bl
 
 A pass is cut into segments, each worked through by one thread, block by block. While a pass of
 one group comes to its end, the next group's first pass is under way, so that no thread waits.
-What segments gather is joined in their order, and blocks are whole rows. So the result depends on
-neither threads nor the size of blocks, as far as what a method gathers does not (integer counts,
-and sums over runs within a row).
+Threads put what they find into collections of their own, which are joined at the end of a pass.
+So the result depends on neither threads nor the size of blocks, as long as what a method gathers
+depends on no order: integer counts, and sums over runs within a row, joined exactly.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ from model_vocabulary import MISSING, RowMap
 BLOCK_BYTES = 2**21
 """Bytes of a block, all inputs and the result together: it stays in a core's cache."""
 
-SEGMENT_BLOCKS = 16
-"""Consecutive blocks that one thread works through."""
+SEGMENT_BYTES = 16 * BLOCK_BYTES
+"""Bytes of the consecutive blocks that one thread works through, however small these are."""
 
 SAMPLE_STEP, SAMPLE_SHARE = 8, 4
 """A sample is a quarter of the rows of every eighth block of a segment."""
@@ -106,6 +106,7 @@ class Layout:
         name: of the tensor.
         dtypes: of the inputs, the base (if any) first, then of the result; safetensors names.
         rows: how many a block has at most.
+        segment_rows: how many a segment has at most.
         row_length: elements of a row.
         offsets: of each, in bytes; `places` the same, for kernels (int64).
         kinds: 0 for float32, 1 for float16, 2 for bfloat16 (int64).
@@ -126,6 +127,7 @@ class Layout:
         self.places = np.array(self.offsets)
         self.kinds = np.array([_KINDS[dtype] for dtype in self.dtypes])
         self.nbytes = sum(padded)
+        self.segment_rows = self.rows * max(1, SEGMENT_BYTES // max(1, self.nbytes))
 
 
 class Block(NamedTuple):
@@ -136,14 +138,14 @@ class Block(NamedTuple):
         layout: where in it the inputs lie.
         first: the first row.
         rows: how many.
-        segment: number, within the pass, of the segment that it is part of.
+        segment: number, within the group, of the segment that it is part of.
     """
 
     memory: NDArray[np.uint8]
     layout: Layout
     first: int
     rows: int
-    segment: int = 0
+    segment: int
 
     @property
     def start(self) -> int:
@@ -171,14 +173,14 @@ class Gather(NamedTuple):
     """A pass that collects something.
 
     Attributes:
-        start: an empty collection; a pass has as many as threads work on it at once, whatever the
-            number of its segments.
-        take: puts what it finds in a block into the collection.
-        fold: joins two collections, in any order.
+        start: from the names of the tensors that the group's segments belong to, segment by
+            segment, to an empty collection; a pass has as many as threads work on it at once.
+        take: puts what it finds in a block into a collection.
+        fold: joins two collections, in any order, and may change the first one.
         sample: look at a sample of the rows alone.
     """
 
-    start: Callable[[], Any]
+    start: Callable[[Sequence[str]], Any]
     take: Callable[[Block, Any], None]
     fold: Callable[[Any, Any], Any]
     sample: bool = False
@@ -190,7 +192,7 @@ class Merge(NamedTuple):
     Attributes:
         take: fills the block's result. It is also given what `start` made for the segment, and may
             change it: a segment's blocks come in their order.
-        start: from the number of a segment within the pass to what its first block is given.
+        start: from the number of a segment within the group to what its first block is given.
         findings: what the method found out, by tensor name, for the report.
     """
 
@@ -397,11 +399,15 @@ class _GroupWork:
 
     @contextlib.contextmanager
     def collection(self, gather: Gather) -> Iterator[Any]:
-        """What a thread puts into what it finds in a segment; no other does at the same time."""
+        """What a thread puts what it finds in a segment into; no other uses it meanwhile.
+
+        Called by the threads: taking from a list and adding to it are atomic. After a failure it
+        is not given back; the pass never ends then.
+        """
         try:
             collection = self._collections.pop()
         except IndexError:
-            collection = gather.start()
+            collection = gather.start([segment.task.name for segment in self._segments])
         yield collection
         self._collections.append(collection)
 
@@ -451,9 +457,8 @@ class _Reader:
                 mapped = MappedRows(self.sources, task.sources, task.row_map)
             rows, row_length = rows_of(task.info.shape)
             row_bytes = row_length * sum(FLOAT_DTYPES[dtype].itemsize for dtype in stored)
-            step = layout.rows * SEGMENT_BLOCKS
-            for first in range(0, rows, step):
-                stop = min(first + step, rows)
+            for first in range(0, rows, layout.segment_rows):
+                stop = min(first + layout.segment_rows, rows)
                 nbytes = (stop - first) * row_bytes
                 yield _Segment(number, task, layout, mapped, first, stop, nbytes)
                 number += 1

@@ -438,7 +438,7 @@ def anonymous_memory(pid: int) -> int:
     for process in processes(pid):
         with contextlib.suppress(OSError):  # it has just ended
             for line in Path(f"/proc/{process}/status").read_text().splitlines():
-                if line.startswith("RssAnon:"):
+                if line.startswith(("RssAnon:", "RssShmem:")):
                     total += int(line.split()[1]) * 1024
     return total
 

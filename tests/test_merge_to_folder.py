@@ -5,7 +5,7 @@ import json
 import math
 import operator
 import os
-import time
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,7 +22,7 @@ import merge_plan
 import merge_run
 import merge_stream
 from merge_methods import METHODS
-from merge_operations import TorchOperations, make_operations
+from merge_operations import TorchOperations, coarse_gather, make_operations
 from merge_plan import open_plan
 from merge_recipe import Recipe
 from merge_run import merge_to_folder
@@ -157,10 +157,10 @@ def test_blocks_threads_and_shards_do_not_change_a_bit(tmp_path, monkeypatch, me
     sharded = [make_sharded(folder, tmp_path / "many") for folder in (base, *models)]
     hashes = []
     for number, (block_bytes, segment, threads, copy) in enumerate(
-        [(2**21, 16, 1, False), (2**21, 16, 2, False), (1, 3, 4, True), (1000, 1, 2, True)]
+        [(2**21, 2**25, 1, False), (2**21, 2**25, 2, False), (1, 2000, 4, True), (1000, 1, 2, True)]
     ):
         monkeypatch.setattr(merge_memory, "BLOCK_BYTES", block_bytes)
-        monkeypatch.setattr(merge_stream, "SEGMENT_BLOCKS", segment)
+        monkeypatch.setattr(merge_stream, "SEGMENT_BYTES", segment)
         out = tmp_path / f"out-{number}"
         first, *rest = sharded if copy else (base, *models)
         shard_size = 1000 if copy else "5GB"
@@ -196,7 +196,7 @@ def test_a_trim_of_the_whole_model_takes_it_as_one_vector(tmp_path, monkeypatch,
     assert len({*kept[:, 0] / [merged[name].numel() for name in names]}) > 3  # not tensor by tensor
 
     monkeypatch.setattr(merge_memory, "BLOCK_BYTES", 700)
-    monkeypatch.setattr(merge_stream, "SEGMENT_BLOCKS", 1)
+    monkeypatch.setattr(merge_stream, "SEGMENT_BYTES", 1)
     first, *rest = [make_sharded(folder, tmp_path / "many") for folder in (base, *models)]
     parameters["trim_scope"] = "model"
     run("ties", first, rest, tmp_path / "again", parameters=parameters, threads=4)
@@ -379,16 +379,19 @@ def test_every_block_is_checked_and_large_sums_are_no_infinities(tmp_path, monke
 
 def test_a_pass_gathers_in_as_many_places_as_threads(tmp_path, monkeypatch):
     """However many segments there are: what they find would pile up otherwise."""
-    monkeypatch.setattr(merge_stream, "SEGMENT_BLOCKS", 1)
-    started, answers = [], []
+    monkeypatch.setattr(merge_stream, "SEGMENT_BYTES", 1)
+    answers, together = [], threading.Barrier(2, timeout=60)
+    started = Counter()
 
     def merge(tasks):
-        def start():
-            started.append(tasks[0].name)
+        def start(names):
+            assert {*names} == {tasks[0].name}
+            started[tasks[0].name] += 1
+            if len(names) > 1:  # both threads
+                together.wait()
             return Counter()
 
         def take(block, found):
-            time.sleep(0.0002)  # for the other thread to begin
             found[block.segment] += block.rows
 
         answers.append((yield Gather(start, take, operator.add)))
@@ -400,10 +403,22 @@ def test_a_pass_gathers_in_as_many_places_as_threads(tmp_path, monkeypatch):
         groups = [[task] for task in plan.tasks]
         stream(groups, merge, 2, make_operations("cpu"), plan.sources, Nowhere(), settings)
         rows = sorted(rows_of(task.info.shape)[0] for task in plan.tasks)
-    assert max(Counter(started).values()) == 2
+    assert {*started.values()} == {1, 2}
     assert sorted(len(found) for found in answers) == rows
     assert all(set(found) == {*range(len(found))} for found in answers)
     assert {rows for found in answers for rows in found.values()} == {1}
+
+
+@pytest.mark.skipif(not merge_memory.STATUS.exists(), reason="needs Linux's /proc")
+def test_histograms_count_as_memory_where_something_is_counted():
+    before = merge_memory.anonymous_memory()
+    left, right = (coarse_gather(100, lambda *_: None, sample=False).start([]) for _ in range(2))
+    right[:, 9] = 1
+    assert coarse_gather(100, lambda *_: None, sample=False).fold(left, right) is left
+    assert left.sum() == 100
+    assert merge_memory.anonymous_memory() - before < left.nbytes / 4
+    left += 1
+    assert merge_memory.anonymous_memory() - before > left.nbytes / 2
 
 
 def test_merges_at_the_same_time_leave_torchs_threads_as_they_were(tmp_path):
