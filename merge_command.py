@@ -60,7 +60,7 @@ def run_command(method: str, description: str, argv: Sequence[str] | None = None
     arguments = parser.parse_args(arguments_given)
     if arguments.save is None and not arguments.plan:
         parser.error("--save OUT is required (or --plan, to see what would be done)")
-    return _reported(lambda: _carry_out(method, arguments))
+    return _reported(lambda: _carry_out(method, arguments), last=argv is None)
 
 
 def _check(argv: Sequence[str]) -> int:
@@ -83,10 +83,14 @@ def _check(argv: Sequence[str]) -> int:
     return status if status or sound else EXIT_BAD_INPUT
 
 
-def _reported(work: Callable[[], str]) -> int:
-    """Do the work and print what it returns, or in one line what went wrong; the exit status."""
+def _reported(work: Callable[[], str], *, last: bool = False) -> int:
+    """Do the work and print what it returns, or in one line what went wrong; the exit status.
+
+    `last` says that the process does nothing else: once the work is done, no signal makes a failure
+    of it.
+    """
     try:
-        with _signals_interrupt():
+        with _signals_interrupt(last=last):
             text = work()
     except (ValueError, ModelCompatibilityError, OSError) as error:
         for line in _text(error).splitlines():
@@ -132,10 +136,11 @@ def _printed(report: PlanReport | MergeReport | Findings, *, as_json: bool) -> s
 
 
 @contextmanager
-def _signals_interrupt() -> Iterator[None]:
+def _signals_interrupt(*, last: bool) -> Iterator[None]:
     """A closed terminal and `kill` end a merge as Ctrl-C does, and leave no half folder.
 
-    Further signals are ignored from then on: cleaning up takes no longer than a block.
+    Further signals are ignored from then on: cleaning up takes no longer than a block. So they are
+    after what was the process's last work.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set signal handlers
@@ -149,6 +154,9 @@ def _signals_interrupt() -> Iterator[None]:
     before = {number: signal.signal(number, interrupt) for number in SIGNALS}
     try:
         yield
+        if last:
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
     finally:
         if signal.getsignal(SIGINT) is interrupt:
             for number, handler in before.items():
@@ -331,13 +339,16 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         help="where to compute (default: %(default)s)",
     )
     parser.add_argument(
-        "--threads", type=int, metavar="INT", help="at work at once (default: one per core)"
+        "--threads",
+        type=int,
+        metavar="INT",
+        help="parts of tensors worked on at once; each takes some memory (default: one per core)",
     )
     parser.add_argument(
         *_spellings("--max_memory"),
         metavar="SIZE",
         help="most memory of the process, such as 2GB, without files that the system caches "
-        "(default: no limit; a merge takes about 200 MB)",
+        "(default: no limit; a merge takes about 130 MB, and --plan says how much)",
     )
     parser.add_argument("--quiet", action="store_true", help="show no progress")
 

@@ -8,9 +8,9 @@ system caches are not counted; it gives them up when others need memory.
 import math
 import resource
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from merge_plan import Plan
 from merge_stream import BLOCK_BYTES, Layout, TensorTask
@@ -20,13 +20,17 @@ from scalar_utils import RUN
 SMALLEST_BLOCK_BYTES = 2**16
 """Smaller blocks would save next to nothing, and cost much time."""
 
-ARITHMETIC_BYTES = {"numba": 100 * 10**6, "torch": 190 * 10**6}
-"""What the packages take themselves, compiling included; measured on Linux, rounded up."""
+ARITHMETIC_BYTES = {"numba": 80 * 10**6, "torch": 55 * 10**6}
+"""What the packages take when they are at work, compiling included, beside what importing them
+took; measured on Linux, rounded up."""
 
 COLLECTIONS = 3
 """For each thread: one that it fills, and others whose pass waits for its last segment."""
 
 SEGMENT_OBJECT_BYTES = 300
+
+_compiled: set[tuple[object, ...]] = set()
+"""What numba has compiled for in this process, which therefore holds the memory already."""
 
 STATUS = Path("/proc/self/status")
 
@@ -61,16 +65,20 @@ def fit_memory(plan: Plan, arithmetic: str, threads: int, limit: int | None, hel
     Raises:
         ValueError: the merge cannot be done in so little memory.
     """
-    wanted = Fit(threads, BLOCK_BYTES, 0)
-    for fit in _choices(wanted) if limit is not None else [wanted]:
-        needed = held + _needed(plan, arithmetic, fit)
-        if limit is None or needed <= limit:
-            notes = []
-            if fit.threads < threads:
-                notes.append(
-                    f"{fit.threads} of {threads} threads are used, to stay within max_memory"
-                )
-            return replace(fit, memory_bytes=needed, notes=tuple(notes))
+    needs: dict[int, _Need] = {}
+    block_bytes = BLOCK_BYTES
+    while not needs or (limit is not None and block_bytes >= SMALLEST_BLOCK_BYTES):
+        needs[block_bytes] = _needed(plan, arithmetic, block_bytes)
+        block_bytes //= 2
+    useful = min(threads, needs[BLOCK_BYTES].segments)
+    for used in range(useful, 0, -1):
+        for block_bytes, need in needs.items():
+            needed = held + need.fixed + used * need.per_thread
+            if limit is None or needed <= limit:
+                notes = []
+                if used < useful:
+                    notes.append(f"{used} of {threads} threads are used, to stay within max_memory")
+                return Fit(used, block_bytes, needed, tuple(notes))
     raise ValueError(
         f"max_memory {format_bytes(limit or 0)} is too little: this merge takes at least "
         f"{format_bytes(needed)}, {format_bytes(held)} of which the process holds already. Allow "
@@ -78,27 +86,50 @@ def fit_memory(plan: Plan, arithmetic: str, threads: int, limit: int | None, hel
     )
 
 
-def _choices(wanted: Fit) -> Iterator[Fit]:
-    """Smaller and smaller blocks, then fewer threads."""
-    for threads in range(wanted.threads, 0, -1):
-        block_bytes = wanted.block_bytes
-        while block_bytes >= SMALLEST_BLOCK_BYTES:
-            yield replace(wanted, threads=threads, block_bytes=block_bytes)
-            block_bytes //= 2
+def remember_compiled(plan: Plan, arithmetic: str) -> None:
+    """The next merge of this kind compiles nothing."""
+    if arithmetic == "numba":
+        _compiled.add(_kind(plan))
 
 
-def _needed(plan: Plan, arithmetic: str, fit: Fit) -> int:
-    """What a merge takes beside what the process holds."""
-    layouts = [_layout(plan, task, fit.block_bytes) for task in plan.tasks]
+def _kind(plan: Plan) -> tuple[object, ...]:
+    """What decides which loops a merge needs."""
+    choices = (value for value in plan.parameters.values() if isinstance(value, str))
+    return (plan.recipe.method, *choices)
+
+
+class _Need(NamedTuple):
+    """What a merge takes beside what the process holds.
+
+    Attributes:
+        fixed, per_thread: bytes.
+        segments: how many there are to work on.
+    """
+
+    fixed: int
+    per_thread: int
+    segments: int
+
+
+def _needed(plan: Plan, arithmetic: str, block_bytes: int) -> _Need:
+    layouts = [_layout(plan, task, block_bytes) for task in plan.tasks]
     blocks = (
         _block_bytes(plan, arithmetic, task, layout)
         for task, layout in zip(plan.tasks, layouts, strict=True)
     )
-    return (
-        ARITHMETIC_BYTES[arithmetic]
-        + fit.threads * max(blocks)
-        + _gathered_bytes(plan, layouts, fit.threads)
-    )
+    models = len(plan.models)
+    rows = [rows_of(task.info.shape) for task in plan.tasks]
+    segments = [
+        math.ceil(count / layout.segment_rows)
+        for (count, _), layout in zip(rows, layouts, strict=True)
+    ]
+    group = (sum if plan.method.whole_model(plan.parameters) else max)(segments)
+    sums = max(count * math.ceil(length / RUN) for count, length in rows)
+    fixed = group * SEGMENT_OBJECT_BYTES + 3 * plan.method.sums(plan.parameters, models) * sums * 8
+    if _kind(plan) not in _compiled:
+        fixed += ARITHMETIC_BYTES[arithmetic]
+    counts = 8 * models * (plan.method.bins + 2 * group) if plan.method.bins else 0
+    return _Need(fixed, max(blocks) + COLLECTIONS * counts, max(1, sum(segments)))
 
 
 def _layout(plan: Plan, task: TensorTask, block_bytes: int) -> Layout:
@@ -114,23 +145,6 @@ def _block_bytes(plan: Plan, arithmetic: str, task: TensorTask, layout: Layout) 
     mapped = 10 * elements if task.row_map is not None else 0  # a model's own rows, widened
     copies = plan.method.copies * len(task.sources) + 4 if arithmetic == "torch" else 0
     return layout.nbytes + mapped + 4 * elements * copies
-
-
-def _gathered_bytes(plan: Plan, layouts: Sequence[Layout], threads: int) -> int:
-    """What passes that are under way have gathered."""
-    models = len(plan.models)
-    rows = [rows_of(task.info.shape) for task in plan.tasks]
-    sums = max(count * math.ceil(length / RUN) for count, length in rows)
-    gathered = 3 * plan.method.sums(plan.parameters, models) * sums * 8
-    segments = [
-        math.ceil(count / layout.segment_rows)
-        for (count, _), layout in zip(rows, layouts, strict=True)
-    ]
-    group = (sum if plan.method.whole_model(plan.parameters) else max)(segments)
-    if plan.method.bins:
-        counts = 8 * models * (plan.method.bins + 2 * group)
-        gathered += COLLECTIONS * threads * counts
-    return gathered + group * SEGMENT_OBJECT_BYTES
 
 
 def peak_memory() -> int:

@@ -127,13 +127,21 @@ class Operations(Arithmetic, Protocol):
         """Sparsify, weight, elect, combine, scale, add the base. Starts with the ties left."""
 
 
-def arithmetic(device: str) -> str:
-    """The package that computes: "numba" on a CPU, where it can be imported, else "torch"."""
-    if device == "cpu":
-        with contextlib.suppress(ImportError):  # not there, or not for this numpy
-            import numba  # noqa: F401
+def numba_problem() -> str:
+    """Why numba cannot be used; empty where it can."""
+    try:
+        import numba  # noqa: F401
+    except Exception as error:  # not there, or broken beside this numpy, with errors of any kind
+        return str(error) or type(error).__name__
+    return ""
 
-            return "numba"
+
+def arithmetic(device: str) -> str:
+    """The package that computes, imported: "numba" on a CPU, where that works, else "torch"."""
+    if device == "cpu" and not numba_problem():
+        return "numba"
+    import torch  # noqa: F401
+
     return "torch"
 
 

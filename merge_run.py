@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from merge_card import model_card, saved_report
-from merge_memory import Fit, anonymous_memory, fit_memory, peak_memory
-from merge_operations import arithmetic, make_operations
+from merge_memory import Fit, anonymous_memory, fit_memory, peak_memory, remember_compiled
+from merge_operations import arithmetic, make_operations, numba_problem
 from merge_plan import Plan, free_bytes, open_plan, usable_cores
 from merge_progress import progress_bar
 from merge_recipe import Recipe
@@ -48,10 +48,10 @@ class RunSettings:
 
     Attributes:
         device: where to compute, "cpu" or "cuda".
-        threads: segments worked on at once; by default one per core.
+        threads: parts of tensors worked on at once; by default one per core.
         max_memory: most memory of the process, such as "2GB" or a number of bytes, without files
-            that the system caches; by default there is no limit, and a merge takes 60 MB and
-            about 20 MB for each thread (TIES: and 3 MB for each thread and model).
+            that the system caches; by default there is no limit, and a merge takes about 120 MB
+            and 2 to 20 MB for each thread, as `plan` says.
         progress: show how far it is, on stderr.
     """
 
@@ -79,12 +79,14 @@ class RunSettings:
             ValueError: nothing does.
         """
         limit = None if self.max_memory is None else parse_size(self.max_memory)
-        held = anonymous_memory() + beside
-        threads = self.threads or usable_cores()
         package = arithmetic(self.device)
-        fit = fit_memory(plan, package, threads, limit, held)
+        held = anonymous_memory() + beside
+        fit = fit_memory(plan, package, self.threads or usable_cores(), limit, held)
         if package == "torch" and self.device == "cpu":
-            note = "numba cannot be imported, so torch computes, many times slower"
+            note = (
+                f"numba cannot be imported ({numba_problem()}), so torch computes, many times "
+                "slower"
+            )
             fit = replace(fit, notes=(*fit.notes, note))
         return fit
 
@@ -276,6 +278,7 @@ def _stream(
             sink,
             settings,
         )
+        remember_compiled(plan, arithmetic(run_settings.device))
         return {task.name: findings[task.name] for task in plan.tasks if task.name in findings}
 
 

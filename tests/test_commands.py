@@ -1,5 +1,6 @@
 """Recipes and commands: what is refused and how it is said, plans, help, exit status."""
 
+import builtins
 import importlib
 import json
 import math
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -15,7 +17,9 @@ import pytest
 import torch
 from tiny_checkpoints import make_llama, read_tensors, tensor_hashes
 
+import merge_memory
 import merge_progress
+import merge_run
 from dare_llama import dare_merge_llama_to_folder
 from linear_llama import linear_merge_llama_to_folder
 from merge_memory import fit_memory
@@ -239,7 +243,7 @@ def test_a_full_disk_ends_with_status_5(models, capsys, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_two_signals_in_the_middle_leave_nothing_behind(models, tmp_path, number):
     """Threads must be gone before their files are closed, even if one more comes meanwhile."""
-    large = {"layers": 2, "hidden_size": 256, "intermediate_size": 2048, "vocab_size": 2048}
+    large = {"layers": 2, "hidden_size": 256, "intermediate_size": 4096, "vocab_size": 8192}
     base = make_llama(tmp_path / "base", **large)
     make_llama(tmp_path / "a", base=base, **large)
     arguments = ["base", "--ft_models", "a", "--densities", "0.5", "--save", "new/out", "--quiet"]
@@ -540,16 +544,65 @@ def test_less_memory_means_smaller_blocks_then_fewer_threads(models):
     assert tight.threads < 8
     assert tight.memory_bytes <= free.memory_bytes - 10**7
     assert tight.notes == (f"{tight.threads} of 8 threads are used, to stay within max_memory",)
+    with open_plan(
+        make_recipe("linear", None, ["a", "b"], {})
+    ) as plan:  # no more than can be of use
+        assert fit_memory(plan, "numba", 10**5, None, 0).threads == len(plan.tasks)
     with pytest.raises(ValueError, match=r"max_memory 60\.00 MB is too little"):
         fit(60 * 10**6)
 
 
-def test_torch_computes_where_numba_cannot_be_imported_and_the_report_says_so(models, monkeypatch):
+def test_what_was_enough_memory_is_enough_again(models, monkeypatch):
+    """What numba took to compile is held by then, and not asked for once more."""
+    monkeypatch.setattr(merge_memory, "_compiled", set())
+    held = 50 * 10**6
+    monkeypatch.setattr(merge_run, "anonymous_memory", lambda: held)
+    recipe = make_recipe("ties", "base", ["a", "b"], {"densities": [0.5, 0.5]})
+    needed = merge_run.plan(recipe).memory_bytes
+    merge_run.merge_to_folder(
+        replace(recipe, output_dir=Path("x")), max_memory=needed, progress=False
+    )
+    held = 125 * 10**6
+    merge_run.merge_to_folder(
+        replace(recipe, output_dir=Path("y")), max_memory=needed, progress=False
+    )
+    other = make_recipe("linear", None, ["a", "b"], {})
+    with pytest.raises(ValueError, match="is too little"):
+        merge_run.plan(other, max_memory=needed)
+
+
+@pytest.mark.parametrize("error", [ImportError, SystemError, AttributeError])
+def test_torch_computes_where_numba_does_not_work_and_the_report_says_so(
+    models, monkeypatch, error
+):
     ties_merge_llama_to_folder("base", ["a", "b"], densities=[0.5, 0.3], output_dir="x")
-    monkeypatch.setitem(sys.modules, "numba", None)
-    report = ties_merge_llama_to_folder("base", ["a", "b"], densities=[0.5, 0.3], output_dir="y")
-    assert "numba cannot be imported, so torch computes, many times slower" in report.notes
+
+    def broken(name, *rest):
+        if name == "numba":
+            raise error("needs another numpy")
+        return plain(name, *rest)
+
+    plain = builtins.__import__
+    with monkeypatch.context() as patched:
+        patched.setattr(builtins, "__import__", broken)
+        report = ties_merge_llama_to_folder(
+            "base", ["a", "b"], densities=[0.5, 0.3], output_dir="y"
+        )
+    assert (
+        "numba cannot be imported (needs another numpy), so torch computes, many times slower"
+    ) in report.notes
     assert tensor_hashes(models / "x") == tensor_hashes(models / "y")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_merge_makes_no_failure_of_it(models, number):
+    process = subprocess.Popen(
+        [sys.executable, "-u", ROOT / "linear_llama.py", "--ft_models", "a", "b", "--save", "x"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline().startswith("merged 2 models")
+    process.send_signal(number)
+    assert (process.wait(), process.communicate()[1]) == (0, "")
 
 
 def test_lines_of_progress_begin_before_anything_counts(capsys, monkeypatch):
