@@ -30,7 +30,7 @@ COLLECTIONS = 3
 SEGMENT_OBJECT_BYTES = 300
 
 _compiled: set[tuple[object, ...]] = set()
-"""What numba has compiled for in this process, which therefore holds the memory already."""
+"""Kinds of merges that numba has compiled for in this process, which holds that memory by now."""
 
 STATUS = Path("/proc/self/status")
 
@@ -126,7 +126,7 @@ def _needed(plan: Plan, arithmetic: str, block_bytes: int) -> _Need:
     group = (sum if plan.method.whole_model(plan.parameters) else max)(segments)
     sums = max(count * math.ceil(length / RUN) for count, length in rows)
     fixed = group * SEGMENT_OBJECT_BYTES + 3 * plan.method.sums(plan.parameters, models) * sums * 8
-    if _kind(plan) not in _compiled:
+    if arithmetic != "numba" or _kind(plan) not in _compiled:
         fixed += ARITHMETIC_BYTES[arithmetic]
     counts = 8 * models * (plan.method.bins + 2 * group) if plan.method.bins else 0
     return _Need(fixed, max(blocks) + COLLECTIONS * counts, max(1, sum(segments)))
