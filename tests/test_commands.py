@@ -534,8 +534,8 @@ def test_a_memory_that_is_no_size_is_refused(models, capsys, size):
 def test_less_memory_means_smaller_blocks_then_fewer_threads(models, monkeypatch):
     monkeypatch.setattr(merge_memory, "_compiled", set())
 
-    def fit(limit, method="ties"):
-        recipe = make_recipe(method, "base", ["a", "b"], {"densities": [0.5, 0.5]})
+    def fit(limit):
+        recipe = make_recipe("ties", "base", ["a", "b"], {"densities": [0.5, 0.5]})
         with open_plan(recipe) as plan:
             return fit_memory(plan, "numba", 8, limit, 50 * 10**6)
 
