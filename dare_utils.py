@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from linear_utils import add_task_vector, combine_deltas
-from scalar_utils import Key, Rescale, check_count, keep_limit, mask_key, rescale_factor
+from scalar_utils import (
+    Key,
+    Rescale,
+    check_count,
+    check_ties_weights,
+    keep_limit,
+    mask_key,
+    rescale_factor,
+)
 from tensor_utils import as_float32, check_tensors, run_sums, select
 from ties_utils import elect_and_merge
 
@@ -209,8 +217,11 @@ def dare_ties(
 
     Source: DARE, arXiv:2311.03099, with TIES, arXiv:2306.01708; as in mergekit, without a trim.
     """
+    check_ties_weights(weights, normalize=normalize)
     deltas = _dare_deltas(base, tensors, densities, seed, name, rescale)
-    return elect_and_merge(base, deltas, weights, lam, normalize)
+    return elect_and_merge(
+        base, deltas, weights, lam, denominator="weight" if normalize else "none"
+    )
 
 
 def _dare_deltas(

@@ -9,20 +9,22 @@ out before any arithmetic.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from gram_utils import lerp_coefficients, sequential_steps
 from scalar_utils import (
     check_count,
+    check_distance,
     check_lam,
     check_normalizable,
     check_t,
     check_weights,
     float32_sum,
 )
-from tensor_utils import check_tensors
+from tensor_utils import check_tensors, rows_of
 
 
 def combine(
@@ -135,15 +137,15 @@ def lerp(a: Tensor, c: Tensor, t: float) -> Tensor:
 def sequential_lerp(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Fold models in one by one: step k goes `w_k / (w_1 + ... + w_k)` of the way to model k.
 
-    In exact arithmetic this is `linear(tensors, weights)`; it is the form in which models are
-    merged when they arrive one at a time.
+    This is `linear(tensors, weights)`; it is the form in which models are merged when they arrive
+    one at a time.
 
     Args:
         tensors: float32, all of one shape.
         weights: one number per tensor, not negative, the first above 0.
 
     Returns:
-        Same shape, float32; the intermediate results are not rounded to any other dtype.
+        Same shape, float32; there are no intermediate results that would be rounded.
 
     Raises:
         ValueError: counts, shapes or dtypes do not fit; or a step leaves [0, 1].
@@ -151,27 +153,60 @@ def sequential_lerp(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tens
     >>> sequential_lerp([torch.tensor([1.0]), torch.tensor([3.0])], [1.0, 1.0])
     tensor([2.])
     """
-    return fold_in(tensors, weights, lerp)
+    check_count("weights", weights, len(tensors))
+    return combine(lerp_coefficients(sequential_steps(weights)), tensors)
 
 
-def fold_in(
-    tensors: Sequence[Tensor],
-    weights: Sequence[float],
-    interpolate: Callable[[Tensor, Tensor, float], Tensor],
-) -> Tensor:
-    """`interpolate(merged, tensor_k, w_k / (w_1 + ... + w_k))` from the second tensor on.
+def combine_rows(coefficients: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """`combine` with coefficients of their own for every row.
 
-    Arguments, result and errors as `sequential_lerp`, whose `interpolate` is `lerp`.
+    Args:
+        coefficients: shape (rows, N), float32.
+        tensors: float32, all of one shape, N of them. A row is one entry of the first axis; a
+            vector or a number is one row.
+
+    >>> combine_rows(torch.tensor([[1.0], [2.0]]), [torch.tensor([[1.0, 2.0], [3.0, 4.0]])])
+    tensor([[1., 2.],
+            [6., 8.]])
     """
     check_tensors(tensors)
-    check_count("weights", weights, len(tensors))
-    check_weights(weights)
-    if weights[0] <= 0 or min(weights) < 0:
-        raise ValueError(f"weights must be >= 0 and the first above 0, got {list(weights)}")
-    merged = tensors[0].clone()
-    for k in range(1, len(tensors)):
-        merged = interpolate(merged, tensors[k], weights[k] / math.fsum(weights[: k + 1]))
-    return merged
+    total = torch.zeros_like(rows_of(tensors[0]))
+    for index, tensor in enumerate(tensors):
+        total += rows_of(tensor) * coefficients[:, index, None]
+    return total.view_as(tensors[0])
+
+
+def scale(tensor: Tensor, factor: float | None) -> Tensor:
+    """`tensor * factor`, the factor rounded once to float32; a copy for None.
+
+    >>> scale(torch.tensor([2.0, -0.0]), None)
+    tensor([2., -0.])
+    """
+    check_tensors([tensor])
+    if factor is None:
+        return tensor.clone()
+    check_weights([factor])
+    return tensor * factor
+
+
+def nearswap(base: Tensor, tensor: Tensor, t: float) -> Tensor:
+    """Take the other model's value where it is near the base's, and go towards it by `t` elsewhere.
+
+    `z = min(1, t / max(|x - base|, 1e-6))`, result `z * x + (1 - z) * base`.
+
+    Args:
+        base, tensor: float32, same shape.
+        t: the distance up to which values are swapped; >= 0.
+
+    Source: alchemonaut's NearSwap, as in mergekit 0.1.5.
+
+    >>> nearswap(torch.tensor([0.0, 1.0]), torch.tensor([0.5, 1.1]), 0.1)
+    tensor([0.1000, 1.1000])
+    """
+    check_distance(t)
+    check_tensors([tensor], base)
+    share = ((base - tensor).abs().clamp(min=1e-6).reciprocal() * t).clamp(max=1.0)
+    return share * tensor + (1.0 - share) * base
 
 
 def task_arithmetic(

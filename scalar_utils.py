@@ -18,6 +18,18 @@ Rescale = Literal["inverse_density", "l1", "none"]
 RESCALES: tuple[Rescale, ...] = ("inverse_density", "l1", "none")
 TrimScope = Literal["tensor", "row", "model"]
 TRIM_SCOPES: tuple[TrimScope, ...] = ("tensor", "row", "model")
+KRule = Literal["floor", "paper", "peft"]
+K_RULES: tuple[KRule, ...] = ("floor", "paper", "peft")
+Denominator = Literal["weight", "count", "none"]
+DENOMINATORS: tuple[Denominator, ...] = ("weight", "count", "none")
+ElectOn = Literal["weighted", "unweighted"]
+ELECT_ON: tuple[ElectOn, ...] = ("weighted", "unweighted")
+ElectMethod = Literal["mass", "count"]
+ELECT_METHODS: tuple[ElectMethod, ...] = ("mass", "count")
+RankRescale = Literal["inverse_prob", "l1", "none"]
+RANK_RESCALES: tuple[RankRescale, ...] = ("inverse_prob", "l1", "none")
+SceMask = Literal["deltas", "weights_only"]
+SCE_MASKS: tuple[SceMask, ...] = ("deltas", "weights_only")
 
 RUN = 2**14
 """Elements of a row that are summed to one number. Runs never cross a row, so their sums do not
@@ -94,49 +106,10 @@ def check_t(t: float) -> None:
         raise ValueError(f"t must be in [0, 1] (0 is the first model, 1 the second), got {t}")
 
 
-class SlerpCoefficients(NamedTuple):
-    """`result = first * a + second * c`, with how it came about."""
-
-    first: float
-    second: float
-    used_lerp: bool
-    cosine: float
-
-
-def slerp_coefficients(
-    aa: float, cc: float, ac: float, t: float, *, dot_threshold: float = 0.9995, eps: float = 1e-8
-) -> SlerpCoefficients:
-    """The two multipliers of SLERP, from the dot products of the two tensors.
-
-    With `cos(theta) = ac / sqrt(aa * cc)`, clipped to [-1, 1], they are
-    `sin((1-t) theta) / sin(theta)` and `sin(t theta) / sin(theta)`. They apply to the tensors
-    as they are, not to unit vectors. Where `|cos(theta)|` is above `dot_threshold` the tensors
-    are (anti)parallel and the straight line `1-t`, `t` is taken; whole tensors of two
-    fine-tunes of one model mostly are. A tensor with norm up to `eps` is not scaled to unit
-    length, so an all-zero one has cosine 0.
-
-    Args:
-        aa, cc, ac: `<a,a>`, `<c,c>`, `<a,c>` in float64.
-        t: in [0, 1]; 0 is `a`, 1 is `c`.
-
-    Raises:
-        ValueError: `t` is outside [0, 1].
-
-    Source: K. Shoemake, "Animating rotation with quaternion curves", 1985; threshold and eps as
-    in mergekit 0.1.5.
-
-    >>> slerp_coefficients(1.0, 1.0, 0.0, 0.5)[:3]
-    (0.7071067811865475, 0.7071067811865475, False)
-    """
-    check_t(t)
-    norm_a, norm_c = math.sqrt(aa), math.sqrt(cc)
-    cosine = ac / (norm_a if norm_a > eps else 1.0) / (norm_c if norm_c > eps else 1.0)
-    cosine = max(-1.0, min(1.0, cosine))
-    if abs(cosine) > dot_threshold:
-        return SlerpCoefficients(1.0 - t, t, True, cosine)
-    theta = math.acos(cosine)
-    first = math.sin((1.0 - t) * theta) / math.sin(theta)
-    return SlerpCoefficients(first, math.sin(t * theta) / math.sin(theta), False, cosine)
+def check_distance(t: float) -> None:
+    """Raise `ValueError` unless `t` is a distance between weights."""
+    if not 0.0 <= t <= LARGEST:
+        raise ValueError(f"t must be at least 0 (a distance between weights), got {t}")
 
 
 def check_density(density: float) -> None:
@@ -148,19 +121,61 @@ def check_density(density: float) -> None:
         )
 
 
-def kept_count(density: float, numel: int) -> int:
-    """How many of `numel` entries a density keeps: `int(density * numel)`, but at least one.
+def kept_count(density: float, numel: int, rule: KRule = "floor") -> int:
+    """How many of `numel` entries a density keeps: all for density 1, none for density 0, else
 
-    All for density 1, none for density 0. The product is taken in float64 and cut off, as in
-    mergekit and PEFT; the authors' code keeps one entry more.
+    - "floor": `int(density * numel)`, but at least one, as in mergekit;
+    - "peft": `int(density * numel)`, which can be none;
+    - "paper": one more than that, as in the authors' code.
+
+    The product is taken in float64 and cut off.
 
     >>> kept_count(0.29, 100), kept_count(0.1, 3), kept_count(0.0, 3)
     (28, 1, 0)
+    >>> kept_count(0.1, 3, "peft"), kept_count(0.6, 5, "paper")
+    (0, 4)
     """
     check_density(density)
     if density in (0.0, 1.0) or numel == 0:
         return int(density) * numel
-    return max(1, int(density * numel))
+    cut_off = int(density * numel)
+    return {"floor": max(1, cut_off), "peft": cut_off, "paper": min(numel, cut_off + 1)}[rule]
+
+
+def window_counts(density: float, gamma: float, numel: int, *, shrink: bool = True) -> "Window":
+    """How many entries Breadcrumbs keeps, and how many larger ones it removes.
+
+    `int(density * numel)` are kept below the `int(gamma * numel)` largest. Where both do not fit,
+    fewer of the largest are removed (`shrink`, as in mergekit), or fewer kept (the authors' code).
+    Everything is kept for density 1, whatever gamma is, as in mergekit; the authors' code then
+    still removes the largest.
+
+    >>> window_counts(0.6, 0.2, 10), window_counts(0.9, 0.3, 10)
+    (Window(kept=6, removed=2), Window(kept=9, removed=1))
+    >>> window_counts(0.9, 0.3, 10, shrink=False)
+    Window(kept=7, removed=3)
+    """
+    check_density(density)
+    check_gamma(gamma)
+    kept, removed = int(density * numel), int(gamma * numel)
+    if shrink:
+        return Window(kept, min(removed, numel - kept))
+    return Window(min(kept, numel - removed), removed)
+
+
+class Window(NamedTuple):
+    """Entries to keep of a task vector, and larger ones that are removed; both are counts."""
+
+    kept: int
+    removed: int
+
+
+def check_gamma(gamma: float) -> None:
+    """Raise `ValueError` unless `gamma` is in [0, 1)."""
+    if not 0.0 <= gamma < 1.0:
+        raise ValueError(
+            f"gammas must be in [0, 1) (the share of largest changes removed), got {gamma}"
+        )
 
 
 def check_ties_weights(weights: Sequence[float], *, normalize: bool) -> None:
@@ -187,8 +202,51 @@ class TrimThreshold(NamedTuple):
     ties: int
 
 
+NO_MAGNITUDE = 2**31 - 1
+"""Bits above those of every magnitude."""
+
 KEEP_ALL = TrimThreshold(-1, 0)
-KEEP_NONE = TrimThreshold(2**31 - 1, 0)
+KEEP_NONE = TrimThreshold(NO_MAGNITUDE, 0)
+
+
+class Cut(NamedTuple):
+    """Entries of a task vector to keep: those with |delta| between two bounds.
+
+    Entries equal to a bound are told apart by their place among these, in flat order, from 0 on.
+
+    Attributes:
+        lower: float32 bits; magnitudes above are kept.
+        first, stop: of the entries equal to `lower`, these are kept as well.
+        upper: float32 bits; magnitudes above are dropped. `NO_MAGNITUDE` for no bound.
+        until: of the entries equal to `upper`, those before this one are kept.
+    """
+
+    lower: int
+    first: int
+    stop: int
+    upper: int = NO_MAGNITUDE
+    until: int = 0
+
+
+def trim_cut(threshold: TrimThreshold) -> Cut:
+    """What a threshold keeps: of the entries equal to it, the first ones."""
+    return Cut(threshold.bits, 0, threshold.ties)
+
+
+def window_cut(lower: TrimThreshold, lower_tied: int, upper: TrimThreshold, upper_tied: int) -> Cut:
+    """What lies above one threshold and not above another, as an ascending stable sort puts it.
+
+    Of equal entries the last ones count as the larger.
+
+    Args:
+        lower, upper: thresholds that keep the wanted entries and those to be removed, and the
+            latter alone.
+        lower_tied, upper_tied: how many entries are equal to each.
+    """
+    if upper == KEEP_NONE:
+        return Cut(lower.bits, lower_tied - lower.ties, lower_tied)
+    until = upper_tied - upper.ties
+    return Cut(lower.bits, lower_tied - lower.ties, lower_tied, upper.bits, until)
 
 
 def magnitude(threshold: TrimThreshold) -> float:
@@ -197,9 +255,14 @@ def magnitude(threshold: TrimThreshold) -> float:
     >>> magnitude(TrimThreshold(1065353216, 2))
     1.0
     """
-    if threshold in (KEEP_ALL, KEEP_NONE):
-        return 0.0 if threshold == KEEP_ALL else math.inf
-    value: float = struct.unpack("<f", struct.pack("<i", threshold.bits))[0]
+    return magnitude_of(threshold.bits)
+
+
+def magnitude_of(bits: int) -> float:
+    """The number with these float32 bits; 0.0 for -1, and inf for `NO_MAGNITUDE`."""
+    if bits in (-1, NO_MAGNITUDE):
+        return 0.0 if bits == -1 else math.inf
+    value: float = struct.unpack("<f", struct.pack("<i", bits))[0]
     return value
 
 
@@ -264,3 +327,139 @@ def rescale_factor(
     if rescale == "l1" and min(l1, l1_kept) >= 1e-7:
         return l1 / l1_kept
     return 1.0
+
+
+def check_della(density: float, epsilon: float) -> None:
+    """Raise `ValueError` unless every chance that DELLA gives lies between 0 and 1.
+
+    Densities 0 and 1 keep nothing and everything, whatever `epsilon` is.
+    """
+    check_density(density)
+    if not 0.0 <= epsilon < 1.0:
+        raise ValueError(f"epsilons must be in [0, 1), got {epsilon}")
+    if density in (0.0, 1.0):
+        return
+    if density - epsilon <= 0.0 or density + epsilon >= 1.0:
+        reach = min(density, 1.0 - density)
+        raise ValueError(
+            f"epsilons must leave density - epsilon and density + epsilon between 0 and 1, got "
+            f"density {density} and epsilon {epsilon}. Take an epsilon below {reach:g}"
+        )
+
+
+def keep_chances(density: float, epsilon: float, length: int) -> list[float]:
+    """Chances of being kept, for the entries of a row from the smallest magnitude to the largest.
+
+    `density - epsilon + 2 epsilon r / (length - 1)` for rank r; their mean is the density.
+
+    >>> keep_chances(0.5, 0.25, 3), keep_chances(0.5, 0.25, 1)
+    ([0.25, 0.5, 0.75], [0.5])
+    """
+    check_della(density, epsilon)
+    if density in (0.0, 1.0) or length == 1:
+        return [density] * length
+    return [density - epsilon + 2 * epsilon * rank / (length - 1) for rank in range(length)]
+
+
+def rank_factors(rescale: RankRescale, chances: Sequence[float]) -> list[float]:
+    """What an entry of each rank is multiplied by when it is kept; see `della_utils.della`.
+
+    >>> rank_factors("inverse_prob", [0.25, 0.5])
+    [4.0, 2.0]
+    """
+    if rescale not in RANK_RESCALES:
+        raise ValueError(f"rescale must be one of {', '.join(RANK_RESCALES)}, got {rescale!r}")
+    if rescale != "inverse_prob":
+        return [1.0] * len(chances)
+    return [1.0 / chance if chance else 0.0 for chance in chances]
+
+
+def check_topk(select_topk: float) -> None:
+    """Raise `ValueError` unless `select_topk` is in [0, 1]."""
+    if not 0.0 <= select_topk <= 1.0:
+        raise ValueError(f"select_topk must be in [0, 1] (the share selected), got {select_topk}")
+
+
+def selected_count(select_topk: float, varying: int, numel: int) -> int:
+    """How many entries SCE selects: `int(select_topk * varying)`, or all of them for 1.
+
+    Args:
+        select_topk: in [0, 1].
+        varying: entries in which the models differ.
+        numel: all entries.
+
+    >>> selected_count(0.67, 3, 4), selected_count(1.0, 3, 4)
+    (2, 4)
+    """
+    check_topk(select_topk)
+    return numel if select_topk == 1 else int(select_topk * varying)
+
+
+def sce_weights(squares: Sequence[float], numel: int, floor: float = 0.0) -> list[float]:
+    """Weights of the models: their mean squares, divided by the sum of these.
+
+    Args:
+        squares: summed squares of each model's selected changes.
+        numel: entries of the tensor.
+        floor: the weights are equal where the mean squares sum to less, and where all are 0.
+
+    >>> sce_weights([2.0, 6.0], 4)
+    [0.25, 0.75]
+    """
+    total = math.fsum(squares)
+    if total == 0 or total / numel < floor:
+        return [1.0 / len(squares)] * len(squares)
+    return [square / total for square in squares]
+
+
+def check_epsilon(epsilon: float) -> None:
+    """Raise `ValueError` unless `epsilon` is a magnitude."""
+    if not 0.0 <= epsilon <= LARGEST:
+        raise ValueError(f"epsilon must be at least 0 (a change of a weight), got {epsilon}")
+
+
+def ramplus_factors(
+    shared: Sequence[int], unique: Sequence[int], r: float = 0.1, alpha: float = 0.2
+) -> list[float]:
+    """What RAM+ multiplies the changes by that one model alone has made, per model.
+
+    `1 + r * min(shared / unique, alpha)`: a model whose changes are mostly averaged with those of
+    others gets more of its own.
+
+    Args:
+        shared, unique: entries that each model has changed together with others, and alone.
+        r: >= 0.
+        alpha: >= 0.
+
+    >>> ramplus_factors([1, 1], [10, 0])
+    [1.01, 1.02]
+    """
+    for name, value in (("r", r), ("alpha", alpha)):
+        if not 0.0 <= value <= LARGEST:
+            raise ValueError(f"{name} must be at least 0, got {value}")
+    ratios = [s / u if u else (alpha if s else 0.0) for s, u in zip(shared, unique, strict=True)]
+    return [1.0 + r * min(ratio, alpha) for ratio in ratios]
+
+
+def quartile_ranks(numel: int) -> tuple[int, int, int]:
+    """Ranks from the top, of `numel` entries, of the lower quartile, the median and the upper one.
+
+    >>> quartile_ranks(5)
+    (4, 3, 2)
+    """
+    first, median, third = (numel - int(share * (numel - 1)) for share in (0.25, 0.5, 0.75))
+    return first, median, third
+
+
+def check_mask_lambda(mask_lambda: float) -> None:
+    """Raise `ValueError` unless `mask_lambda` is a factor of a distance."""
+    if not 0.0 <= mask_lambda <= LARGEST:
+        raise ValueError(
+            f"mask_lambdas must be at least 0 (0.2 to 0.6 is usual), got {mask_lambda}"
+        )
+
+
+def check_agreement(agreement: int) -> None:
+    """Raise `ValueError` unless `agreement` is a number of models."""
+    if agreement < 0:
+        raise ValueError(f"agreement must be at least 0 (a number of models), got {agreement}")

@@ -50,6 +50,15 @@ def select(mask: Tensor, values: Tensor) -> Tensor:
     return (values.view(torch.int32) & -mask.int()).view(torch.float32)
 
 
+def rows_of(tensor: Tensor) -> Tensor:
+    """A tensor as a matrix: a row is one entry of its first axis; a vector or number is one row.
+
+    >>> rows_of(torch.zeros(2, 3, 4)).shape, rows_of(torch.zeros(3)).shape
+    (torch.Size([2, 12]), torch.Size([1, 3]))
+    """
+    return tensor.reshape(tensor.shape[0] if tensor.dim() > 1 else 1, -1)
+
+
 def run_sums(values: Tensor) -> list[float]:
     """Sums of `values` over runs of at most 2**14 elements that do not cross a row.
 
@@ -69,7 +78,7 @@ def run_sums(values: Tensor) -> list[float]:
     """
     if values.numel() == 0:
         return []
-    rows = values.reshape(values.shape[0] if values.dim() > 1 else 1, -1)
+    rows = rows_of(values)
     sums = [_lane_sums(rows[:, start : start + RUN]) for start in range(0, rows.shape[1], RUN)]
     total: list[float] = torch.stack(sums, dim=1).flatten().tolist()
     return total

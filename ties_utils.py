@@ -22,14 +22,25 @@ from torch import Tensor
 
 from linear_utils import add_task_vector
 from scalar_utils import (
+    ELECT_METHODS,
+    ELECT_ON,
     KEEP_ALL,
     KEEP_NONE,
+    NO_MAGNITUDE,
+    Cut,
+    Denominator,
+    ElectMethod,
+    ElectOn,
+    KRule,
     TrimThreshold,
+    Window,
     check_count,
     check_ties_weights,
+    check_weights,
     kept_count,
+    trim_cut,
 )
-from tensor_utils import as_float32, check_tensors, select
+from tensor_utils import as_float32, check_tensors, rows_of, select
 
 
 def magnitude_bits(delta: Tensor) -> Tensor:
@@ -83,18 +94,23 @@ def threshold_from(coarse_bin: int, fine_counts: Tensor, rank: int) -> TrimThres
     return TrimThreshold(coarse_bin << 16 | fine_bin, rank - above)
 
 
-def trim_threshold(delta: Tensor, density: float) -> TrimThreshold:
+def trim_threshold(delta: Tensor, density: float, rule: KRule = "floor") -> TrimThreshold:
     """The exact threshold that keeps the `kept_count` largest magnitudes of `delta`.
 
     Args:
         delta: float32, finite, any shape.
         density: share kept, in [0, 1].
+        rule: see `kept_count`.
 
     >>> trim_threshold(torch.tensor([1.0, -1.0, 0.5, 1.0, -2.0, 0.0, 1.0]), 0.5)
     TrimThreshold(bits=1065353216, ties=2)
     """
+    return rank_threshold(delta, kept_count(density, delta.numel(), rule))
+
+
+def rank_threshold(delta: Tensor, rank: int) -> TrimThreshold:
+    """The exact threshold that keeps the `rank` largest magnitudes of `delta`."""
     check_tensors([delta])
-    rank = kept_count(density, delta.numel())
     if rank in (0, delta.numel()):
         return KEEP_ALL if rank else KEEP_NONE
     coarse_bin, above = select_bin(coarse_histogram(delta), rank)
@@ -104,6 +120,50 @@ def trim_threshold(delta: Tensor, density: float) -> TrimThreshold:
 def count_ties(delta: Tensor, threshold: TrimThreshold) -> int:
     """Number of entries whose magnitude equals the threshold."""
     return int((magnitude_bits(delta) == threshold.bits).count_nonzero())
+
+
+def count_equal(delta: Tensor, cut: Cut) -> tuple[int, int]:
+    """Number of entries whose magnitude equals the cut's lower bound, and its upper one."""
+    bits = magnitude_bits(delta)
+    lower, upper = ((bits == bound).count_nonzero() for bound in (cut.lower, cut.upper))
+    return int(lower), int(upper)
+
+
+def cut_mask(delta: Tensor, cut: Cut, seen: tuple[int, int] = (0, 0)) -> Tensor:
+    """Which entries a cut keeps.
+
+    Args:
+        delta: some rows of a task vector, float32, in flat order.
+        cut: from all rows of it.
+        seen: entries equal to the lower bound, and to the upper one, in the rows before these.
+
+    Returns:
+        Same shape, bool.
+    """
+    bits = magnitude_bits(delta)
+    equal = bits == cut.lower
+    above = (bits > cut.lower) | _from_to(equal, cut.first - seen[0], cut.stop - seen[0])
+    if cut.upper == NO_MAGNITUDE:
+        return above
+    equal = bits == cut.upper
+    return above & ((bits < cut.upper) | _from_to(equal, 0, cut.until - seen[1]))
+
+
+def cut_apply(delta: Tensor, cut: Cut, seen: tuple[int, int] = (0, 0)) -> Tensor:
+    """Zero the entries that a cut does not keep; arguments as `cut_mask`.
+
+    Returns:
+        Same shape, float32; kept entries unchanged, the others 0.
+    """
+    return select(cut_mask(delta, cut, seen), delta)
+
+
+def _from_to(mask: Tensor, first: int, stop: int) -> Tensor:
+    """Of the places where a mask is true, those from number `first` up to number `stop`."""
+    if first <= 0 and stop >= int(mask.count_nonzero()):
+        return mask
+    number = mask.flatten().cumsum(0).view_as(mask) - 1
+    return mask & (number >= first) & (number < stop)
 
 
 def trim_apply(delta: Tensor, threshold: TrimThreshold, ties_before: int = 0) -> Tensor:
@@ -117,27 +177,19 @@ def trim_apply(delta: Tensor, threshold: TrimThreshold, ties_before: int = 0) ->
     Returns:
         Same shape, float32; kept entries unchanged, the others 0.
     """
-    bits = magnitude_bits(delta)
-    ties_left = threshold.ties - ties_before
-    if ties_left <= 0:
-        return select(bits > threshold.bits, delta)
-    keep = bits >= threshold.bits
-    tied = bits == threshold.bits
-    if ties_left < int(tied.count_nonzero()):
-        keep &= ~tied | (tied.flatten().cumsum(0).view_as(tied) <= ties_left)
-    return select(keep, delta)
+    return cut_apply(delta, trim_cut(threshold), (ties_before, 0))
 
 
-def trim(delta: Tensor, density: float) -> Tensor:
+def trim(delta: Tensor, density: float, *, rule: KRule = "floor", all_ties: bool = False) -> Tensor:
     """Keep the entries of `delta` with the largest magnitudes, zero the rest.
-
-    Exactly `kept_count(density, n)` entries are kept. Among equal magnitudes at the cut the
-    lowest flat index is kept first (mergekit and PEFT leave that to their sort; the authors'
-    code keeps all of them, and trims as `trim_model` does).
 
     Args:
         delta: task vector, float32, finite, any shape.
         density: share kept, in [0, 1].
+        rule: how many entries that is; see `kept_count`.
+        all_ties: keep every entry equal to the smallest kept one (as the authors' code does),
+            instead of exactly so many, lowest flat index first (mergekit and PEFT leave that to
+            their sort).
 
     Returns:
         Same shape, float32.
@@ -150,16 +202,21 @@ def trim(delta: Tensor, density: float) -> Tensor:
     >>> trim(torch.tensor([4.0, -1.0, 3.0, 0.5, -2.0]), 0.6)
     tensor([ 4.,  0.,  3.,  0., -2.])
     """
-    return trim_apply(delta, trim_threshold(delta, density))
+    threshold = trim_threshold(delta, density, rule)
+    if all_ties and threshold.ties:
+        threshold = TrimThreshold(threshold.bits, count_ties(delta, threshold))
+    return trim_apply(delta, threshold)
 
 
-def trim_rows(delta: Tensor, density: float) -> Tensor:
+def trim_rows(
+    delta: Tensor, density: float, *, rule: KRule = "floor", all_ties: bool = False
+) -> Tensor:
     """`trim` of every row on its own: `kept_count(density, row length)` entries are kept in each.
 
     Args:
         delta: task vector, float32, finite. A row is one entry of the first axis; a vector or a
             number is one row.
-        density: share kept, in [0, 1].
+        density, rule, all_ties: as `trim`.
 
     Returns:
         Same shape, float32.
@@ -169,28 +226,52 @@ def trim_rows(delta: Tensor, density: float) -> Tensor:
             [0.5000, 0.0000]])
     """
     check_tensors([delta])
-    rows = delta.reshape(delta.shape[0] if delta.dim() > 1 else 1, -1)
-    length = rows.shape[1]
-    rank = kept_count(density, length)
-    if rank in (0, length):
-        return delta.clone() if rank else torch.zeros_like(delta)
+    length = rows_of(delta).shape[1]
+    window = Window(kept_count(density, length, rule), 0)
+    return keep_window_of_rows(delta, window, all_ties=all_ties)
+
+
+def keep_window_of_rows(
+    delta: Tensor, window: Window, *, last_first: bool = False, all_ties: bool = False
+) -> Tensor:
+    """Keep `window.kept` entries of every row, below the `window.removed` largest.
+
+    Args:
+        delta: task vector, float32, finite.
+        window: two counts, together at most the length of a row.
+        last_first: of equal magnitudes the last ones count as larger; else the first ones.
+        all_ties: keep all entries equal to the smallest that is kept.
+
+    Returns:
+        Same shape, float32.
+    """
+    rows = rows_of(delta)
+    if window.kept in (0, rows.shape[1]):
+        return delta.clone() if window.kept else torch.zeros_like(delta)
     bits = magnitude_bits(rows)
-    threshold = bits.kthvalue(length - rank + 1, dim=1, keepdim=True).values
-    above, tied = bits > threshold, bits == threshold
-    ties_left = rank - above.sum(dim=1, keepdim=True)
-    return select(above | (tied & (tied.cumsum(dim=1) <= ties_left)), rows).view_as(delta)
+    if last_first:
+        order = bits.argsort(dim=1, stable=True).flip(1)
+    else:
+        order = bits.argsort(dim=1, descending=True, stable=True)
+    chosen = order[:, window.removed : window.removed + window.kept]
+    keep = torch.zeros_like(bits, dtype=torch.bool).scatter_(1, chosen, value=True)
+    if all_ties:
+        keep |= bits == bits.gather(1, chosen[:, -1:])
+    return select(keep, rows).view_as(delta)
 
 
-def trim_model(deltas: Sequence[Tensor], density: float) -> list[Tensor]:
+def trim_model(
+    deltas: Sequence[Tensor], density: float, *, rule: KRule = "floor", all_ties: bool = False
+) -> list[Tensor]:
     """`trim` of a whole model: the largest magnitudes of all its tensors together are kept.
 
     A tensor whose changes are all small can lose all of them. This is what the authors' code
-    trims, but for its rule on equal magnitudes (see `trim`).
+    trims, with rule "paper" and `all_ties`.
 
     Args:
         deltas: task vectors of every tensor, float32, finite. Their order decides among equal
             magnitudes at the cut.
-        density: share kept, in [0, 1].
+        density, rule, all_ties: as `trim`.
 
     Returns:
         The trimmed task vectors, in that order.
@@ -199,22 +280,27 @@ def trim_model(deltas: Sequence[Tensor], density: float) -> list[Tensor]:
     [tensor([0., 0.]), tensor([ 3., -4.])]
     """
     sizes = [delta.numel() for delta in deltas]
-    trimmed = trim(torch.cat([delta.flatten() for delta in deltas]), density)
+    flat = torch.cat([delta.flatten() for delta in deltas])
+    trimmed = trim(flat, density, rule=rule, all_ties=all_ties)
     parts = torch.split(trimmed, sizes)
     return [part.view_as(delta) for part, delta in zip(parts, deltas, strict=True)]
 
 
-def elect_sign(deltas: Sequence[Tensor] | Tensor) -> Tensor:
-    """Majority sign of every parameter, each model voting with its magnitude.
+def elect_sign(
+    deltas: Sequence[Tensor] | Tensor, *, method: ElectMethod = "mass", zero: float = 1.0
+) -> Tensor:
+    """Majority sign of every parameter.
 
     Args:
-        deltas: trimmed and weighted task vectors, a sequence of tensors of one shape or a
-            stack (models, *shape); float32, finite.
+        deltas: task vectors that vote, a sequence of tensors of one shape or a stack
+            (models, *shape); float32, finite. The paper's are trimmed, mergekit's weighted too.
+        method: each model votes with its magnitude ("mass"), or with 1 ("count").
+        zero: the sign of a parameter whose votes sum to exactly zero: 1.0 as in mergekit and
+            PEFT; the authors' code takes that of the whole model (`majority`).
 
     Returns:
-        Shape (*shape), float32, entries -1.0 or 1.0. A parameter that sums to exactly zero
-        gets 1.0, as in mergekit and PEFT; the authors' code takes the model-wide majority.
-        Sums run in float32 in the order of the models.
+        Shape (*shape), float32, entries -1.0 or 1.0, or `zero`. Sums run in float32 in the order
+        of the models.
 
     Raises:
         ValueError: no deltas, not float32, or of several shapes.
@@ -224,12 +310,27 @@ def elect_sign(deltas: Sequence[Tensor] | Tensor) -> Tensor:
     >>> elect_sign(torch.tensor([[5.0, -1.0], [-1.0, -1.0], [-1.0, 0.0]]))
     tensor([ 1., -1.])
     """
+    if method not in ELECT_METHODS:
+        raise ValueError(f"method must be one of {', '.join(ELECT_METHODS)}, got {method!r}")
     votes = list(deltas)
     check_tensors(votes)
-    mass = torch.zeros_like(votes[0])
+    total = torch.zeros_like(votes[0])
     for vote in votes:
-        mass += vote
-    return torch.copysign(torch.ones_like(mass), mass)  # mass is never -0.0: it began at 0.0
+        total += vote if method == "mass" else vote.sign()
+    return torch.where(total == 0, zero, total.sign())
+
+
+def majority(signs: Sequence[Tensor]) -> float:
+    """Sign of a whole model: that of the sum of its parameters' signs; 0.0 where they balance.
+
+    Args:
+        signs: of every tensor, from `elect_sign` with `zero` 0.0.
+
+    >>> majority([torch.tensor([1.0, -1.0, 0.0]), torch.tensor([-1.0])])
+    -1.0
+    """
+    total = sum(int(sign.sum(dtype=torch.float64)) for sign in signs)
+    return float((total > 0) - (total < 0))
 
 
 def disjoint_mean(
@@ -237,24 +338,27 @@ def disjoint_mean(
     signs: Tensor,
     weights: Sequence[float],
     *,
-    normalize: bool = True,
+    denominator: Denominator = "weight",
+    votes: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Mean over the models whose entry has the elected sign; the others are left out.
 
-    `sum(m_i * z_i) / sum(m_i * w_i)` with `m_i = 1` where `z_i` has the elected sign. An entry
-    that is 0 (trimmed) never counts. Where no model agrees, the result is 0.
+    `sum(m_i * z_i) / sum(m_i * w_i)` with `m_i = 1` where model i voted for the elected sign. An
+    entry that is 0 (trimmed) never counts. Where no model agrees, the result is 0.
 
     Args:
         deltas: task vectors already multiplied by their weights (z_i), a sequence or a stack.
         signs: -1.0 or 1.0 per parameter, from `elect_sign`.
-        weights: one per model; what the mean divides by (PEFT divides by the number of models).
-        normalize: False gives the sum instead of the mean.
+        weights: one per model.
+        denominator: the summed weights of those who agree ("weight", as in mergekit), their
+            number ("count": the paper and PEFT), or nothing ("none": the sum).
+        votes: what the models voted with, where that is not `deltas`.
 
     Returns:
-        Shape of one delta, float32.
+        Shape of one delta, float32. Where the agreeing weights sum to exactly 0, the sum.
 
     Raises:
-        ValueError: counts, shapes or dtypes do not fit; negative weights with `normalize`.
+        ValueError: counts, shapes or dtypes do not fit.
 
     Source: TIES, arXiv:2306.01708, step "disjoint merge"; weights as in mergekit 0.1.5.
 
@@ -262,35 +366,72 @@ def disjoint_mean(
     tensor([3.])
     """
     deltas = list(deltas)
+    votes = deltas if votes is None else votes
     check_count("weights", weights, len(deltas))
-    check_ties_weights(weights, normalize=normalize)
-    check_tensors(deltas, signs)
-    total = torch.zeros_like(deltas[0])
-    divisor = torch.zeros_like(total)
-    for delta, weight in zip(deltas, weights, strict=True):
-        agreeing = torch.relu(delta * signs)  # its magnitude, or 0 where the sign is another
-        total += agreeing
-        if normalize:
-            divisor += agreeing.sign() * weight
-    total *= signs
-    # Weights are 0 or at least 1e-30 here, so the divisor is 0 only where the total is as well.
-    return total / divisor.clamp_(min=torch.finfo(torch.float32).tiny) if normalize else total
+    check_weights(weights)
+    check_tensors([*deltas, *votes], signs)
+    total, divisor = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
+    for delta, vote, weight in zip(deltas, votes, weights, strict=True):
+        agrees = vote * signs > 0
+        total += select(agrees, delta)
+        if denominator != "none":
+            divisor += agrees.float() * (weight if denominator == "weight" else 1.0)
+    return total if denominator == "none" else total / torch.where(divisor == 0, 1.0, divisor)
 
 
 def elect_and_merge(
-    base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], lam: float, normalize: bool
+    base: Tensor,
+    deltas: Sequence[Tensor],
+    weights: Sequence[float],
+    lam: float = 1.0,
+    *,
+    denominator: Denominator = "weight",
+    elect_on: ElectOn = "weighted",
+    elect_method: ElectMethod = "mass",
+    zero: float = 1.0,
 ) -> Tensor:
     """Add sparse task vectors to the base: weight, elect, disjoint merge, scale by `lam`.
 
     Args:
         base: float32.
         deltas: trimmed (TIES) or dropped (DARE) task vectors, float32, shape of `base`.
-        weights, lam, normalize: as in `ties`.
+        weights, lam: as in `ties`.
+        denominator: see `disjoint_mean`.
+        elect_on: models vote with their "weighted" task vectors (mergekit), or "unweighted" (the
+            paper, PEFT).
+        elect_method, zero: see `elect_sign`.
     """
+    return add_task_vector(
+        base,
+        elect_and_combine(
+            deltas,
+            weights,
+            denominator=denominator,
+            elect_on=elect_on,
+            elect_method=elect_method,
+            zero=zero,
+        ),
+        lam,
+    )
+
+
+def elect_and_combine(
+    deltas: Sequence[Tensor],
+    weights: Sequence[float],
+    *,
+    denominator: Denominator = "weight",
+    elect_on: ElectOn = "weighted",
+    elect_method: ElectMethod = "mass",
+    zero: float = 1.0,
+) -> Tensor:
+    """The merged task vector of `elect_and_merge`, before it is scaled and added."""
+    if elect_on not in ELECT_ON:
+        raise ValueError(f"elect_on must be one of {', '.join(ELECT_ON)}, got {elect_on!r}")
     check_count("weights", weights, len(deltas))
     weighted = [delta * weight for delta, weight in zip(deltas, weights, strict=True)]
-    merged = disjoint_mean(weighted, elect_sign(weighted), weights, normalize=normalize)
-    return add_task_vector(base, merged, lam)
+    votes = weighted if elect_on == "weighted" else list(deltas)
+    signs = elect_sign(votes, method=elect_method, zero=zero)
+    return disjoint_mean(weighted, signs, weights, denominator=denominator, votes=votes)
 
 
 def ties(
@@ -301,7 +442,12 @@ def ties(
     *,
     lam: float = 1.0,
     normalize: bool = True,
+    denominator: Denominator | None = None,
     trim_scope: Literal["tensor", "row"] = "tensor",
+    trim_ties: Literal["index", "all"] = "index",
+    k_rule: KRule = "floor",
+    elect_on: ElectOn = "weighted",
+    elect_method: ElectMethod = "mass",
 ) -> Tensor:
     """TIES merge of one tensor: trim, elect, disjoint merge, scale, add the base.
 
@@ -313,8 +459,12 @@ def ties(
         densities: share of each task vector kept, in [0, 1].
         lam: scale of the merged task vector.
         normalize: divide by the summed weights of the models that agree.
+        denominator: what to divide by instead; see `disjoint_mean`.
         trim_scope: trim the tensor as a whole or every row of it. For the whole model, trim its
             task vectors with `trim_model` and give them to `elect_and_merge`.
+        trim_ties: of equal magnitudes at the cut keep the first ones, or all.
+        k_rule: how many a density keeps; see `kept_count`.
+        elect_on, elect_method: see `elect_and_merge`.
 
     Returns:
         Same shape, float32.
@@ -323,7 +473,7 @@ def ties(
         ValueError: counts, shapes, dtypes or ranges do not fit; negative weights with
             `normalize`.
 
-    Source: TIES, arXiv:2306.01708; the choices are those of mergekit 0.1.5.
+    Source: TIES, arXiv:2306.01708; the defaults are those of mergekit 0.1.5.
 
     >>> base, one = torch.zeros(5), torch.tensor([4.0, -1.0, 3.0, 0.5, -2.0])
     >>> two = torch.tensor([-1.0, 2.0, -3.0, 1.0, -4.0])
@@ -332,13 +482,23 @@ def ties(
     """
     check_tensors(tensors, base)
     check_count("densities", densities, len(tensors))
+    check_ties_weights(weights, normalize=normalize and denominator is None)
     if trim_scope not in ("tensor", "row"):
         raise ValueError(f"trim_scope must be tensor or row, got {trim_scope!r}")
     trim_one = trim if trim_scope == "tensor" else trim_rows
     trimmed = [
-        trim_one(tensor - base, density) for tensor, density in zip(tensors, densities, strict=True)
+        trim_one(tensor - base, density, rule=k_rule, all_ties=trim_ties == "all")
+        for tensor, density in zip(tensors, densities, strict=True)
     ]
-    return elect_and_merge(base, trimmed, weights, lam, normalize)
+    return elect_and_merge(
+        base,
+        trimmed,
+        weights,
+        lam,
+        denominator=denominator or ("weight" if normalize else "none"),
+        elect_on=elect_on,
+        elect_method=elect_method,
+    )
 
 
 class TIES:

@@ -7,12 +7,19 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import tensor_lists
 
-from slerp_utils import dot_parts, sequential_slerp, slerp, slerp_coefficients
+from gram_utils import slerp_coefficients
+from slerp_utils import gram, gram_parts, sequential_slerp, slerp
 from tensor_utils import RUN, run_sums
 
 
 def vector(*values):
     return torch.tensor(values, dtype=torch.float32)
+
+
+def dots(a, c):
+    """`<a,a>`, `<c,c>` and `<a,c>`."""
+    (aa, ac), (_, cc) = gram([a, c])
+    return aa, cc, ac
 
 
 @pytest.mark.parametrize(
@@ -55,7 +62,7 @@ def test_the_ends_are_the_models_exactly(pair):
 def test_agrees_with_the_reference_and_with_itself_swapped(pair, t, apart):
     a, c = pair
     c = -c.flip(0) if apart else c
-    *_, cosine = slerp_coefficients(*(math.fsum(part) for part in dot_parts(a, c)), t)
+    *_, cosine = slerp_coefficients(*dots(a, c), t)
     assume(abs(abs(cosine) - 0.9995) > 1e-6 and cosine > -0.99)
     merged = slerp(a, c, t)
     expected = torch.from_numpy(reference.slerp(a.double().numpy(), c.double().numpy(), t))
@@ -82,7 +89,7 @@ def test_a_positive_factor_goes_through():
 
 def test_identical_models_take_the_straight_line_and_stay():
     a = vector(0.3, -0.7)
-    assert slerp_coefficients(*(math.fsum(part) for part in dot_parts(a, a)), 0.4).used_lerp
+    assert slerp_coefficients(*dots(a, a), 0.4).used_lerp
     torch.testing.assert_close(slerp(a, a, 0.4), a)
 
 
@@ -97,8 +104,8 @@ def test_the_branch_changes_little_at_the_threshold():
 def test_dot_products_are_the_same_for_every_way_to_cut_rows(rows, columns, step):
     generator = torch.Generator().manual_seed(rows * 100 + columns)
     a, c = (torch.randn(rows, columns, generator=generator) for _ in range(2))
-    whole = [math.fsum(part) for part in dot_parts(a, c)]
-    pieces = [dot_parts(a[r : r + step], c[r : r + step]) for r in range(0, rows, step)]
+    whole = [math.fsum(part) for part in gram_parts([a, c])]
+    pieces = [gram_parts([a[r : r + step], c[r : r + step]]) for r in range(0, rows, step)]
     assert [math.fsum(x for piece in pieces for x in piece[k]) for k in range(3)] == whole
 
 
