@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from merge_methods import METHODS
 from merge_plan import Plan
 from merge_report import REPORT_FILE, MergeReport
 from model_companions import AUTO_TEMPLATE, NO_TEMPLATE
@@ -24,13 +25,6 @@ from model_tokenizer import FORMS
 from model_vocabulary import BY_MODEL, model_index
 
 VERSION = "0.1.0"
-TITLES = {
-    "linear": "linear average",
-    "slerp": "SLERP",
-    "task_arithmetic": "task arithmetic",
-    "ties": "TIES",
-    "dare": "DARE",
-}
 
 
 def saved_report(plan: Plan, report: MergeReport) -> dict[str, Any]:
@@ -99,6 +93,7 @@ def _resolved(plan: Plan, report: MergeReport) -> dict[str, Any]:
         "method": recipe.method,
         "base_model": recipe.base_model,
         "models": recipe.models,
+        "profile": recipe.profile,
         "parameters": dict(report.parameters),
         "dtype": report.dtype,
         "max_shard_size": str(recipe.max_shard_size),
@@ -193,7 +188,7 @@ def model_card(saved: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in saved["versions"].items())
     parts = [
         "\n".join(["---", *_head(saved), "---"]),
-        f"# A merge by {TITLES.get(recipe['method'], recipe['method'])}",
+        f"# A merge by {METHODS[recipe['method']].title}",
         "\n".join(_models(saved)),
         _result(saved),
         "\n".join(["```json", json.dumps(recipe, indent=2, ensure_ascii=False), "```"]),

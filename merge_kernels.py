@@ -1,41 +1,25 @@
-"""The arithmetic of the methods on blocks of rows, compiled: `TorchOperations` without its cost.
+"""Compiled loops over blocks of rows: what `merge_compiled` calls, and nothing else.
 
-Every kernel gives the bits that the torch functions of `*_utils` give; the tests compare them. A
-kernel takes a block as it is stored and works in pieces of 512 elements, which stay in a core's
-first cache from the first conversion to the last rounding. No kernel holds the interpreter's
+Every loop gives the bits that the torch functions of `*_utils` give; the tests compare them. A
+loop takes a block as it is stored and works in pieces of 512 elements, which stay in a core's
+first cache from the first conversion to the last rounding. No loop holds the interpreter's
 lock, so threads run them side by side; none has threads of its own.
 
-The loops are written so that the compiler can make vector instructions of them: one simple thing
-per loop, no branch inside but choices between values.
+They are written so that the compiler can make vector instructions of them: one simple thing
+per loop, no branch inside but choices between values. Each way to thin out task vectors has
+loops of its own, so that a merge compiles what it needs and no more.
 
 Compiled code is kept in `__pycache__`, or in the user's cache folder where that cannot be
-written, or for the process alone.
+written, or for the process alone. It is kept until this file changes, so all loops, and all that
+they know as constants, stand in it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self, TypeVar
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
-
-from merge_operations import (
-    Counts,
-    Drop,
-    FineCounts,
-    RunSums,
-    Take,
-    TaskVectorMerge,
-    Trim,
-    TrimRows,
-    coarse_gather,
-    counts_gather,
-    fine_gather,
-    run_sums_gather,
-    window,
-)
-from merge_stream import Block, Gather
-from scalar_utils import TrimThreshold, float32_sum, keep_limit, kept_count
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -43,8 +27,7 @@ PIECE = 512
 """Elements worked on at once."""
 
 RUN, LANES = 2**14, 2**10
-"""As in `scalar_utils`. What a kernel knows as a constant stands in this file: compiled code is
-kept until the file changes."""
+"""As in `scalar_utils`."""
 
 COUNTERS = PIECE // 8
 """Philox counters of a piece that starts at a multiple of 8; a counter gives 8 draws."""
@@ -54,10 +37,15 @@ COUNTERS = PIECE // 8
 _ROW_SHIFTS = (23, 15, 7, 0)
 _ROW_BINS = 2**8
 
-_PLAIN, _TRIM, _DROP = 0, 1, 2
+# A row is sorted by the lowest 11 bits of its magnitudes, then by the next 10, then by the rest.
+_DIGITS = ((0, 11), (11, 10), (21, 10))
+
+VARIANCE = -1
+"""In place of a model's number: the variance over all of them."""
+
+NO_ELECTION, BY_MASS, BY_COUNT = 0, 1, 2
 
 _MAGNITUDE = np.int32(0x7FFFFFFF)
-_TINY = np.finfo(np.float32).tiny
 _ZERO, _ONE = np.float32(0), np.float32(1)
 _U32 = np.uint32
 
@@ -100,9 +88,52 @@ def _magnitude(value: Any) -> Any:
     return np.float32(value).view(np.int32) & _MAGNITUDE
 
 
+class Parts(NamedTuple):
+    """A block.
+
+    Attributes:
+        memory: inputs and result, as they are stored.
+        places: where each begins, in bytes; the result last.
+        kinds: 0 for float32, 1 for float16, 2 for bfloat16.
+    """
+
+    memory: NDArray[np.uint8]
+    places: NDArray[np.int64]
+    kinds: NDArray[np.int64]
+
+
+class Combining(NamedTuple):
+    """How task vectors become the merged one; see `merge_operations.TaskVectorMerge`.
+
+    Attributes:
+        weights: one per model.
+        votes: what a model's changes are multiplied by before they vote.
+        shares: what a model that agrees adds to the divisor.
+        election: `NO_ELECTION`, `BY_MASS` or `BY_COUNT`.
+        zero: the sign where votes balance.
+        divides: by the shares of those who agree, or, without an election, by `divisor`.
+        divisor: sum of the weights.
+        mask_lambdas: one per model, or none where no consensus is asked for.
+        agreement: how many models it takes.
+        lam: scale of the merged task vector.
+    """
+
+    weights: NDArray[np.float32]
+    votes: NDArray[np.float32]
+    shares: NDArray[np.float32]
+    election: int
+    zero: np.float32
+    divides: bool
+    divisor: np.float32
+    mask_lambdas: NDArray[np.float32]
+    agreement: np.float32
+    lam: np.float32
+
+
 @_kernel()
-def _widen(memory: Any, place: Any, kind: Any, start: Any, size: Any, values: Any) -> None:
+def _widen(parts: Any, index: Any, start: Any, size: Any, values: Any) -> None:
     """`size` elements of an input from `start` on, as float32."""
+    memory, place, kind = parts.memory, parts.places[index], parts.kinds[index]
     if kind == 0:
         single = memory[place + 4 * start : place + 4 * (start + size)].view(np.float32)
         for j in range(size):
@@ -124,23 +155,23 @@ def _widen(memory: Any, place: Any, kind: Any, start: Any, size: Any, values: An
 
 
 @_kernel()
-def _subtract(
-    memory: Any, place: Any, kind: Any, start: Any, size: Any, base: Any, delta: Any
-) -> None:
-    """`size` elements of a task vector from `start` on."""
+def _subtract(parts: Any, index: Any, start: Any, size: Any, base: Any, delta: Any) -> None:
+    """`size` elements of an input's task vector from `start` on."""
+    memory, place, kind = parts.memory, parts.places[index], parts.kinds[index]
     if kind == 2:
         half = memory[place + 2 * start : place + 2 * (start + size)].view(np.uint16)
         for j in range(size):
             delta[j] = _float(_U32(half[j]) << _U32(16)) - base[j]
         return
-    _widen(memory, place, kind, start, size, delta)
+    _widen(parts, index, start, size, delta)
     for j in range(size):
         delta[j] -= base[j]
 
 
 @_kernel()
-def _round(values: Any, memory: Any, place: Any, kind: Any, start: Any, size: Any) -> None:
+def _round(values: Any, parts: Any, start: Any, size: Any) -> None:
     """Write elements of the result, rounded to nearest even."""
+    memory, place, kind = parts.memory, parts.places[-1], parts.kinds[-1]
     if kind == 0:
         single = memory[place + 4 * start : place + 4 * (start + size)].view(np.float32)
         for j in range(size):
@@ -169,8 +200,9 @@ def _round(values: Any, memory: Any, place: Any, kind: Any, start: Any, size: An
 
 
 @_kernel()
-def _is_finite(memory: Any, place: Any, kind: Any, size: Any) -> Any:
-    """Whether no exponent is all ones."""
+def is_finite(parts: Any, index: Any, size: Any) -> Any:
+    """Whether no exponent of an input (or the result, -1) is all ones."""
+    memory, place, kind = parts.memory, parts.places[index], parts.kinds[index]
     worst = _U32(0)
     if kind == 0:
         single = memory[place : place + 4 * size].view(np.uint32)
@@ -183,117 +215,6 @@ def _is_finite(memory: Any, place: Any, kind: Any, size: Any) -> Any:
     for j in range(size):
         highest = max(highest, np.uint16(half[j] & exponent))
     return highest != exponent
-
-
-@_kernel(fastmath={"contract"})  # a fused multiply-add, as in torch.addcmul
-def _linear(memory: Any, places: Any, kinds: Any, size: Any, weights: Any, divisor: Any) -> None:
-    """`linear_utils.linear`."""
-    values, total = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
-    for start in range(0, size, PIECE):
-        n = min(PIECE, size - start)
-        for j in range(n):
-            total[j] = _ZERO
-        for i in range(len(weights)):
-            weight = weights[i]
-            _widen(memory, places[i], kinds[i], start, n, values)
-            for j in range(n):
-                total[j] += values[j] * weight
-        for j in range(n):
-            total[j] /= divisor
-        _round(total, memory, places[-1], kinds[-1], start, n)
-
-
-@_kernel()
-def _combine(memory: Any, places: Any, kinds: Any, size: Any, coefficients: Any) -> None:
-    """`linear_utils.combine`."""
-    values, total = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
-    for start in range(0, size, PIECE):
-        n = min(PIECE, size - start)
-        for j in range(n):
-            total[j] = _ZERO
-        for i in range(len(coefficients)):
-            coefficient = coefficients[i]
-            _widen(memory, places[i], kinds[i], start, n, values)
-            for j in range(n):
-                total[j] += values[j] * coefficient
-        _round(total, memory, places[-1], kinds[-1], start, n)
-
-
-@_kernel()
-def _sum_lanes(lanes: Any) -> Any:
-    """Add the upper half of the lanes to the lower, until one is left."""
-    count = LANES
-    while count > 1:
-        count //= 2
-        for j in range(count):
-            lanes[j] += lanes[j + count]
-    return lanes[0]
-
-
-@_kernel()
-def _dot_parts(memory: Any, places: Any, kinds: Any, rows: Any, row_length: Any, sums: Any) -> None:
-    """`slerp_utils.dot_parts`: shape (3, rows * runs in a row)."""
-    a, c = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
-    lanes = np.empty((3, LANES), np.float64)
-    number = 0
-    for row in range(rows):
-        for run in range(0, row_length, RUN):
-            lanes[:] = 0.0
-            stop = min(run + RUN, row_length)
-            for start in range(run, stop, PIECE):
-                n = min(PIECE, stop - start)
-                place = row * row_length + start
-                _widen(memory, places[0], kinds[0], place, n, a)
-                _widen(memory, places[1], kinds[1], place, n, c)
-                lane = (start - run) % LANES
-                for j in range(n):
-                    lanes[0, lane + j] += np.float64(a[j]) * np.float64(a[j])
-                for j in range(n):
-                    lanes[1, lane + j] += np.float64(c[j]) * np.float64(c[j])
-                for j in range(n):
-                    lanes[2, lane + j] += np.float64(a[j]) * np.float64(c[j])
-            for i in range(3):
-                sums[i, number] = _sum_lanes(lanes[i])
-            number += 1
-
-
-@_kernel()
-def _absolute_parts(
-    memory: Any,
-    places: Any,
-    kinds: Any,
-    rows: Any,
-    row_length: Any,
-    first: Any,
-    keys: Any,
-    limits: Any,
-    sums: Any,
-) -> None:
-    """`dare_utils.absolute_parts` of every task vector, then of what is kept of each."""
-    models = len(keys)
-    base, delta = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
-    kept, flags = np.empty(2 * COUNTERS, np.uint8), np.empty(2 * PIECE, np.uint8)
-    lanes = np.empty((2 * models, LANES), np.float64)
-    number = 0
-    for row in range(rows):
-        for run in range(0, row_length, RUN):
-            lanes[:] = 0.0
-            stop = min(run + RUN, row_length)
-            for start in range(run, stop, PIECE):
-                n = min(PIECE, stop - start)
-                place = row * row_length + start
-                _widen(memory, places[0], kinds[0], place, n, base)
-                lane = (start - run) % LANES
-                for i in range(models):
-                    _subtract(memory, places[i + 1], kinds[i + 1], place, n, base, delta)
-                    for j in range(n):
-                        lanes[i, lane + j] += np.float64(abs(delta[j]))
-                    _drop(delta, n, keys[i], limits[i], first + place, kept, flags)
-                    for j in range(n):
-                        lanes[models + i, lane + j] += np.float64(abs(delta[j]))
-            for i in range(2 * models):
-                sums[i, number] = _sum_lanes(lanes[i])
-            number += 1
 
 
 @_kernel()
@@ -360,29 +281,802 @@ def _drop(delta: Any, size: Any, key: Any, limit: Any, start: Any, kept: Any, fl
 
 
 @_kernel()
-def _coarse_histograms(
-    memory: Any, places: Any, kinds: Any, size: Any, models: Any, counts: Any
-) -> None:
-    """`ties_utils.coarse_histogram` of some of the task vectors."""
-    base, delta = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
-    for start in range(0, size, PIECE):
-        n = min(PIECE, size - start)
-        _widen(memory, places[0], kinds[0], start, n, base)
-        for k in range(len(models)):
-            i = models[k] + 1
-            _subtract(memory, places[i], kinds[i], start, n, base, delta)
-            bins = counts[k]
-            for j in range(n):
-                bins[_magnitude(delta[j]) >> 16] += 1
+def _draws(key_0: Any, key_1: Any, first: Any, words: Any) -> None:
+    """`dare_utils.philox` from a counter on: four words for each of 64 counters.
+
+    As `_keep_bits`, where one limit does not hold for all.
+    """
+    key_high, key_low = _multiply_wide(key_0, _M0_LOW, _M0_HIGH)
+    for j in range(COUNTERS):
+        high_0, low_0 = _multiply_wide(first + np.uint64(j), _M0_LOW, _M0_HIGH)
+        high_2, low_2 = _multiply_wide(high_0 ^ key_1, _M1_LOW, _M1_HIGH)
+        step_0, step_1 = key_0 + _STEP_0, key_1 + _STEP_1
+        word_0, word_1 = high_2 ^ step_0, low_2
+        word_2, word_3 = key_high ^ low_0 ^ step_1, key_low
+        for _ in range(8):
+            step_0 += _STEP_0
+            step_1 += _STEP_1
+            high_0, low_0 = _multiply_wide(word_0, _M0_LOW, _M0_HIGH)
+            high_2, low_2 = _multiply_wide(word_2, _M1_LOW, _M1_HIGH)
+            word_0, word_1 = high_2 ^ word_1 ^ step_0, low_2
+            word_2, word_3 = high_0 ^ word_3 ^ step_1, low_0
+        words[j] = word_0
+        words[COUNTERS + j] = word_1
+        words[2 * COUNTERS + j] = word_2
+        words[3 * COUNTERS + j] = word_3
 
 
 @_kernel()
-def _fine_histograms(
-    memory: Any,
-    places: Any,
-    kinds: Any,
+def _draw_row(key: Any, first: Any, size: Any, words: Any, draws: Any) -> None:
+    """The draws of `size` elements from a flat index on; `draws` has room for a piece more."""
+    skip = first % 8
+    for start in range(0, size + skip, PIECE):
+        _draws(key[0], key[1], np.uint64((first - skip + start) // 8 + 1), words)
+        for j in range(COUNTERS):
+            for k in range(4):
+                word = words[k * COUNTERS + j]
+                draws[start + 8 * j + 2 * k] = np.uint32(word & _LOW)
+                draws[start + 8 * j + 2 * k + 1] = np.uint32(word >> _HALF)
+
+
+@_kernel()
+def _cut(delta: Any, size: Any, cut: Any, seen: Any) -> None:
+    """`ties_utils.cut_apply` in place; counts the entries equal to the bounds that it has seen."""
+    lower, upper = np.int32(cut[0]), np.int32(cut[3])
+    bounded = upper != _MAGNITUDE
+    low, high = np.int32(0), np.int32(0)
+    for j in range(size):
+        low += np.int32(_magnitude(delta[j]) == lower)
+    if bounded:
+        for j in range(size):
+            high += np.int32(_magnitude(delta[j]) == upper)
+    first, stop, until = cut[1] - seen[0], cut[2] - seen[0], cut[4] - seen[1]
+    seen[0] += low
+    seen[1] += high
+    some_low = low > 0 and first < low and stop > 0 and not (first <= 0 and low <= stop)
+    some_high = high > 0 and until > 0 and until < high
+    if some_low or some_high:  # these are looked at one by one
+        low_number, high_number = np.int64(0), np.int64(0)
+        for j in range(size):
+            magnitude, keeps = _magnitude(delta[j]), True
+            if magnitude == lower:
+                keeps = first <= low_number and low_number < stop
+                low_number += 1
+            if magnitude == upper:
+                keeps = keeps and high_number < until
+                high_number += 1
+            delta[j] = delta[j] if keeps else _ZERO
+    keeps_low = some_low or (first <= 0 and low <= stop)
+    keeps_high = some_high or high <= until
+    lowest = np.int32(lower - 1) if keeps_low and low > 0 else lower
+    for j in range(size):
+        delta[j] = delta[j] if _magnitude(delta[j]) > lowest else _ZERO
+    if bounded:
+        highest = np.int32(upper + 1) if keeps_high else upper
+        for j in range(size):
+            delta[j] = delta[j] if _magnitude(delta[j]) < highest else _ZERO
+
+
+@_kernel()
+def _sort_row(row: Any, size: Any, keys: Any, spare: Any, counts: Any) -> Any:
+    """Magnitudes of a row in ascending order, each with its index in the lower half of a key.
+
+    The sort is stable, so equal ones stay in order. Digits that all have in common are skipped:
+    task vectors of bfloat16 models end in zeros.
+    """
+    counts[:] = 0
+    for j in range(size):
+        magnitude = np.int64(_magnitude(row[j]))
+        keys[j] = np.uint64(magnitude) << _HALF | np.uint64(j)
+        for k in range(3):
+            shift, bits = _DIGITS[k]
+            counts[k, magnitude >> shift & (1 << bits) - 1] += 1
+    for k in range(3):
+        shift, bits = _DIGITS[k]
+        mask = (1 << bits) - 1
+        if counts[k, np.int64(keys[0] >> _HALF) >> shift & mask] == size:
+            continue
+        place = 0
+        for value in range(1 << bits):
+            count = counts[k, value]
+            counts[k, value] = place
+            place += count
+        for j in range(size):
+            digit = np.int64(keys[j] >> _HALF) >> shift & mask
+            spare[counts[k, digit]] = keys[j]
+            counts[k, digit] += 1
+        keys, spare = spare, keys
+    return keys
+
+
+@_kernel()
+def _drop_row(row: Any, size: Any, keys: Any, draws: Any, limits: Any, factors: Any) -> None:
+    """Drop entries of a row by rank, in place; `keys` are sorted."""
+    for rank in range(size):
+        j = np.int64(keys[rank] & _LOW)
+        row[j] = row[j] * factors[rank] if np.uint64(draws[j]) < limits[rank] else _ZERO
+
+
+@_kernel()
+def _variance(deltas: Any, size: Any, variance: Any) -> None:
+    """`sce_utils.variance` of a piece."""
+    mean, squares = np.empty(PIECE, np.float64), np.empty(PIECE, np.float64)
+    models = np.float64(len(deltas))
+    for j in range(size):
+        mean[j] = 0.0
+        squares[j] = 0.0
+    for i in range(len(deltas)):
+        delta = deltas[i]
+        for j in range(size):
+            mean[j] += np.float64(delta[j])
+    for j in range(size):
+        mean[j] /= models
+    for i in range(len(deltas)):
+        delta = deltas[i]
+        for j in range(size):
+            apart = np.float64(delta[j]) - mean[j]
+            squares[j] += apart * apart
+    for j in range(size):
+        variance[j] = np.float32(squares[j] / models)
+
+
+@_kernel()
+def _quantity(
+    parts: Any, which: Any, start: Any, size: Any, base: Any, deltas: Any, values: Any
+) -> None:
+    """A piece of a model's task vector, or of the variance over all."""
+    if which != VARIANCE:
+        _subtract(parts, which + 1, start, size, base, values)
+        return
+    for i in range(len(deltas)):
+        _subtract(parts, i + 1, start, size, base, deltas[i])
+    _variance(deltas, size, values)
+
+
+@_kernel()
+def _vote(deltas: Any, offset: Any, size: Any, combining: Any, total: Any) -> None:
+    """Sum of what the models vote with, of a piece that begins at an offset of `deltas`."""
+    for j in range(size):
+        total[j] = _ZERO
+    for i in range(len(deltas)):
+        delta, multiplier = deltas[i], combining.votes[i]
+        if combining.election == BY_COUNT:
+            for j in range(size):
+                vote = delta[offset + j] * multiplier
+                total[j] += _ONE if vote > _ZERO else (-_ONE if vote < _ZERO else _ZERO)
+        else:
+            for j in range(size):
+                total[j] += delta[offset + j] * multiplier
+
+
+@_kernel()
+def _elect_and_combine(
+    deltas: Any, offset: Any, size: Any, combining: Any, total: Any, signs: Any, shares: Any
+) -> None:
+    """`ties_utils.elect_and_combine` of a piece."""
+    _vote(deltas, offset, size, combining, total)
+    for j in range(size):
+        sign = -_ONE if total[j] < _ZERO else _ONE
+        signs[j] = sign if total[j] != _ZERO else combining.zero
+        total[j] = _ZERO
+        shares[j] = _ZERO
+    for i in range(len(deltas)):
+        delta = deltas[i]
+        multiplier, weight, share = combining.votes[i], combining.weights[i], combining.shares[i]
+        for j in range(size):
+            value = delta[offset + j]
+            agrees = value * multiplier * signs[j] > _ZERO
+            total[j] += value * weight if agrees else _ZERO
+            shares[j] += share if agrees else _ZERO
+    if combining.divides:
+        for j in range(size):
+            total[j] /= shares[j] if shares[j] != _ZERO else _ONE
+
+
+@_kernel()
+def _keep_consensus(
+    parts: Any,
+    start: Any,
     size: Any,
-    models: Any,
+    base: Any,
+    combining: Any,
+    total: Any,
+    delta: Any,
+    count: Any,
+) -> None:
+    """`consensus_utils.keep_consensus` of a piece."""
+    for j in range(size):
+        count[j] = _ZERO
+    for i in range(len(combining.mask_lambdas)):
+        mask_lambda = combining.mask_lambdas[i]
+        _subtract(parts, i + 1, start, size, base, delta)
+        for j in range(size):
+            matters = abs(delta[j]) > abs(total[j] - delta[j]) * mask_lambda
+            count[j] += _ONE if matters else _ZERO
+    for j in range(size):
+        total[j] = total[j] if count[j] >= combining.agreement else _ZERO
+
+
+@_kernel()
+def _finish(
+    parts: Any,
+    start: Any,
+    size: Any,
+    base: Any,
+    deltas: Any,
+    offset: Any,
+    combining: Any,
+    spare: Any,
+) -> None:
+    """Combine a piece of sparse task vectors, scale it, add the base, write the result.
+
+    `deltas` hold the piece from `offset` on; `spare` is room for four pieces.
+    """
+    total = spare[0]
+    if combining.election == NO_ELECTION:
+        for j in range(size):
+            total[j] = _ZERO
+        for i in range(len(deltas)):
+            delta, weight = deltas[i], combining.weights[i]
+            for j in range(size):
+                total[j] += delta[offset + j] * weight
+        if combining.divides:
+            for j in range(size):
+                total[j] /= combining.divisor
+    else:
+        _elect_and_combine(deltas, offset, size, combining, total, spare[1], spare[2])
+    if len(combining.mask_lambdas) > 0:
+        _keep_consensus(parts, start, size, base, combining, total, spare[1], spare[2])
+    lam = combining.lam
+    if lam != _ZERO:
+        for j in range(size):
+            base[j] += total[j] * lam
+    _round(base, parts, start, size)
+
+
+# Merging
+
+
+@_kernel(fastmath={"contract"})  # a fused multiply-add, as in torch.addcmul
+def linear(parts: Any, size: Any, weights: Any, divisor: Any) -> None:
+    """`linear_utils.linear`."""
+    values, total = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
+    for start in range(0, size, PIECE):
+        n = min(PIECE, size - start)
+        for j in range(n):
+            total[j] = _ZERO
+        for i in range(len(weights)):
+            weight = weights[i]
+            _widen(parts, i, start, n, values)
+            for j in range(n):
+                total[j] += values[j] * weight
+        for j in range(n):
+            total[j] /= divisor
+        _round(total, parts, start, n)
+
+
+@_kernel()
+def combine(parts: Any, size: Any, coefficients: Any) -> None:
+    """`linear_utils.combine`."""
+    values, total = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
+    for start in range(0, size, PIECE):
+        n = min(PIECE, size - start)
+        for j in range(n):
+            total[j] = _ZERO
+        for i in range(len(coefficients)):
+            coefficient = coefficients[i]
+            _widen(parts, i, start, n, values)
+            for j in range(n):
+                total[j] += values[j] * coefficient
+        _round(total, parts, start, n)
+
+
+@_kernel()
+def combine_rows(parts: Any, rows: Any, row_length: Any, coefficients: Any, of_deltas: Any) -> None:
+    """`linear_utils.combine_rows` of the inputs, or of the task vectors, with the base added."""
+    models, shift = coefficients.shape[1], 1 if of_deltas else 0
+    base, values = np.zeros(PIECE, np.float32), np.empty(PIECE, np.float32)
+    total = np.empty(PIECE, np.float32)
+    for row in range(rows):
+        for start in range(row * row_length, (row + 1) * row_length, PIECE):
+            n = min(PIECE, (row + 1) * row_length - start)
+            if of_deltas:
+                _widen(parts, 0, start, n, base)
+            for j in range(n):
+                total[j] = _ZERO
+            for i in range(models):
+                coefficient = coefficients[row, i]
+                if of_deltas:
+                    _subtract(parts, i + shift, start, n, base, values)
+                else:
+                    _widen(parts, i, start, n, values)
+                for j in range(n):
+                    total[j] += values[j] * coefficient
+            if of_deltas:
+                for j in range(n):
+                    total[j] = base[j] + total[j]
+            _round(total, parts, start, n)
+
+
+@_kernel()
+def scale(parts: Any, size: Any, factor: Any) -> None:
+    """`linear_utils.scale`."""
+    values = np.empty(PIECE, np.float32)
+    for start in range(0, size, PIECE):
+        n = min(PIECE, size - start)
+        _widen(parts, 0, start, n, values)
+        for j in range(n):
+            values[j] *= factor
+        _round(values, parts, start, n)
+
+
+@_kernel()
+def nearswap(parts: Any, size: Any, t: Any) -> None:
+    """`linear_utils.nearswap`."""
+    base, values = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
+    smallest = np.float32(1e-6)
+    for start in range(0, size, PIECE):
+        n = min(PIECE, size - start)
+        _widen(parts, 0, start, n, base)
+        _widen(parts, 1, start, n, values)
+        for j in range(n):
+            share = min(_ONE / max(abs(base[j] - values[j]), smallest) * t, _ONE)
+            values[j] = share * values[j] + (_ONE - share) * base[j]
+        _round(values, parts, start, n)
+
+
+@_kernel()
+def merge_active(parts: Any, size: Any, epsilon: Any, factors: Any, lam: Any) -> None:
+    """`ram_utils.merge_active`, scaled and added to the base."""
+    base, delta = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
+    total, alone = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
+    count = np.empty(PIECE, np.float32)
+    for start in range(0, size, PIECE):
+        n = min(PIECE, size - start)
+        _widen(parts, 0, start, n, base)
+        for j in range(n):
+            total[j] = _ZERO
+            alone[j] = _ZERO
+            count[j] = _ZERO
+        for i in range(len(factors)):
+            factor = factors[i]
+            _subtract(parts, i + 1, start, n, base, delta)
+            for j in range(n):
+                own = delta[j] if abs(delta[j]) > epsilon else _ZERO
+                total[j] += own
+                alone[j] += own * factor
+                count[j] += _ONE if abs(delta[j]) > epsilon else _ZERO
+        for j in range(n):
+            mean = total[j] / max(count[j], _ONE)
+            total[j] = alone[j] if count[j] == _ONE else mean
+        if lam != _ZERO:
+            for j in range(n):
+                base[j] += total[j] * lam
+        _round(base, parts, start, n)
+
+
+@_kernel()
+def merge_whole(parts: Any, size: Any, combining: Any) -> None:
+    """Merge task vectors as they are."""
+    base, spare = np.empty(PIECE, np.float32), np.empty((3, PIECE), np.float32)
+    deltas = np.empty((len(combining.weights), PIECE), np.float32)
+    for start in range(0, size, PIECE):
+        n = min(PIECE, size - start)
+        _widen(parts, 0, start, n, base)
+        for i in range(len(deltas)):
+            _subtract(parts, i + 1, start, n, base, deltas[i])
+        _finish(parts, start, n, base, deltas, 0, combining, spare)
+
+
+@_kernel()
+def merge_cut(
+    parts: Any, size: Any, stretch: Any, cuts: Any, seen: Any, factors: Any, combining: Any
+) -> None:
+    """Merge what cuts keep.
+
+    They hold for stretches of the block, such as its rows: cuts (stretches, models, 5), seen
+    (stretches, models, 2).
+    """
+    base, spare = np.empty(PIECE, np.float32), np.empty((3, PIECE), np.float32)
+    deltas = np.empty((len(combining.weights), PIECE), np.float32)
+    for number in range(size // stretch):
+        for start in range(number * stretch, (number + 1) * stretch, PIECE):
+            n = min(PIECE, (number + 1) * stretch - start)
+            _widen(parts, 0, start, n, base)
+            for i in range(len(deltas)):
+                delta, factor = deltas[i], factors[i]
+                _subtract(parts, i + 1, start, n, base, delta)
+                _cut(delta, n, cuts[number, i], seen[number, i])
+                if factor != _ONE:
+                    for j in range(n):
+                        delta[j] *= factor
+            _finish(parts, start, n, base, deltas, 0, combining, spare)
+
+
+@_kernel()
+def merge_dropped(
+    parts: Any, size: Any, first: Any, keys: Any, limits: Any, factors: Any, combining: Any
+) -> None:
+    """Merge what is kept at random; `first` is the flat index of the block's first element."""
+    base, spare = np.empty(PIECE, np.float32), np.empty((3, PIECE), np.float32)
+    deltas = np.empty((len(combining.weights), PIECE), np.float32)
+    kept, flags = np.empty(2 * COUNTERS, np.uint8), np.empty(2 * PIECE, np.uint8)
+    for start in range(0, size, PIECE):
+        n = min(PIECE, size - start)
+        _widen(parts, 0, start, n, base)
+        for i in range(len(deltas)):
+            delta, factor = deltas[i], factors[i]
+            _subtract(parts, i + 1, start, n, base, delta)
+            _drop(delta, n, keys[i], limits[i], first + start, kept, flags)
+            for j in range(n):
+                delta[j] *= factor
+        _finish(parts, start, n, base, deltas, 0, combining, spare)
+
+
+@_kernel()
+def _ranked_row(
+    parts: Any,
+    model: Any,
+    row: Any,
+    size: Any,
+    base: Any,
+    delta: Any,
+    first: Any,
+    key: Any,
+    limits: Any,
+    factors: Any,
+    keys: Any,
+    counts: Any,
+    words: Any,
+    draws: Any,
+) -> None:
+    """A row of a task vector without what is dropped by rank."""
+    for start in range(0, size, PIECE):
+        n = min(PIECE, size - start)
+        place = row * size + start
+        _subtract(parts, model + 1, place, n, base[start:], delta[start:])
+    if limits[0] == limits[-1] and limits[0] > _LOW:  # every draw is below
+        return
+    _draw_row(key, first + row * size, size, words, draws)
+    ordered = _sort_row(delta, size, keys[0], keys[1], counts)
+    _drop_row(delta, size, ordered, draws[(first + row * size) % 8 :], limits, factors)
+
+
+@_kernel()
+def merge_ranked(
+    parts: Any,
+    rows: Any,
+    row_length: Any,
+    first: Any,
+    keys: Any,
+    limits: Any,
+    rank_factors: Any,
+    factors: Any,
+    combining: Any,
+) -> None:
+    """Merge what is kept at random by rank in the row: limits and rank factors (models, ranks)."""
+    models = len(combining.weights)
+    base, spare = np.empty(row_length, np.float32), np.empty((3, PIECE), np.float32)
+    deltas = np.empty((models, row_length), np.float32)
+    sorting, counts = np.empty((2, row_length), np.uint64), np.empty((3, 2048), np.int32)
+    words, draws = np.empty(4 * COUNTERS, np.uint64), np.empty(row_length + 2 * PIECE, np.uint32)
+    for row in range(rows):
+        for start in range(0, row_length, PIECE):
+            n = min(PIECE, row_length - start)
+            _widen(parts, 0, row * row_length + start, n, base[start:])
+        for i in range(models):
+            _ranked_row(
+                parts, i, row, row_length, base, deltas[i], first, keys[i], limits[i],
+                rank_factors[i], sorting, counts, words, draws,
+            )  # fmt: skip
+            delta, factor = deltas[i], factors[i]
+            if factor != _ONE:
+                for j in range(row_length):
+                    delta[j] *= factor
+        for start in range(0, row_length, PIECE):
+            n = min(PIECE, row_length - start)
+            place = row * row_length + start
+            _finish(parts, place, n, base[start:], deltas, start, combining, spare)
+
+
+@_kernel()
+def _select(
+    parts: Any, start: Any, size: Any, base: Any, deltas: Any, cut: Any, seen: Any, spread: Any
+) -> None:
+    """A piece of all task vectors, without the entries that are not selected by their variance."""
+    for i in range(len(deltas)):
+        _subtract(parts, i + 1, start, size, base, deltas[i])
+    _variance(deltas, size, spread)
+    # A mark tells a selected variance of 0 from one that is not: cuts go by bits, and 0 is least.
+    lower = np.int32(cut[0])
+    first, stop = cut[1] - seen[0], cut[2] - seen[0]
+    number = np.int64(0)
+    for j in range(size):
+        bits = _magnitude(spread[j])
+        equal = bits == lower
+        keeps = bits > lower or (equal and first <= number and number < stop)
+        number += np.int64(equal)
+        spread[j] = _ONE if keeps else _ZERO
+    seen[0] += number
+    for i in range(len(deltas)):
+        delta = deltas[i]
+        for j in range(size):
+            delta[j] = delta[j] if spread[j] != _ZERO else _ZERO
+
+
+@_kernel()
+def merge_selected(parts: Any, size: Any, cut: Any, seen: Any, combining: Any) -> None:
+    """Merge the entries whose variance a cut keeps."""
+    base, spare = np.empty(PIECE, np.float32), np.empty((3, PIECE), np.float32)
+    deltas, spread = (
+        np.empty((len(combining.weights), PIECE), np.float32),
+        np.empty(PIECE, np.float32),
+    )
+    for start in range(0, size, PIECE):
+        n = min(PIECE, size - start)
+        _widen(parts, 0, start, n, base)
+        _select(parts, start, n, base, deltas, cut, seen, spread)
+        _finish(parts, start, n, base, deltas, 0, combining, spare)
+
+
+# Gathering
+
+
+@_kernel()
+def _sum_lanes(lanes: Any) -> Any:
+    """Add the upper half of the lanes to the lower, until one is left."""
+    count = LANES
+    while count > 1:
+        count //= 2
+        for j in range(count):
+            lanes[j] += lanes[j + count]
+    return lanes[0]
+
+
+@_kernel()
+def _add_powers(delta: Any, size: Any, power: Any, lanes: Any, lane: Any) -> None:
+    """Add |delta| ** power of a piece to lanes."""
+    if power == 1:
+        for j in range(size):
+            lanes[lane + j] += np.float64(abs(delta[j]))
+        return
+    for j in range(size):
+        lanes[lane + j] += np.float64(delta[j]) * np.float64(delta[j])
+
+
+@_kernel()
+def gram_parts(parts: Any, rows: Any, row_length: Any, of_deltas: Any, sums: Any) -> None:
+    """`slerp_utils.gram_parts` of the inputs or the task vectors: shape (pairs, rows * runs)."""
+    shift = 1 if of_deltas else 0
+    models = len(parts.places) - 1 - shift
+    base, values = np.empty(PIECE, np.float32), np.empty((models, PIECE), np.float32)
+    lanes = np.empty((len(sums), LANES), np.float64)
+    number = 0
+    for row in range(rows):
+        for run in range(0, row_length, RUN):
+            lanes[:] = 0.0
+            stop = min(run + RUN, row_length)
+            for start in range(run, stop, PIECE):
+                n = min(PIECE, stop - start)
+                place = row * row_length + start
+                if of_deltas:
+                    _widen(parts, 0, place, n, base)
+                for i in range(models):
+                    if of_deltas:
+                        _subtract(parts, i + 1, place, n, base, values[i])
+                    else:
+                        _widen(parts, i, place, n, values[i])
+                lane, pair = (start - run) % LANES, 0
+                for i in range(models):
+                    for k in range(i, models):
+                        left, right, sums_of_pair = values[i], values[k], lanes[pair]
+                        for j in range(n):
+                            sums_of_pair[lane + j] += np.float64(left[j]) * np.float64(right[j])
+                        pair += 1
+            for pair in range(len(sums)):
+                sums[pair, number] = _sum_lanes(lanes[pair])
+            number += 1
+
+
+@_kernel()
+def norms_cut(
+    parts: Any, rows: Any, row_length: Any, power: Any, cuts: Any, seen: Any, sums: Any
+) -> None:
+    """Run sums of |delta| ** power of each task vector, then of what its cut keeps."""
+    models = len(cuts)
+    base, delta = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
+    lanes = np.empty((2 * models, LANES), np.float64)
+    number = 0
+    for row in range(rows):
+        for run in range(0, row_length, RUN):
+            lanes[:] = 0.0
+            stop = min(run + RUN, row_length)
+            for start in range(run, stop, PIECE):
+                n = min(PIECE, stop - start)
+                place, lane = row * row_length + start, (start - run) % LANES
+                _widen(parts, 0, place, n, base)
+                for i in range(models):
+                    _subtract(parts, i + 1, place, n, base, delta)
+                    _add_powers(delta, n, power, lanes[i], lane)
+                    _cut(delta, n, cuts[i], seen[i])
+                    _add_powers(delta, n, power, lanes[models + i], lane)
+            for i in range(2 * models):
+                sums[i, number] = _sum_lanes(lanes[i])
+            number += 1
+
+
+@_kernel()
+def norms_dropped(
+    parts: Any,
+    rows: Any,
+    row_length: Any,
+    power: Any,
+    first: Any,
+    keys: Any,
+    limits: Any,
+    sums: Any,
+) -> None:
+    """Run sums of |delta| ** power of each task vector, then of what is kept at random."""
+    models = len(keys)
+    base, delta = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
+    kept, flags = np.empty(2 * COUNTERS, np.uint8), np.empty(2 * PIECE, np.uint8)
+    lanes = np.empty((2 * models, LANES), np.float64)
+    number = 0
+    for row in range(rows):
+        for run in range(0, row_length, RUN):
+            lanes[:] = 0.0
+            stop = min(run + RUN, row_length)
+            for start in range(run, stop, PIECE):
+                n = min(PIECE, stop - start)
+                place, lane = row * row_length + start, (start - run) % LANES
+                _widen(parts, 0, place, n, base)
+                for i in range(models):
+                    _subtract(parts, i + 1, place, n, base, delta)
+                    _add_powers(delta, n, power, lanes[i], lane)
+                    _drop(delta, n, keys[i], limits[i], first + place, kept, flags)
+                    _add_powers(delta, n, power, lanes[models + i], lane)
+            for i in range(2 * models):
+                sums[i, number] = _sum_lanes(lanes[i])
+            number += 1
+
+
+@_kernel()
+def norms_ranked(
+    parts: Any,
+    rows: Any,
+    row_length: Any,
+    power: Any,
+    first: Any,
+    keys: Any,
+    limits: Any,
+    rank_factors: Any,
+    sums: Any,
+) -> None:
+    """Run sums of |delta| ** power of each task vector, then of what is kept by rank."""
+    models = len(keys)
+    base, delta = np.empty(row_length, np.float32), np.empty(row_length, np.float32)
+    sorting, counts = np.empty((2, row_length), np.uint64), np.empty((3, 2048), np.int32)
+    words, draws = np.empty(4 * COUNTERS, np.uint64), np.empty(row_length + 2 * PIECE, np.uint32)
+    lanes = np.empty(LANES, np.float64)
+    runs = -(-row_length // RUN)
+    for row in range(rows):
+        for start in range(0, row_length, PIECE):
+            n = min(PIECE, row_length - start)
+            _widen(parts, 0, row * row_length + start, n, base[start:])
+        for i in range(2 * models):
+            model = i % models
+            if i < models:
+                for start in range(0, row_length, PIECE):
+                    n = min(PIECE, row_length - start)
+                    place = row * row_length + start
+                    _subtract(parts, model + 1, place, n, base[start:], delta[start:])
+            else:
+                _ranked_row(
+                    parts, model, row, row_length, base, delta, first, keys[model], limits[model],
+                    rank_factors[model], sorting, counts, words, draws,
+                )  # fmt: skip
+            for run in range(runs):
+                lanes[:] = 0.0
+                stop = min((run + 1) * RUN, row_length)
+                for start in range(run * RUN, stop, PIECE):
+                    n = min(PIECE, stop - start)
+                    _add_powers(delta[start:], n, power, lanes, (start - run * RUN) % LANES)
+                sums[i, row * runs + run] = _sum_lanes(lanes)
+
+
+@_kernel()
+def norms_selected(
+    parts: Any, rows: Any, row_length: Any, power: Any, cut: Any, seen: Any, sums: Any
+) -> None:
+    """Run sums of |delta| ** power of each task vector, then of its selected entries."""
+    models = len(sums) // 2
+    base, spread = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
+    deltas = np.empty((models, PIECE), np.float32)
+    lanes = np.empty((2 * models, LANES), np.float64)
+    number = 0
+    for row in range(rows):
+        for run in range(0, row_length, RUN):
+            lanes[:] = 0.0
+            stop = min(run + RUN, row_length)
+            for start in range(run, stop, PIECE):
+                n = min(PIECE, stop - start)
+                place, lane = row * row_length + start, (start - run) % LANES
+                _widen(parts, 0, place, n, base)
+                for i in range(models):
+                    _subtract(parts, i + 1, place, n, base, deltas[i])
+                    _add_powers(deltas[i], n, power, lanes[i], lane)
+                _select(parts, place, n, base, deltas, cut, seen, spread)
+                for i in range(models):
+                    _add_powers(deltas[i], n, power, lanes[models + i], lane)
+            for i in range(2 * models):
+                sums[i, number] = _sum_lanes(lanes[i])
+            number += 1
+
+
+@_kernel()
+def count_active(parts: Any, size: Any, epsilon: Any, counts: Any) -> None:
+    """`ram_utils.count_active`."""
+    models = len(counts)
+    base, deltas = np.empty(PIECE, np.float32), np.empty((models, PIECE), np.float32)
+    number = np.empty(PIECE, np.int32)
+    for start in range(0, size, PIECE):
+        n = min(PIECE, size - start)
+        _widen(parts, 0, start, n, base)
+        for j in range(n):
+            number[j] = 0
+        for i in range(models):
+            delta = deltas[i]
+            _subtract(parts, i + 1, start, n, base, delta)
+            for j in range(n):
+                number[j] += np.int32(abs(delta[j]) > epsilon)
+        for i in range(models):
+            delta, shared, alone = deltas[i], np.int32(0), np.int32(0)
+            for j in range(n):
+                shared += np.int32(abs(delta[j]) > epsilon and number[j] > 1)
+                alone += np.int32(abs(delta[j]) > epsilon and number[j] == 1)
+            counts[i, 0] += shared
+            counts[i, 1] += alone
+
+
+@_kernel()
+def sum_signs(parts: Any, size: Any, stretch: Any, cuts: Any, seen: Any, combining: Any) -> Any:
+    """Sum of the signs elected from what cuts keep; see `merge_cut`."""
+    base, total = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
+    deltas = np.empty((len(combining.weights), PIECE), np.float32)
+    summed = np.int64(0)
+    for number in range(size // stretch):
+        for start in range(number * stretch, (number + 1) * stretch, PIECE):
+            n = min(PIECE, (number + 1) * stretch - start)
+            _widen(parts, 0, start, n, base)
+            for i in range(len(deltas)):
+                _subtract(parts, i + 1, start, n, base, deltas[i])
+                _cut(deltas[i], n, cuts[number, i], seen[number, i])
+            _vote(deltas, 0, n, combining, total)
+            for j in range(n):
+                summed += np.int64(total[j] > _ZERO) - np.int64(total[j] < _ZERO)
+    return summed
+
+
+@_kernel()
+def coarse_histograms(parts: Any, size: Any, which: Any, counts: Any) -> None:
+    """`ties_utils.coarse_histogram` of some quantities."""
+    base, values = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
+    deltas = np.empty((len(parts.places) - 2, PIECE), np.float32)
+    for start in range(0, size, PIECE):
+        n = min(PIECE, size - start)
+        _widen(parts, 0, start, n, base)
+        for k in range(len(which)):
+            _quantity(parts, which[k], start, n, base, deltas, values)
+            bins = counts[k]
+            for j in range(n):
+                bins[_magnitude(values[j]) >> 16] += 1
+
+
+@_kernel()
+def fine_histograms(
+    parts: Any,
+    size: Any,
+    which: Any,
     guesses: Any,
     windows: Any,
     bins: Any,
@@ -394,20 +1088,20 @@ def _fine_histograms(
     Few entries lie in a window, apart from those equal to the guess, and these are counted apart:
     the branch is rarely taken, which costs less than to count everything somewhere.
     """
-    base, delta = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
+    base, values = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
+    deltas = np.empty((len(parts.places) - 2, PIECE), np.float32)
     position = np.empty(PIECE, np.uint32)
     count = _U32(bins.shape[1])
     for start in range(0, size, PIECE):
         n = min(PIECE, size - start)
-        _widen(memory, places[0], kinds[0], start, n, base)
-        for k in range(len(models)):
-            i = models[k] + 1
-            _subtract(memory, places[i], kinds[i], start, n, base, delta)
+        _widen(parts, 0, start, n, base)
+        for k in range(len(which)):
+            _quantity(parts, which[k], start, n, base, deltas, values)
             found, guess, lowest = bins[k], guesses[k], windows[k]
             guessed, highest = _U32(guess - lowest), np.int32(lowest + count - 1)
             beyond, over, equal = np.int32(0), np.int32(0), np.int32(0)
             for j in range(n):
-                magnitude = _magnitude(delta[j])
+                magnitude = _magnitude(values[j])
                 beyond += np.int32(magnitude > highest)
                 over += np.int32(magnitude > guess)
                 equal += np.int32(magnitude == guess)
@@ -423,38 +1117,31 @@ def _fine_histograms(
 
 
 @_kernel()
-def _count_kept(
-    memory: Any, places: Any, kinds: Any, size: Any, thresholds: Any, counts: Any
-) -> None:
-    """How many entries of each task vector lie above its threshold, and at it."""
-    base, delta = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
+def count_around(parts: Any, size: Any, which: Any, thresholds: Any, counts: Any) -> None:
+    """How many entries of some quantities lie above a magnitude's bits, and at it."""
+    base, values = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
+    deltas = np.empty((len(parts.places) - 2, PIECE), np.float32)
     for start in range(0, size, PIECE):
         n = min(PIECE, size - start)
-        _widen(memory, places[0], kinds[0], start, n, base)
-        for i in range(len(thresholds)):
-            _subtract(memory, places[i + 1], kinds[i + 1], start, n, base, delta)
-            threshold, above, tied = thresholds[i], np.int32(0), np.int32(0)
+        _widen(parts, 0, start, n, base)
+        for k in range(len(which)):
+            _quantity(parts, which[k], start, n, base, deltas, values)
+            threshold, above, tied = thresholds[k], np.int32(0), np.int32(0)
             for j in range(n):
-                above += np.int32(_magnitude(delta[j]) > threshold)
-                tied += np.int32(_magnitude(delta[j]) == threshold)
-            counts[i, 0] += above
-            counts[i, 1] += tied
+                above += np.int32(_magnitude(values[j]) > threshold)
+                tied += np.int32(_magnitude(values[j]) == threshold)
+            counts[k, 0] += above
+            counts[k, 1] += tied
 
 
 @_kernel()
-def _row_thresholds(
-    memory: Any,
-    places: Any,
-    kinds: Any,
-    rows: Any,
-    row_length: Any,
-    ranks: Any,
-    thresholds: Any,
-    ties: Any,
+def row_thresholds(
+    parts: Any, rows: Any, row_length: Any, ranks: Any, thresholds: Any, ties: Any, tied: Any
 ) -> None:
-    """The threshold of every row of every task vector: (rows, models) each.
+    """The threshold of every row of every task vector, how many of the equal entries belong to
+    the rank, and how many there are: (rows, models) each.
 
-    As `ties_utils.trim_threshold`, by histograms of fewer bits each: a row is short, and lies in
+    As `ties_utils.rank_threshold`, by histograms of fewer bits each: a row is short, and lies in
     the cache.
     """
     base, delta = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
@@ -465,12 +1152,13 @@ def _row_thresholds(
             if ranks[i] == 0 or ranks[i] == row_length:
                 thresholds[row, i] = np.int32(-1) if ranks[i] else _MAGNITUDE
                 ties[row, i] = 0
+                tied[row, i] = 0
                 continue
             for start in range(0, row_length, PIECE):
                 n = min(PIECE, row_length - start)
                 place = row * row_length + start
-                _widen(memory, places[0], kinds[0], place, n, base)
-                _subtract(memory, places[i + 1], kinds[i + 1], place, n, base, delta)
+                _widen(parts, 0, place, n, base)
+                _subtract(parts, i + 1, place, n, base, delta)
                 for j in range(n):
                     magnitudes[start + j] = _magnitude(delta[j])
             rank, count, found = ranks[i], row_length, 0
@@ -486,6 +1174,7 @@ def _row_thresholds(
                 count = _keep_bin(magnitudes, count, found >> shift, shift)
             thresholds[row, i] = found
             ties[row, i] = rank
+            tied[row, i] = count
 
 
 @_kernel()
@@ -499,7 +1188,7 @@ def _keep_bin(magnitudes: Any, count: Any, upper: Any, shift: Any) -> Any:
 
 
 @_kernel()
-def _select_bin(counts: Any, rank: Any) -> Any:
+def select_bin(counts: Any, rank: Any) -> Any:
     """`ties_utils.select_bin`."""
     above = 0
     position = len(counts) - 1
@@ -507,281 +1196,3 @@ def _select_bin(counts: Any, rank: Any) -> Any:
         above += counts[position]
         position -= 1
     return position, above
-
-
-@_kernel()
-def _trim(delta: Any, size: Any, threshold: Any, ties_left: Any) -> Any:
-    """`ties_utils.trim_apply` in place; how many of the equal entries are left to keep."""
-    lowest = threshold
-    if ties_left > 0:
-        tied = np.int32(0)
-        for j in range(size):
-            tied += np.int32(_magnitude(delta[j]) == threshold)
-        if tied > ties_left:  # the last ones to keep are among these
-            for j in range(size):
-                if _magnitude(delta[j]) == threshold:
-                    delta[j] = delta[j] if ties_left > 0 else _ZERO
-                    ties_left -= 1
-        else:
-            ties_left -= tied
-        lowest = np.int32(threshold - 1)
-    for j in range(size):
-        delta[j] = delta[j] if _magnitude(delta[j]) > lowest else _ZERO
-    return ties_left
-
-
-@_kernel()
-def _merge_task_vectors(
-    memory: Any,
-    places: Any,
-    kinds: Any,
-    size: Any,
-    stretch: Any,
-    sparsify: Any,
-    thresholds: Any,
-    ties_left: Any,
-    first: Any,
-    keys: Any,
-    limits: Any,
-    factors: Any,
-    weights: Any,
-    lam: Any,
-    normalize: Any,
-    divisor: Any,
-    elect: Any,
-) -> None:
-    """Sparsify, weight, elect, combine, scale, add the base.
-
-    Thresholds and ties hold for stretches of the block, such as its rows: (stretches, models).
-    """
-    models = len(weights)
-    base, total = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
-    signs, agreeing = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
-    deltas = np.empty((models, PIECE), np.float32)
-    kept, flags = np.empty(2 * COUNTERS, np.uint8), np.empty(2 * PIECE, np.uint8)
-    for number in range(size // stretch):
-        for start in range(number * stretch, (number + 1) * stretch, PIECE):
-            n = min(PIECE, (number + 1) * stretch - start)
-            _widen(memory, places[0], kinds[0], start, n, base)
-            for j in range(n):
-                total[j] = _ZERO
-            for i in range(models):
-                delta, factor, weight = deltas[i], factors[i], weights[i]
-                _subtract(memory, places[i + 1], kinds[i + 1], start, n, base, delta)
-                if sparsify == _TRIM:
-                    ties_left[number, i] = _trim(
-                        delta, n, thresholds[number, i], ties_left[number, i]
-                    )
-                elif sparsify == _DROP:
-                    _drop(delta, n, keys[i], limits[i], first + start, kept, flags)
-                for j in range(n):
-                    delta[j] *= factor
-                    delta[j] *= weight
-                    total[j] += delta[j]
-            if elect:
-                _disjoint_sum(deltas, n, weights, total, signs, agreeing)
-                if normalize:
-                    for j in range(n):
-                        total[j] /= max(agreeing[j], _TINY)
-            elif normalize:
-                for j in range(n):
-                    total[j] /= divisor
-            if lam != _ZERO:
-                for j in range(n):
-                    base[j] += total[j] * lam
-            _round(base, memory, places[-1], kinds[-1], start, n)
-
-
-@_kernel()
-def _disjoint_sum(
-    deltas: Any, size: Any, weights: Any, total: Any, signs: Any, agreeing: Any
-) -> None:
-    """`ties_utils.disjoint_mean` before its division, and what it divides by.
-
-    `total` is the sum of all votes at first, then that of those with its sign.
-    """
-    for j in range(size):
-        signs[j] = -_ONE if total[j] < _ZERO else _ONE
-        total[j] = _ZERO
-        agreeing[j] = _ZERO
-    for i in range(len(weights)):
-        delta, weight = deltas[i], weights[i]
-        for j in range(size):
-            vote = delta[j] * signs[j]
-            total[j] += vote if vote > _ZERO else _ZERO
-            agreeing[j] += weight if vote > _ZERO else _ZERO
-    for j in range(size):
-        total[j] *= signs[j]
-
-
-class KernelOperations:
-    """The kernels as `merge_operations.Operations`; on the CPU."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing is held."""
-
-    def start_thread(self) -> None:
-        """Threads need no preparation."""
-
-    def memory(self, size: int) -> NDArray[np.uint8]:
-        """Memory for a thread's blocks."""
-        return np.empty(size, dtype=np.uint8)
-
-    def broken_inputs(self, block: Block) -> list[int]:
-        """Which inputs hold NaN or infinity."""
-        return [i for i in range(len(block.layout.dtypes) - 1) if not self._is_finite(block, i)]
-
-    def result_is_finite(self, block: Block) -> bool:
-        """Whether the result, as it was rounded, holds no NaN and no infinity."""
-        return self._is_finite(block, -1)
-
-    def _is_finite(self, block: Block, index: int) -> bool:
-        layout = block.layout
-        finite: bool = _is_finite(
-            block.memory, layout.places[index], layout.kinds[index], block.size
-        )
-        return finite
-
-    def linear(self, weights: Sequence[float], *, normalize: bool) -> Take:
-        """`linear_utils.linear`."""
-        multipliers = np.array(weights, dtype=np.float32)
-        divisor = np.float32(float32_sum(weights) if normalize else 1.0)
-
-        def take(block: Block, _: object) -> None:
-            _linear(*_parts(block), block.size, multipliers, divisor)
-
-        return take
-
-    def combine(self, coefficients: Sequence[float]) -> Take:
-        """`linear_utils.combine`."""
-        multipliers = np.array(coefficients, dtype=np.float32)
-
-        def take(block: Block, _: object) -> None:
-            _combine(*_parts(block), block.size, multipliers)
-
-        return take
-
-    def dot_parts(self) -> Gather:
-        """`slerp_utils.dot_parts` of two inputs."""
-
-        def take(block: Block, sums: RunSums) -> None:
-            found = _room_for_sums(block, 3)
-            _dot_parts(*_parts(block), block.rows, block.layout.row_length, found)
-            sums.append(found)
-
-        return run_sums_gather(take)
-
-    def absolute_parts(self, drop: Drop) -> Gather:
-        """`dare_utils.absolute_parts` of every task vector, then of what is kept of each."""
-        keys, limits = _random(drop)
-
-        def take(block: Block, sums: RunSums) -> None:
-            found = _room_for_sums(block, 2 * len(keys))
-            shape = (block.rows, block.layout.row_length)
-            _absolute_parts(*_parts(block), *shape, block.start, keys, limits, found)
-            sums.append(found)
-
-        return run_sums_gather(take)
-
-    def coarse_histograms(self, models: Sequence[int], *, sample: bool = False) -> Gather:
-        """`ties_utils.coarse_histogram` of some of the task vectors."""
-        chosen = np.array(models)
-
-        def take(block: Block, counts: Counts) -> None:
-            _coarse_histograms(*_parts(block), block.size, chosen, counts)
-
-        return coarse_gather(len(models), take, sample=sample)
-
-    def fine_histograms(self, guesses: Mapping[int, int], *, sample: bool = False) -> Gather:
-        """`ties_utils.fine_histogram` of some of the task vectors, around their guesses."""
-        models, bits = np.array([*guesses]), np.array([*guesses.values()], dtype=np.int32)
-        lowest = np.array([window(guess) for guess in guesses.values()], dtype=np.int32)
-
-        def take(block: Block, gathered: FineCounts, counts: Counts) -> None:
-            found = (gathered.bins, gathered.above, counts)
-            _fine_histograms(*_parts(block), block.size, models, bits, lowest, *found)
-
-        return fine_gather(len(guesses), take, sample=sample)
-
-    def count_kept(self, thresholds: Sequence[TrimThreshold]) -> Gather:
-        """How many entries of each task vector lie above its threshold, and at it."""
-        bits = np.array([threshold.bits for threshold in thresholds], dtype=np.int32)
-
-        def take(block: Block, counts: Counts) -> None:
-            _count_kept(*_parts(block), block.size, bits, counts)
-
-        return counts_gather(len(thresholds), take)
-
-    def select_bin(self, counts: Counts, rank: int) -> tuple[int, int]:
-        """`ties_utils.select_bin`."""
-        position, above = _select_bin(counts, rank)
-        return position, above
-
-    def merge_task_vectors(self, merge: TaskVectorMerge) -> Take:
-        """Sparsify, weight, elect, combine, scale, add the base."""
-        count = len(merge.weights)
-        sparsify = merge.sparsify
-        kind, bits = _PLAIN, np.zeros((1, count), dtype=np.int32)
-        keys, limits = np.zeros((count, 2), np.uint64), np.zeros(count, np.uint64)
-        factors = np.ones(count, dtype=np.float32)
-        if isinstance(sparsify, Trim):
-            kind, bits = _TRIM, np.array([[t.bits for t in sparsify.thresholds]], dtype=np.int32)
-        elif isinstance(sparsify, TrimRows):
-            kind = _TRIM
-        elif isinstance(sparsify, Drop):
-            kind, (keys, limits) = _DROP, _random(sparsify)
-            factors = np.array(sparsify.factors, dtype=np.float32)
-        divided = merge.normalize and not merge.elect
-        combining = (
-            np.array(merge.weights, dtype=np.float32),
-            np.float32(merge.lam),
-            merge.normalize,
-            np.float32(float32_sum(merge.weights) if divided else 1.0),
-            merge.elect,
-        )
-
-        def take(block: Block, ties_left: Counts | None) -> None:
-            stretch, thresholds = block.size, bits
-            ties = np.zeros((1, count), dtype=np.int64)
-            if isinstance(sparsify, TrimRows):
-                stretch = block.layout.row_length
-                thresholds, ties = _thresholds_of_rows(block, sparsify.densities)
-            elif ties_left is not None:
-                ties = ties_left[None, :]
-            random = (block.start, keys, limits, factors)
-            _merge_task_vectors(
-                *_parts(block), block.size, stretch, kind, thresholds, ties, *random, *combining
-            )
-
-        return take
-
-
-def _parts(block: Block) -> tuple[NDArray[np.uint8], NDArray[Any], NDArray[Any]]:
-    return block.memory, block.layout.places, block.layout.kinds
-
-
-def _room_for_sums(block: Block, count: int) -> NDArray[np.float64]:
-    """Room for the run sums of a block: shape (count, runs)."""
-    runs = -(-block.layout.row_length // RUN)
-    return np.empty((count, block.rows * runs), dtype=np.float64)
-
-
-def _random(drop: Drop) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """Keys, and the limits below which draws keep their element."""
-    limits = [keep_limit(density) for density in drop.densities]
-    return np.array(drop.keys, dtype=np.uint64), np.array(limits, dtype=np.uint64)
-
-
-def _thresholds_of_rows(
-    block: Block, densities: Sequence[float]
-) -> tuple[NDArray[np.int32], Counts]:
-    """The threshold of every row of every task vector, and the equal entries to keep."""
-    row_length = block.layout.row_length
-    ranks = np.array([kept_count(density, row_length) for density in densities], dtype=np.int32)
-    thresholds = np.empty((block.rows, len(ranks)), dtype=np.int32)
-    ties = np.empty((block.rows, len(ranks)), dtype=np.int64)
-    _row_thresholds(*_parts(block), block.rows, row_length, ranks, thresholds, ties)
-    return thresholds, ties

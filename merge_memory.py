@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from merge_operations import FINE_BINS
 from merge_plan import Plan
 from merge_stream import BLOCK_BYTES, Layout, TensorTask
 from model_utils import format_bytes, rows_of
@@ -128,7 +129,8 @@ def _needed(plan: Plan, arithmetic: str, block_bytes: int) -> _Need:
     fixed = group * SEGMENT_OBJECT_BYTES + 3 * plan.method.sums(plan.parameters, models) * sums * 8
     if arithmetic != "numba" or _kind(plan) not in _compiled:
         fixed += ARITHMETIC_BYTES[arithmetic]
-    counts = 8 * models * (plan.method.bins + 2 * group) if plan.method.bins else 0
+    histograms = plan.method.bins(plan.parameters, models)
+    counts = 8 * histograms * (FINE_BINS + 2 * group)
     return _Need(fixed, max(blocks) + COLLECTIONS * counts, max(1, sum(segments)))
 
 

@@ -8,11 +8,11 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from merge_methods import METHODS, Method
+from merge_methods import ALIASES, METHODS, PROFILES, Method, completed
 from merge_recipe import Recipe, output_problems, resolve_parameters, unknown_name
 from merge_stream import TensorTask
 from model_companions import CarriedFiles, carry
@@ -124,6 +124,7 @@ def open_plan(
             what is wrong with the models).
         ModelCompatibilityError: models cannot be read or do not fit together.
     """
+    recipe = canonical(recipe)
     with ExitStack() as stack:
         parameters, usage = _check_recipe(recipe)
         usage += other_problems
@@ -159,18 +160,21 @@ def _check_recipe(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
     """Resolved parameters, and everything wrong with them, the models' number or the output."""
     method = METHODS.get(recipe.method)
     if method is None:
-        return {}, [unknown_name("method", recipe.method, METHODS)]
+        return {}, [unknown_name("method", recipe.method, [*METHODS, *ALIASES])]
     problems = []
-    if method.uses_base and recipe.base_model is None:
+    if recipe.profile not in PROFILES:
+        return {}, [unknown_name("profile", recipe.profile, PROFILES)]
+    if method.base == "required" and recipe.base_model is None:
         problems.append(f"{recipe.method} needs a base_model, the common ancestor of the models")
-    if not method.uses_base and recipe.base_model is not None:
+    if method.base == "none" and recipe.base_model is not None:
         problems.append(f"{recipe.method} takes no base_model, got {recipe.base_model}")
     count = len(recipe.models)
-    if count != method.model_count if method.model_count else count < 1:
-        expected = f"exactly {method.model_count}" if method.model_count else "at least 1"
-        problems.append(f"{recipe.method} takes {expected} fine-tuned models, got {count}")
-    parameters, wrong = resolve_parameters(method.parameters, recipe.parameters, count)
+    if count < method.fewest or (method.most is not None and count > method.most):
+        problems.append(f"{recipe.method} takes {_expected(method)} fine-tuned models, got {count}")
+    declared = method.parameters_of(recipe.profile)
+    parameters, wrong = resolve_parameters(declared, recipe.parameters, count)
     if count and not wrong:
+        parameters = completed(parameters)
         try:
             method.check(parameters)
         except ValueError as error:
@@ -180,6 +184,33 @@ def _check_recipe(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
     if not vocabulary:
         _, vocabulary = chosen_donor(recipe.names, recipe.vocabulary, recipe.tokenizer_source)
     return parameters, problems + vocabulary
+
+
+def _expected(method: Method) -> str:
+    """How many models a method takes."""
+    if method.most is None:
+        return f"at least {method.fewest}"
+    if method.fewest == method.most:
+        return f"exactly {method.most}"
+    return f"{method.fewest} to {method.most}"
+
+
+def canonical(recipe: Recipe) -> Recipe:
+    """A recipe with our name for its method, where it has mergekit's for a variant.
+
+    Raises:
+        ValueError: the parameters ask for another variant than the name.
+    """
+    if recipe.method not in ALIASES:
+        return recipe
+    method, implied = ALIASES[recipe.method]
+    given = {name: value for name, value in recipe.parameters.items() if value is not None}
+    for name, value in implied.items():
+        if given.get(name, value) != value:
+            raise ValueError(
+                f"{recipe.method} means {name} {value!r}, got {given[name]!r}. Leave {name} out"
+            )
+    return replace(recipe, method=method, parameters={**given, **implied})
 
 
 def _open_all(
@@ -212,6 +243,7 @@ def _lay_out(
             tensor.sources,
             parameters,
             tensor.row_map,
+            in_order=METHODS[recipe.method].in_order(parameters),
         )
         for name, tensor in alignment.tensors.items()
     ]

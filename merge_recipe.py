@@ -32,6 +32,7 @@ class Parameter:
         per_model: a list with one value per fine-tuned model.
         choices: the values of a str.
         flag: the command's option, if it is not `--` and the name.
+        positional: can be given by its place in the method's functions.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Parameter:
     per_model: bool = False
     choices: tuple[str, ...] = ()
     flag: str = ""
+    positional: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,7 @@ class Recipe:
             with vocabulary "pad" for the one with the most tokens.
         chat_template: "auto", "none", or the model that gives it; see
             `model_companions.carry`.
+        profile: whose conventions the parameters' defaults follow, from `merge_methods.PROFILES`.
     """
 
     method: str
@@ -75,6 +78,7 @@ class Recipe:
     vocabulary: VocabularySettings = field(default_factory=VocabularySettings)
     tokenizer_source: str | None = None
     chat_template: str = "auto"
+    profile: str = "default"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -156,10 +160,10 @@ def resolve_parameters(
 
 
 def _resolve(parameter: Parameter, value: Any, model_count: int) -> Any:
-    if not parameter.per_model:
-        return _convert(parameter, parameter.default if value is None else value)
     if value is None:
-        return (parameter.default,) * model_count
+        return (parameter.default,) * model_count if parameter.per_model else parameter.default
+    if not parameter.per_model:
+        return _convert(parameter, value)
     value = value.tolist() if hasattr(value, "tolist") else value  # numpy, torch
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise ValueError(f"{parameter.name} must be a list with one entry per model, got {value!r}")
@@ -205,8 +209,9 @@ def output_problems(recipe: Recipe) -> list[str]:
     return problems
 
 
-def unknown_name(noun: str, name: str, known: Mapping[str, object]) -> str:
+def unknown_name(noun: str, name: str, known: Iterable[str]) -> str:
     """The text for a name that does not exist, with the nearest one that does."""
+    known = list(known)
     near = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"unknown {noun} {name!r}; there are: {', '.join(known)}.{hint}"

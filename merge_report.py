@@ -46,7 +46,7 @@ class PlanReport:
     """What a merge will do, from config.json and the headers alone.
 
     Attributes:
-        method, parameters, output_dir, dtype: as resolved.
+        method, profile, parameters, output_dir, dtype: as resolved.
         models: the inputs, the base (if any) first.
         vocabulary: mode, rows, tokens, the model that gives the tokenizer, tokens added, and by
             model the rows cut, moved and filled.
@@ -65,6 +65,7 @@ class PlanReport:
     """
 
     method: str
+    profile: str
     parameters: Mapping[str, Any]
     models: tuple[ModelSummary, ...]
     output_dir: str | None
@@ -91,8 +92,9 @@ class PlanReport:
     def summary(self) -> str:
         """The plan as lines of text."""
         words = self.vocabulary
-        lines = [f"method      {self.method}"]
-        lines += [f"  {name:<9} {_shown(value)}" for name, value in self.parameters.items()]
+        lines = [f"method      {self.method}, profile {self.profile}"]
+        width = max(map(len, self.parameters), default=0)
+        lines += [f"  {name:<{width}} {_shown(value)}" for name, value in self.parameters.items()]
         lines += [f"{model.role:<12}{_described(model)}" for model in self.models]
         lines += [
             f"output      {self.output_dir or 'not named'}, {self.dtype}",
@@ -134,6 +136,7 @@ def plan_report(plan: Plan, fit: Fit) -> PlanReport:
         notes.append("the disk has too little room; the merge would be refused")
     return PlanReport(
         method=recipe.method,
+        profile=recipe.profile,
         parameters=plan.parameters,
         models=tuple(_summarise(source, plan) for source in plan.sources),
         output_dir=None if recipe.output_dir is None else str(recipe.output_dir),
@@ -207,7 +210,7 @@ class MergeReport:
     """What a merge did.
 
     Attributes:
-        method, parameters, base_model, models, output_dir, dtype: as resolved.
+        method, profile, parameters, base_model, models, output_dir, dtype: as resolved.
         vocabulary: as in `PlanReport`.
         tensors: tensors in the result.
         bytes_read: from the weights, all passes together.
@@ -221,6 +224,7 @@ class MergeReport:
     """
 
     method: str
+    profile: str
     parameters: Mapping[str, Any]
     base_model: str | None
     models: tuple[str, ...]

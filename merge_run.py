@@ -79,10 +79,11 @@ class RunSettings:
             ValueError: nothing does.
         """
         limit = None if self.max_memory is None else parse_size(self.max_memory)
-        package = arithmetic(self.device)
+        compiled = plan.method.compiled(plan.parameters)
+        package = arithmetic(self.device, compiled=compiled)
         held = anonymous_memory() + beside
         fit = fit_memory(plan, package, self.threads or usable_cores(), limit, held)
-        if package == "torch" and self.device == "cpu":
+        if package == "torch" and self.device == "cpu" and compiled:
             note = (
                 f"numba cannot be imported ({numba_problem()}), so torch computes, many times "
                 "slower"
@@ -264,8 +265,9 @@ class ModelSink:
 def _stream(
     plan: Plan, fit: Fit, sink: Sink, run_settings: RunSettings
 ) -> dict[str, Mapping[str, Any]]:
+    compiled = plan.method.compiled(plan.parameters)
     with (
-        make_operations(run_settings.device) as operations,
+        make_operations(run_settings.device, compiled=compiled) as operations,
         progress_bar(plan.read_bytes, plan.recipe.method, show=run_settings.progress) as on_bytes,
     ):
         settings = StreamSettings(fit.threads, fit.block_bytes, on_bytes)
@@ -278,7 +280,7 @@ def _stream(
             sink,
             settings,
         )
-        remember_compiled(plan, arithmetic(run_settings.device))
+        remember_compiled(plan, arithmetic(run_settings.device, compiled=compiled))
         return {task.name: findings[task.name] for task in plan.tasks if task.name in findings}
 
 
@@ -298,6 +300,7 @@ def _report(
     recipe = plan.recipe
     return MergeReport(
         method=recipe.method,
+        profile=recipe.profile,
         parameters=plan.parameters,
         base_model=recipe.base_model,
         models=recipe.models,

@@ -90,6 +90,7 @@ class TensorTask:
         sources: which tensor of each model feeds it, the base (if any) first.
         parameters: the method's parameters for this tensor.
         row_map: which rows of the models feed its rows, where these are not the same.
+        in_order: whether one thread works through all its rows, from the first to the last.
     """
 
     name: str
@@ -97,6 +98,7 @@ class TensorTask:
     sources: tuple[str, ...]
     parameters: Mapping[str, Any]
     row_map: RowMap | None = None
+    in_order: bool = False
 
 
 class Layout:
@@ -128,6 +130,8 @@ class Layout:
         self.kinds = np.array([_KINDS[dtype] for dtype in self.dtypes])
         self.nbytes = sum(padded)
         self.segment_rows = self.rows * max(1, SEGMENT_BYTES // max(1, self.nbytes))
+        if task.in_order:
+            self.segment_rows = max(1, rows)
 
 
 class Block(NamedTuple):
@@ -175,29 +179,33 @@ class Gather(NamedTuple):
     Attributes:
         start: from the names of the tensors that the group's segments belong to, segment by
             segment, to an empty collection; a pass has as many as threads work on it at once.
-        take: puts what it finds in a block into a collection.
+        take: puts what it finds in a block into a collection. It is also given what
+            `start_segment` made for the segment, and may change it: a segment's blocks come in
+            their order.
         fold: joins two collections, in any order, and may change the first one.
         sample: look at a sample of the rows alone.
+        start_segment: from the number of a segment within the group to what its first block is
+            given.
     """
 
     start: Callable[[Sequence[str]], Any]
-    take: Callable[[Block, Any], None]
+    take: Callable[[Block, Any, Any], None]
     fold: Callable[[Any, Any], Any]
     sample: bool = False
+    start_segment: Callable[[int], Any] = lambda _: None
 
 
 class Merge(NamedTuple):
     """The last pass.
 
     Attributes:
-        take: fills the block's result. It is also given what `start` made for the segment, and may
-            change it: a segment's blocks come in their order.
-        start: from the number of a segment within the group to what its first block is given.
+        take: fills the block's result. It is also given what `start_segment` made, as in `Gather`.
+        start_segment: as in `Gather`.
         findings: what the method found out, by tensor name, for the report.
     """
 
     take: Callable[[Block, Any], None]
-    start: Callable[[int], Any] = lambda _: None
+    start_segment: Callable[[int], Any] = lambda _: None
     findings: Mapping[str, Mapping[str, Any]] = {}
 
 
@@ -479,13 +487,14 @@ class _Reader:
             self._merge(request, segment, check=not group.is_read)
 
     def _gather(self, gather: Gather, segment: _Segment, collection: Any, *, check: bool) -> None:
+        state = gather.start_segment(segment.number)
         for block in self._blocks(segment, sample=gather.sample):
             if check and not gather.sample:
                 self._check_inputs(segment.task, block)
-            gather.take(block, collection)
+            gather.take(block, collection, state)
 
     def _merge(self, merge: Merge, segment: _Segment, *, check: bool) -> None:
-        state = merge.start(segment.number)
+        state = merge.start_segment(segment.number)
         for block in self._blocks(segment):
             if check:
                 self._check_inputs(segment.task, block)

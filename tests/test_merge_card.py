@@ -62,7 +62,7 @@ def saved(*names, paths=None, notes=(), files=("tokenizer.json",), method="ties"
     )
     vocabulary = {"rows": 7, "tokenizer_source": names[0], "rows_changed": {names[-1]: {"cut": 1}}}
     report = MergeReport(
-        method, {"lam": 1.0}, names[0], names[1:], "/home/me/out", "float32", vocabulary,
+        method, "default", {"lam": 1.0}, names[0], names[1:], "/home/me/out", "float32", vocabulary,
         3, 10, 20, 1.5, 2**30, files, (), tuple(notes), {"model.norm.weight": {"kept": 1}},
     )  # fmt: skip
     return saved_report(plan, report)
@@ -119,8 +119,13 @@ def test_the_report_has_the_recipe_as_it_was_resolved(tmp_path):
         "method": "ties",
         "base_model": "first",
         "models": ["tuned"],
-        "parameters": {"weights": [1.0], "densities": [0.5], "lam": 1.0, "normalize": True,
-                       "trim_scope": "tensor"},
+        "profile": "default",
+        "parameters": {
+            "weights": [1.0], "densities": [0.5], "lam": 1.0, "normalize": True,
+            "trim_scope": "tensor", "trim_ties": "index", "k_rule": "floor", "rescale": "none",
+            "denominator": "weight", "elect_on": "weighted", "elect_method": "mass",
+            "negative_weights": False, "elect_zero": "plus",
+        },
         "dtype": "bfloat16",
         "max_shard_size": "5GB",
         "vocabulary": {
@@ -229,9 +234,9 @@ def test_the_card_says_what_was_merged_and_how():
     assert body.endswith(". merge_report.json has the findings per tensor.\n")
 
 
-def test_a_merge_without_tokenizer_base_or_known_title_has_a_card():
-    card = model_card(saved("/a/x", "/a/y", files=("LICENSE",), method="new"))
-    assert "# A merge by new\n" in card
+def test_a_merge_without_a_tokenizer_has_a_card():
+    card = model_card(saved("/a/x", "/a/y", files=("LICENSE",), method="linear"))
+    assert "# A merge by linear average\n" in card
     assert "7 vocabulary rows, no tokenizer.\n" in card
     assert "\n\n\n" not in card
 

@@ -13,14 +13,39 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import merge_kernels
-from merge_kernels import KernelOperations
-from merge_operations import Drop, TaskVectorMerge, TorchOperations, Trim, TrimRows, window
+from gram_utils import nuslerp_coefficients
+from merge_compiled import CompiledOperations
+from merge_operations import (
+    Consensus,
+    CutRows,
+    Cuts,
+    Drop,
+    DropByRank,
+    Election,
+    Select,
+    TaskVectorMerge,
+    window,
+)
 from merge_stream import Block, Layout, TensorTask
+from merge_torch import TorchOperations
 from model_safetensors import FLOAT_DTYPES, TensorInfo, widen
-from scalar_utils import KEEP_ALL, KEEP_NONE, LANES, RUN, TrimThreshold, mask_key
+from scalar_utils import (
+    KEEP_ALL,
+    KEEP_NONE,
+    LANES,
+    RUN,
+    Cut,
+    TrimThreshold,
+    Window,
+    kept_count,
+    mask_key,
+    trim_cut,
+    window_counts,
+)
+from sce_utils import variance
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS, TORCH = KernelOperations(), TorchOperations()
+KERNELS, TORCH = CompiledOperations(), TorchOperations()
 DTYPES = tuple(FLOAT_DTYPES)
 MODELS = 3
 WEIGHTS = ((0.5, 0.3, -0.7), (1.0, 1.0, 1.0), (0.0, 2.0, 0.1))
@@ -62,26 +87,39 @@ def results(block, make, state=None):
         block.stored(-1).fill(0)
         own = None if state is None else state.copy()
         make(operations)(block, own)
-        found.append((block.stored(-1).tobytes(), None if own is None else np.maximum(own, 0)))
+        found.append((block.stored(-1).tobytes(), None if own is None else own.tolist()))
     return found
 
 
 def assert_same_bits(block, make, state=None):
-    (kernels, left), (torchs, left_by_torch) = results(block, make, state)
-    assert kernels == torchs
-    assert state is None or np.array_equal(left, left_by_torch)
+    kernels, by_torch = results(block, make, state)
+    assert kernels == by_torch
 
 
-def gathered(block, make):
+def gathered(block, make, state=None):
     """What both gather from a block."""
     found = []
     for operations in (KERNELS, TORCH):
         gather = make(operations)
         collection = gather.start(["t"])
-        gather.take(block, collection)
+        gather.take(block, collection, None if state is None else state.copy())
         found.append(collection)
     return found
 
+
+def magnitudes(block):
+    """Bits of the magnitudes of every task vector."""
+    base = block.values(0)
+    return [np.abs(block.values(index) - base).view(np.int32) for index in range(1, MODELS + 1)]
+
+
+def ranked(block, rank):
+    """Bits of a magnitude of each task vector that so many entries are not larger than."""
+    return [int(np.sort(bits, axis=None)[rank % bits.size]) for bits in magnitudes(block)]
+
+
+SEEN = np.zeros((MODELS, 2), dtype=np.int64)
+KEYS = tuple(mask_key(2**63 + 5, str(model), "t") for model in range(MODELS))
 
 MIXED = ("BF16", "F16", "F32", "BF16", "F16")
 LAYOUTS = [*((dtype,) * 5 for dtype in DTYPES), MIXED, (*MIXED[:4], "F32")]
@@ -97,42 +135,96 @@ def test_weighted_sums(dtypes, size):
         )
     assert_same_bits(block, lambda ops: ops.combine((0.31, 0.69, 0.0, -1e-3)))
 
+    for factor in (None, 0.5, -1.7):
+        assert_same_bits(block, lambda ops, factor=factor: ops.scale(factor))
+    for t in (0.0, 1e-3, 2.0):
+        assert_same_bits(block, lambda ops, t=t: ops.nearswap(t))
+
+
+def nuslerp(gram):
+    (aa, ac), (_, cc) = gram
+    return nuslerp_coefficients(aa, cc, ac, 0.3)[:2]
+
 
 @pytest.mark.parametrize("dtypes", LAYOUTS, ids="-".join)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_dot_products_and_norms(dtypes, size):
-    block = make_block(*size, dtypes)
+def test_rows_are_combined_alike(dtypes, size):
     pair = make_block(*size, (*dtypes[:2], dtypes[-1]))
-    kernels, by_torch = gathered(pair, lambda ops: ops.dot_parts())
-    assert np.array_equal(kernels._parts[0], by_torch._parts[0])
-    keys = tuple(mask_key(1, str(model), "t") for model in range(MODELS))
-    drop = Drop(keys, (0.3, 0.0, 1.0), (1.0,) * MODELS)
-    kernels, by_torch = gathered(block, lambda ops: ops.absolute_parts(drop))
-    assert np.array_equal(kernels._parts[0], by_torch._parts[0])
-    assert kernels.totals() == by_torch.totals()
+    assert_same_bits(pair, lambda ops: ops.combine_rows(nuslerp, deltas=False))
+    three = make_block(*size, (*dtypes[:3], dtypes[-1]))
+    assert_same_bits(three, lambda ops: ops.combine_rows(nuslerp, deltas=True))
+
+
+@pytest.mark.parametrize("dtypes", LAYOUTS, ids="-".join)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_dot_products(dtypes, size):
+    block = make_block(*size, dtypes)
+    for deltas, pairs in ((False, 10), (True, 6)):
+        kernels, by_torch = gathered(block, lambda ops, d=deltas: ops.gram_parts(deltas=d))
+        assert np.array_equal(kernels._parts[0], by_torch._parts[0])
+        assert len(kernels._parts[0]) == pairs
+
+
+def sparsifiers(block):
+    """Every way to thin out task vectors, with the state that it starts with."""
+    lower, upper = ranked(block, block.size // 2), ranked(block, block.size * 9 // 10)
+    cuts = [Cut(low, 1, 4, high, 2) for low, high in zip(lower, upper, strict=True)]
+    spread = variance([torch.from_numpy(block.values(i) - block.values(0)) for i in (1, 2, 3)])
+    middle = int(np.sort(spread.numpy().view(np.int32), axis=None)[block.size // 2])
+    rates = (0.3, 0.9, 0.01)
+    return {
+        "cuts": (Cuts(tuple(cuts), (1.0, 0.7, 1.3)), SEEN),
+        "drop": (Drop(KEYS, rates, (1 / 0.3, 1.7, 0.0)), None),
+        "rank": (DropByRank(KEYS, (0.5, 0.0, 1.0), (0.2,) * 3, "none", (1.0, 1.0, 0.3)), None),
+        "chance": (DropByRank(KEYS, (0.3, 0.6, 0.5), (0.1,) * 3, "inverse_prob", (1.0,) * 3), None),
+        "select": (Select(Cut(middle, 0, 2)), SEEN[:1]),
+    }
+
+
+@pytest.mark.parametrize("dtypes", LAYOUTS, ids="-".join)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("power", [1, 2])
+def test_norms_of_what_is_kept(dtypes, size, power):
+    block = make_block(*size, dtypes)
+    for sparsify, state in sparsifiers(block).values():
+        kernels, by_torch = gathered(block, lambda ops, s=sparsify: ops.norm_parts(s, power), state)
+        assert np.array_equal(kernels._parts[0], by_torch._parts[0])
+        assert kernels.totals() == by_torch.totals()
 
 
 @pytest.mark.parametrize("dtypes", LAYOUTS, ids="-".join)
 def test_histograms_and_counts(dtypes):
     block = make_block(4, 1700, dtypes)
-    kernels, by_torch = gathered(block, lambda ops: ops.coarse_histograms([2, 0]))
+    kernels, by_torch = gathered(block, lambda ops: ops.coarse_histograms([2, 0, 2]))
     assert np.array_equal(kernels, by_torch)
-    assert kernels.sum() == 2 * block.size
-    deltas = [block.values(index) - block.values(0) for index in range(1, 4)]
-    some = [int(np.abs(d).view(np.int32).flat[9]) for d in deltas]
-    for guesses in ({0: some[0], 2: some[2]}, {1: 0}, {1: 2**31 - 1}):
+    assert kernels.sum() == 3 * block.size
+    bits = magnitudes(block)
+    some = [int(each.flat[9]) for each in bits]
+    for guesses in ([(0, some[0]), (2, some[2]), (0, some[1])], [(1, 0)], [(1, 2**31 - 1)]):
         kernels, by_torch = gathered(block, lambda ops, g=guesses: ops.fine_histograms(g))
-        for index, (model, guess) in enumerate(guesses.items()):
+        for index, (model, guess) in enumerate(guesses):
             assert np.array_equal(kernels.bins[index], by_torch.bins[index])
-            magnitudes = np.abs(deltas[model]).view(np.int32)
-            above = int((magnitudes.astype(np.int64) >= window(guess) + 2**16).sum())
+            above = int((bits[model].astype(np.int64) >= window(guess) + 2**16).sum())
             assert kernels.above[index] == by_torch.above[index] == above
         assert np.array_equal(kernels.segments.counts, by_torch.segments.counts)
         assert kernels.segments.names == ["t"]
-    thresholds = [TrimThreshold(some[0], 1), KEEP_ALL, KEEP_NONE]
-    kernels, by_torch = gathered(block, lambda ops: ops.count_kept(thresholds))
+    around = [(0, some[0]), (1, KEEP_ALL.bits), (2, KEEP_NONE.bits)]
+    kernels, by_torch = gathered(block, lambda ops: ops.count_around(around))
     assert np.array_equal(kernels.counts, by_torch.counts)
     assert kernels.counts[0, 1:].tolist() == [[block.size, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("dtypes", LAYOUTS, ids="-".join)
+def test_the_variance_is_counted_alike(dtypes):
+    block = make_block(4, 1700, dtypes)
+    kernels, by_torch = gathered(block, lambda ops: ops.coarse_histograms([0], "variance"))
+    assert np.array_equal(kernels, by_torch)
+    guess = [(0, int(np.flatnonzero(kernels[0])[-2]) << 16)]
+    kernels, by_torch = gathered(block, lambda ops: ops.fine_histograms(guess, "variance"))
+    assert np.array_equal(kernels.bins, by_torch.bins)
+    kernels, by_torch = gathered(block, lambda ops: ops.count_around([(0, 0)], "variance"))
+    assert np.array_equal(kernels.counts, by_torch.counts)
+    assert 0 < kernels.counts[0, 0, 1] < block.size
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.data())
@@ -142,58 +234,125 @@ def test_a_bin_is_selected_as_torch_does(counts, data):
     assert KERNELS.select_bin(counts, rank) == TORCH.select_bin(counts, rank)
 
 
-@pytest.mark.parametrize("elect", [False, True])
-@pytest.mark.parametrize("normalize", [False, True])
+ELECTIONS = [
+    None,
+    *(
+        Election(denominator, on, method, zero)
+        for denominator in ("weight", "count", "none")
+        for on in ("weighted", "unweighted")
+        for method, zero in (("mass", 1.0), ("count", 0.0), ("mass", -1.0))
+    ),
+]
+
+
+@pytest.mark.parametrize("election", ELECTIONS, ids=str)
 @pytest.mark.parametrize("dtypes", LAYOUTS, ids="-".join)
-def test_task_vectors_are_merged_alike(dtypes, normalize, elect):
+def test_task_vectors_are_merged_alike(dtypes, election):
     for size, weights, lam in itertools.product(SIZES, WEIGHTS, (1.0, 0.0, -0.4)):
-        if normalize and elect and min(weights) < 0:
-            continue
         block = make_block(*size, dtypes)
-        merge = TaskVectorMerge(weights, lam, normalize, elect)
+        merge = TaskVectorMerge(weights, lam, election is None, election)
         assert_same_bits(block, lambda ops, merge=merge: ops.merge_task_vectors(merge))
 
 
 @pytest.mark.parametrize("dtypes", LAYOUTS, ids="-".join)
-@pytest.mark.parametrize("left", [0, 1, 7, 300, 10**9, -5])
-def test_equal_magnitudes_are_kept_from_the_first_on(dtypes, left):
-    block = make_block(3, 1500, dtypes)
-    bits = [
-        int(np.sort(np.abs(block.values(index) - block.values(0)).view(np.int32), axis=None)[2000])
-        for index in (1, 2)
-    ]
-    for chosen in ((TrimThreshold(bits[0], 5), TrimThreshold(bits[1], 5), KEEP_ALL),
-                   (KEEP_NONE, TrimThreshold(bits[1], 5), TrimThreshold(0, 9))):  # fmt: skip
-        merge = TaskVectorMerge(WEIGHTS[1], 1.0, True, True, Trim(chosen))
-        state = np.array([left if threshold.ties else 0 for threshold in chosen])
+@pytest.mark.parametrize("agreement", [0, 1, 2, 4])
+def test_consensus_is_kept_alike(dtypes, agreement):
+    for size, election in itertools.product(SIZES, ELECTIONS[:2]):
+        block = make_block(*size, dtypes)
+        consensus = Consensus((0.2, 0.4, 1.5), agreement)
+        merge = TaskVectorMerge(WEIGHTS[1], 0.7, election=election, consensus=consensus)
+        assert_same_bits(block, lambda ops, merge=merge: ops.merge_task_vectors(merge))
+
+
+@pytest.mark.parametrize("dtypes", LAYOUTS, ids="-".join)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("election", ELECTIONS[:2], ids=str)
+def test_what_is_kept_is_merged_alike(dtypes, size, election):
+    block = make_block(*size, dtypes)
+    for sparsify, state in sparsifiers(block).values():
+        merge = TaskVectorMerge((0.5, 0.3, 0.7), 0.9, True, election, sparsify)
         assert_same_bits(block, lambda ops, merge=merge: ops.merge_task_vectors(merge), state)
+
+
+@pytest.mark.parametrize("dtypes", LAYOUTS, ids="-".join)
+@pytest.mark.parametrize("ties", [0, 1, 7, 300, 10**9])
+@pytest.mark.parametrize("seen", [0, 3, 299, 10**9])
+def test_equal_magnitudes_are_kept_from_the_first_on(dtypes, ties, seen):
+    block = make_block(3, 1500, dtypes)
+    bits = ranked(block, 2000)
+    state = SEEN + seen
+    for chosen in ((TrimThreshold(bits[0], ties), TrimThreshold(bits[1], ties), KEEP_ALL),
+                   (KEEP_NONE, TrimThreshold(bits[1], ties), TrimThreshold(0, ties))):  # fmt: skip
+        cuts = Cuts(tuple(map(trim_cut, chosen)), (1.0,) * MODELS)
+        merge = TaskVectorMerge(WEIGHTS[1], election=Election("weight"), sparsify=cuts)
+        assert_same_bits(block, lambda ops, merge=merge: ops.merge_task_vectors(merge), state)
+        signs = gathered(block, lambda ops, merge=merge: ops.sum_signs(merge, None), state)
+        assert signs[0].tolist() == signs[1].tolist()
+
+
+@pytest.mark.parametrize("dtypes", [LAYOUTS[2], MIXED], ids="-".join)
+@pytest.mark.parametrize(("first", "stop"), [(0, 5), (3, 900), (40, 41), (7, 7)])
+@pytest.mark.parametrize("until", [0, 2, 500])
+def test_windows_are_cut_alike_also_where_both_bounds_are_equal(dtypes, first, stop, until):
+    block = make_block(3, 1500, dtypes)
+    lower, upper = ranked(block, 2000), ranked(block, 4000)
+    cuts = (
+        Cut(lower[0], first, stop, upper[0], until),
+        Cut(lower[1], first, stop, lower[1], until),
+        Cut(0, first, stop, upper[2], until),
+    )
+    merge = TaskVectorMerge(WEIGHTS[1], sparsify=Cuts(cuts, (1.0,) * MODELS))
+    for seen in (0, 20):
+        assert_same_bits(block, lambda ops, merge=merge: ops.merge_task_vectors(merge), SEEN + seen)
 
 
 @settings(max_examples=60)
 @given(
     size=st.sampled_from([(1, 1), (4, 3), (2, 700), (3, 1025)]),
     densities=st.tuples(*[st.sampled_from([0.0, 0.001, 0.3, 0.5, 0.99, 1.0])] * MODELS),
+    gamma=st.sampled_from([None, 0.0, 0.2, 0.9]),
+    all_ties=st.booleans(),
     dtypes=st.sampled_from(LAYOUTS),
     seed=st.integers(0, 99),
 )
-def test_rows_are_trimmed_alike(size, densities, dtypes, seed):
+def test_rows_are_cut_alike(size, densities, gamma, all_ties, dtypes, seed):
     block = make_block(*size, dtypes, seed)
-    merge = TaskVectorMerge(WEIGHTS[1], 1.0, True, True, TrimRows(densities))
+
+    def windows(length):
+        if gamma is None:
+            return [Window(kept_count(density, length), 0) for density in densities]
+        return [window_counts(density, gamma, length) for density in densities]
+
+    rows = CutRows(windows, gamma is not None, all_ties and gamma is None)
+    merge = TaskVectorMerge(WEIGHTS[1], election=Election("weight"), sparsify=rows)
     assert_same_bits(block, lambda ops: ops.merge_task_vectors(merge))
 
 
-@pytest.mark.parametrize("elect", [False, True])
+@pytest.mark.parametrize("election", ELECTIONS[:2], ids=str)
 @pytest.mark.parametrize("dtypes", LAYOUTS, ids="-".join)
 @pytest.mark.parametrize(
     ("size", "first"), [((1, 5), 0), ((3, 1500), 7), ((2, 515), 3), ((2, 515), 2**35 + 3)], ids=str
 )
-def test_entries_are_dropped_alike(dtypes, size, first, elect):
+def test_entries_are_dropped_alike(dtypes, size, first, election):
     block = make_block(*size, dtypes, first=first)
-    keys = tuple(mask_key(2**63 + 5, str(model), "t") for model in range(MODELS))
     for densities in ((0.3, 0.9, 0.01), (0.0, 1.0, 0.5)):
-        drop = Drop(keys, densities, (1 / 0.3, 1.7, 0.0))
-        merge = TaskVectorMerge((0.5, 0.3, 0.7), 1.0, elect, elect, drop)
-        assert_same_bits(block, lambda ops, merge=merge: ops.merge_task_vectors(merge))
+        epsilons = [min(density, 1 - density) / 2 for density in densities]
+        for drop in (
+            Drop(KEYS, densities, (1 / 0.3, 1.7, 0.0)),
+            DropByRank(KEYS, densities, tuple(epsilons), "inverse_prob", (1.0, 1.0, 0.4)),
+        ):
+            merge = TaskVectorMerge((0.5, 0.3, 0.7), 1.0, True, election, drop)
+            assert_same_bits(block, lambda ops, merge=merge: ops.merge_task_vectors(merge))
+
+
+@pytest.mark.parametrize("dtypes", LAYOUTS, ids="-".join)
+@pytest.mark.parametrize("epsilon", [0.0, 1e-3, 10.0])
+def test_what_one_model_alone_has_changed_is_found_alike(dtypes, epsilon):
+    for size in SIZES:
+        block = make_block(*size, dtypes)
+        kernels, by_torch = gathered(block, lambda ops: ops.count_active(epsilon, MODELS))
+        assert np.array_equal(kernels, by_torch)
+        assert_same_bits(block, lambda ops: ops.merge_active(epsilon, (1.0, 1.2, 0.9), 0.7))
 
 
 # Torch, when a GPU's memory runs out
@@ -202,8 +361,10 @@ def test_entries_are_dropped_alike(dtypes, size, first, elect):
 def test_what_does_not_fit_on_the_gpu_is_computed_on_the_cpu(monkeypatch):
     """A device stands in for the GPU whose memory is always too small."""
     block = make_block(3, 700, MIXED)
-    merge = TaskVectorMerge(WEIGHTS[1], 1.0, True, True, TrimRows((0.3, 0.5, 1.0)))
-    TORCH.merge_task_vectors(merge)(block, None)
+    cuts = Cuts(tuple(Cut(bits, 0, 2) for bits in ranked(block, 99)), (1.0,) * MODELS)
+    merge = TaskVectorMerge(WEIGHTS[1], election=Election("weight"), sparsify=cuts)
+    seen = SEEN.copy()
+    TORCH.merge_task_vectors(merge)(block, seen)
     want = block.stored(-1).copy()
     operations = TorchOperations()
     operations._device = torch.device("meta")
@@ -220,9 +381,11 @@ def test_what_does_not_fit_on_the_gpu_is_computed_on_the_cpu(monkeypatch):
     counts = gather.start(["t"])
     text = r"meta has too little memory for a block .*2 MiB\). The rest is computed on the CPU"
     with pytest.warns(UserWarning, match=text) as caught:
-        gather.take(block, counts)
+        gather.take(block, counts, None)
     block.stored(-1).fill(0)
-    take(block, None)
+    own = SEEN.copy()
+    take(block, own)
+    assert np.array_equal(own, seen)
     assert counts.sum() == block.size
     assert np.array_equal(block.stored(-1), want)
     assert (len(caught), asked) == (1, ["meta", "cpu", "cpu"])

@@ -22,11 +22,12 @@ import merge_plan
 import merge_run
 import merge_stream
 from merge_methods import METHODS
-from merge_operations import TorchOperations, coarse_gather, make_operations
+from merge_operations import coarse_gather, make_operations
 from merge_plan import open_plan
 from merge_recipe import Recipe
 from merge_run import merge_to_folder
 from merge_stream import Gather, Merge, StreamSettings, stream
+from merge_torch import TorchOperations
 from model_errors import ModelCompatibilityError
 from model_utils import rows_of
 from model_vocabulary import VocabularySettings
@@ -51,19 +52,74 @@ CASES = {
     "dare, l1": ("dare", {"weights": WEIGHTS, "densities": (0.3,) * 3, "rescale": "l1"}),
     "dare + ties": ("dare", {"weights": WEIGHTS, "densities": (0.5,) * 3, "variant": "ties"}),
 }
-"""Method and parameters, for three fine-tuned models (slerp: two)."""
+"""Method and parameters, for three fine-tuned models, or as many as the method takes."""
+
+THIRDS = {"weights": WEIGHTS, "densities": (0.2, 0.5, 0.7)}
+EVERY_CASE = CASES | {
+    "slerp, lengths apart": ("slerp", {"t": 0.3, "normalize_before_slerp": True}),
+    "nuslerp": ("nuslerp", {"weights": (0.5, 1.2)}),
+    "nuslerp, rows": ("nuslerp", {"nuslerp_flatten": False}),
+    "nuslerp, columns": ("nuslerp", {"nuslerp_flatten": False, "nuslerp_row_wise": True}),
+    "nuslerp, columns, base": (
+        "nuslerp",
+        {"nuslerp_flatten": False, "nuslerp_row_wise": True, "from_base": True},
+    ),
+    "multislerp": ("multislerp", {"weights": WEIGHTS}),
+    "multislerp, base": ("multislerp", {"weights": WEIGHTS, "from_base": True}),
+    "karcher": ("karcher", {"weights": WEIGHTS}),
+    "sequential": ("sequential", {"weights": WEIGHTS}),
+    "sequential, lines": ("sequential", {"weights": WEIGHTS, "variant": "lerp"}),
+    "nearswap": ("nearswap", {"t": 0.01}),
+    "passthrough": ("passthrough", {"scale": 0.7}),
+    "model stock": ("model_stock", {}),
+    "model stock, rows": ("model_stock", {"filter_wise": True}),
+    "ties, the paper's": (
+        "ties",
+        {
+            "densities": (0.2, 0.5, 0.7),
+            "trim_scope": "model",
+            "trim_ties": "all",
+            "k_rule": "paper",
+            "elect_on": "unweighted",
+            "elect_zero": "global_majority",
+            "denominator": "count",
+        },
+    ),
+    "ties, counted, l1": ("ties", THIRDS | {"elect_method": "count", "rescale": "l1"}),
+    "della": ("della", THIRDS | {"epsilons": (0.1, 0.2, 0.0)}),
+    "della, l1, sum": ("della", THIRDS | {"variant": "linear", "rescale": "l1"}),
+    "breadcrumbs": ("breadcrumbs", THIRDS | {"gammas": (0.1, 0.0, 0.5)}),
+    "breadcrumbs, rows": (
+        "breadcrumbs",
+        THIRDS | {"gammas": (0.1, 0.0, 0.5), "trim_scope": "row", "shrink": False},
+    ),
+    "breadcrumbs, ties, l1": ("breadcrumbs", THIRDS | {"variant": "ties", "rescale": "l1"}),
+    "sce": ("sce", {"select_topk": 0.3}),
+    "sce, weights only": ("sce", {"select_topk": 0.3, "sce_mask": "weights_only"}),
+    "ram": ("ram", {"epsilon": 0.01}),
+    "ram plus": ("ram", {"epsilon": 0.01, "variant": "ramplus"}),
+    "consensus": ("consensus", {"weights": WEIGHTS}),
+    "consensus, ties": ("consensus", THIRDS | {"variant": "ties", "trim_scope": "model"}),
+    "arcee fusion": ("arcee_fusion", {}),
+}
+
+
+def recipe_of(method, parameters, base, models, **options):
+    """A recipe with the base if the method needs one, or the case says so."""
+    parameters = dict(parameters)
+    needed = parameters.pop("from_base", METHODS[method].base == "required")
+    return Recipe(
+        method=method,
+        base_model=str(base) if needed else None,
+        models=tuple(str(model) for model in models[: METHODS[method].most]),
+        parameters=parameters,
+        **options,
+    )
 
 
 def run(method, base, models, out, *, parameters=None, dtype="float32", threads=2, **options):
-    recipe = Recipe(
-        method=method,
-        base_model=str(base) if METHODS[method].uses_base else None,
-        models=tuple(str(model) for model in models[: METHODS[method].model_count]),
-        parameters=parameters or {},
-        output_dir=out,
-        dtype=dtype,
-        **options,
-    )
+    options = {"output_dir": out, "dtype": dtype, **options}
+    recipe = recipe_of(method, parameters or {}, base, models, **options)
     return merge_to_folder(recipe, threads=threads, progress=False)
 
 
@@ -151,7 +207,7 @@ def test_the_result_is_rounded_once_to_the_output_dtype(tmp_path, dtype):
         assert torch.equal(rounded[name], tensor.to(getattr(torch, dtype)))
 
 
-@pytest.mark.parametrize(("method", "parameters"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("method", "parameters"), EVERY_CASE.values(), ids=EVERY_CASE)
 def test_blocks_threads_and_shards_do_not_change_a_bit(tmp_path, monkeypatch, method, parameters):
     base, models = make_family(tmp_path / "one", ("bfloat16",) * 4)
     sharded = [make_sharded(folder, tmp_path / "many") for folder in (base, *models)]
@@ -241,7 +297,7 @@ def test_a_sample_that_misleads_costs_time_and_nothing_else(tmp_path, monkeypatc
             assert found[name]["kept"] == delta.numel() // 2
 
 
-@pytest.mark.parametrize(("method", "parameters"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("method", "parameters"), EVERY_CASE.values(), ids=EVERY_CASE)
 def test_torch_and_the_kernels_make_the_same_bytes(tmp_path, monkeypatch, method, parameters):
     base, models = make_family(tmp_path, DTYPES["mixed"])
     cases = [parameters]
@@ -250,7 +306,9 @@ def test_torch_and_the_kernels_make_the_same_bytes(tmp_path, monkeypatch, method
     for number, case in enumerate(cases):
         for name in ("kernels", "torch"):
             run(method, base, models, tmp_path / f"{name}-{number}", parameters=case)
-            monkeypatch.setattr(merge_run, "make_operations", TorchOperations)
+            monkeypatch.setattr(
+                merge_run, "make_operations", lambda device, compiled: TorchOperations(device)
+            )
         monkeypatch.undo()
         found = [tensor_hashes(tmp_path / f"{name}-{number}") for name in ("kernels", "torch")]
         assert found[0] == found[1]
@@ -284,9 +342,9 @@ def test_one_model_and_many(tmp_path, method, count):
         assert right.all()
 
 
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    case=st.sampled_from(sorted(CASES)),
+    case=st.sampled_from(sorted(EVERY_CASE)),
     heads=st.sampled_from([(2, 1), (4, 2), (2, 2)]),
     layers=st.integers(1, 3),
     width=st.sampled_from([8, 24]),
@@ -298,7 +356,7 @@ def test_shapes_and_blocks_of_any_size(
     tmp_path_factory, monkeypatch, case, heads, layers, width, vocab_size, tied, block
 ):
     folder = tmp_path_factory.mktemp("any")
-    method, parameters = CASES[case]
+    method, parameters = EVERY_CASE[case]
     shape = {"layers": layers, "hidden_size": width, "intermediate_size": width + 5, "tied": tied}
     shape |= {"heads": heads[0], "kv_heads": heads[1], "vocab_size": vocab_size}
     base, models = make_family(folder, ("bfloat16",) * 4, **shape)
@@ -391,7 +449,7 @@ def test_a_pass_gathers_in_as_many_places_as_threads(tmp_path, monkeypatch):
                 together.wait()
             return Counter()
 
-        def take(block, found):
+        def take(block, found, _):
             found[block.segment] += block.rows
 
         answers.append((yield Gather(start, take, operator.add)))
@@ -472,19 +530,14 @@ class Nowhere:
         pass
 
 
-@pytest.mark.parametrize(("method", "parameters"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("method", "parameters"), EVERY_CASE.values(), ids=EVERY_CASE)
 def test_the_plan_says_how_many_bytes_will_be_read(tmp_path, method, parameters):
     base, models = make_family(tmp_path, DTYPES["mixed"])
-    recipe = Recipe(
-        method=method,
-        base_model=str(base) if METHODS[method].uses_base else None,
-        models=tuple(str(model) for model in models[: METHODS[method].model_count]),
-        parameters=parameters,
-    )
+    recipe = recipe_of(method, parameters, base, models)
     counts = []
     with open_plan(recipe) as plan:
         settings = StreamSettings(block_bytes=5000, on_bytes=counts.append)
-        operations = make_operations("cpu")
+        operations = make_operations("cpu", compiled=plan.method.compiled(plan.parameters))
         stream(
             plan.groups,
             lambda tasks: plan.method.merge(tasks, operations),
