@@ -12,7 +12,7 @@ from pathlib import Path
 from signal import SIGHUP, SIGINT, SIGTERM
 from typing import Any
 
-from merge_methods import METHODS
+from merge_methods import METHODS, PROFILES
 from merge_plan import usable_cores
 from merge_recipe import DEFAULT_SHARD_SIZE, Parameter, Recipe
 from merge_report import MergeReport, PlanReport
@@ -119,6 +119,7 @@ def _carry_out(method: str, arguments: argparse.Namespace) -> str:
         vocabulary=_vocabulary(arguments),
         tokenizer_source=arguments.tokenizer_source,
         chat_template=arguments.chat_template,
+        profile=arguments.profile,
     )
     settings = {
         "device": arguments.device,
@@ -186,10 +187,11 @@ def _parser(method: str, description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    if METHODS[method].uses_base:
-        parser.add_argument(
-            "base", metavar="BASE", help="the common ancestor: a model folder or Hub id"
-        )
+    ancestor = "the common ancestor: a model folder or Hub id"
+    if METHODS[method].base == "required":
+        parser.add_argument("base", metavar="BASE", help=ancestor)
+    elif METHODS[method].base == "optional":
+        parser.add_argument("--base", metavar="BASE", help=f"{ancestor} (default: none)")
     parser.add_argument(
         *_spellings("--ft_models"),
         nargs="+",
@@ -200,6 +202,13 @@ def _parser(method: str, description: str) -> argparse.ArgumentParser:
     )
     for parameter in METHODS[method].parameters:
         _add_parameter(parser, parameter)
+    parser.add_argument(
+        "--profile",
+        choices=PROFILES,
+        default="default",
+        help="whose conventions the defaults of the options above follow; mergekit is 0.1.5 "
+        "(default: %(default)s)",
+    )
     parser.add_argument("--save", type=Path, metavar="OUT", help="the folder to make")
     parser.add_argument(
         "--plan", action="store_true", help="only say what would be done, and read no weights"
@@ -214,14 +223,16 @@ def _parser(method: str, description: str) -> argparse.ArgumentParser:
 def _add_parameter(parser: argparse.ArgumentParser, parameter: Parameter) -> None:
     flags = [*_spellings(parameter.flag), *_spellings(f"--{parameter.name}")]
     if parameter.kind is bool:
+        on_or_off = {None: "", True: " (default: on)", False: " (default: off)"}
         parser.add_argument(
             *flags,
             dest=parameter.name,
             action=argparse.BooleanOptionalAction,
-            help=f"{parameter.help} (default: {'on' if parameter.default else 'off'})",
+            help=f"{parameter.help}{on_or_off[parameter.default]}",
         )
         return
     each = " for each" if parameter.per_model else ""
+    default = "" if parameter.default is None else f" (default: {parameter.default}{each})"
     parser.add_argument(
         *flags,
         dest=parameter.name,
@@ -230,7 +241,7 @@ def _add_parameter(parser: argparse.ArgumentParser, parameter: Parameter) -> Non
         action="extend" if parameter.per_model else "store",
         choices=parameter.choices or None,
         metavar=None if parameter.choices else parameter.kind.__name__.upper(),
-        help=f"{parameter.help} (default: {parameter.default}{each})",
+        help=f"{parameter.help}{default}",
     )
 
 

@@ -290,8 +290,9 @@ def test_the_command_and_the_function_make_the_same_model(models, capsys):
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_command_merges(models, capsys, method):
     main = importlib.import_module(f"{method}_llama").main
-    base = ["base"] if METHODS[method].uses_base else []
-    assert main([*base, "--ft_models", "a", "b", "--save", "out", "--dtype", "float16"]) == 0
+    base = ["base"] if METHODS[method].base == "required" else []
+    tuned = ["a", "b"][: METHODS[method].most]
+    assert main([*base, "--ft_models", *tuned, "--save", "out", "--dtype", "float16"]) == 0
     stored = read_tensors(models / "out")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
 
@@ -307,7 +308,7 @@ def test_help_names_every_parameter_with_its_default(method, capsys):
     for parameter in METHODS[method].parameters:
         assert (parameter.flag or f"--{parameter.name}") in text
     assert "exit status:" in text
-    assert ("BASE" in text) == METHODS[method].uses_base
+    assert ("BASE" in text) == (METHODS[method].base != "none")
 
 
 def test_help_of_ties(capsys):
@@ -341,8 +342,8 @@ def test_a_plan_reads_no_weights_and_writes_nothing(models, capsys, monkeypatch)
     assert ties("--densities", 0.5, 0.5, "--plan", *options) == 0
     lines = capsys.readouterr().out.splitlines()
     for line in (
-        "method      ties",
-        "  densities 0.5, 0.5",
+        "method      ties, profile default",
+        "  densities        0.5, 0.5",
         "base        base (llama, BF16, 5.98 KB, 32 rows, 32 tokens)",
         "model       a (llama, BF16, 5.98 KB, 32 rows, no tokenizer)",
         "output      out, float32",

@@ -68,7 +68,7 @@ def test_a_model_in_memory_holds_what_the_folder_holds(tmp_path, method):
     to_folder = getattr(
         importlib.import_module(f"{method}_llama"), f"{method}_merge_llama_to_folder"
     )
-    sources = {"base_model_path": base} if METHODS[method].uses_base else {}
+    sources = {"base_model_path": base} if METHODS[method].base == "required" else {}
     to_folder(
         **sources, ft_model_paths=models, output_dir=tmp_path / "out", dtype="float32",
         progress=False, **PARAMETERS[method],
@@ -88,8 +88,7 @@ def test_both_functions_take_the_same_arguments_in_the_same_order(method):
     assert shared == list(memory)
     assert [folder[name].default for name in shared] == [p.default for p in memory.values()]
     for parameter in METHODS[method].parameters:
-        default = None if parameter.per_model else parameter.default
-        assert memory[parameter.name].default == default
+        assert memory[parameter.name].default is None  # stands for the profile's
 
 
 FOLDER_ONLY = ("output_dir", "dtype", "chat_template", "max_shard_size")
