@@ -18,6 +18,7 @@ from gram_utils import lerp_coefficients, sequential_steps
 from scalar_utils import (
     check_count,
     check_distance,
+    check_finish,
     check_lam,
     check_normalizable,
     check_t,
@@ -187,6 +188,28 @@ def scale(tensor: Tensor, factor: float | None) -> Tensor:
         return tensor.clone()
     check_weights([factor])
     return tensor * factor
+
+
+def finish(
+    tensor: Tensor, weight_decay: float = 0.0, clamp_range: tuple[float, float] | None = None
+) -> Tensor:
+    """Shrink merged values towards 0 and keep them within a range: `clamp((1 - decay) * x)`.
+
+    Args:
+        tensor: float32.
+        weight_decay: in [0, 1).
+        clamp_range: lowest and highest value.
+
+    Returns:
+        Same shape, float32.
+
+    >>> finish(torch.tensor([1.0, -4.0]), 0.5, (-1.0, 1.0))
+    tensor([ 0.5000, -1.0000])
+    """
+    check_tensors([tensor])
+    check_finish(weight_decay, clamp_range)
+    shrunk = tensor * (1.0 - weight_decay) if weight_decay else tensor.clone()
+    return shrunk if clamp_range is None else shrunk.clamp(*clamp_range)
 
 
 def nearswap(base: Tensor, tensor: Tensor, t: float) -> Tensor:

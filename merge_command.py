@@ -120,6 +120,12 @@ def _carry_out(method: str, arguments: argparse.Namespace) -> str:
         tokenizer_source=arguments.tokenizer_source,
         chat_template=arguments.chat_template,
         profile=arguments.profile,
+        include=tuple(arguments.include),
+        exclude=tuple(arguments.exclude),
+        merge_embeddings=arguments.merge_embeddings,
+        merge_lm_head=arguments.merge_lm_head,
+        weight_decay=arguments.weight_decay,
+        clamp_range=None if arguments.clamp_range is None else tuple(arguments.clamp_range),
     )
     settings = {
         "device": arguments.device,
@@ -215,9 +221,42 @@ def _parser(method: str, description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--check", metavar="FOLDER", help=CHECK_HELP)
     parser.add_argument("--json", action="store_true", help=JSON_HELP)
+    _add_tensors(parser)
     _add_vocabulary(parser)
     _add_settings(parser)
     return parser
+
+
+def _add_tensors(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("tensors", "what is not merged is the base's")
+    for name, text in (
+        ("include", 'merge only tensors whose names fit one of these, such as "*.mlp.*"'),
+        ("exclude", "do not merge tensors whose names fit one of these"),
+    ):
+        group.add_argument(
+            f"--{name}", nargs="+", action="extend", default=[], metavar="PATTERN", help=text
+        )
+    for name, what in (("merge_embeddings", "the embedding"), ("merge_lm_head", "the head")):
+        group.add_argument(
+            *_spellings(f"--{name}"),
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help=f"merge {what} (default: on)",
+        )
+    group.add_argument(
+        *_spellings("--weight_decay"),
+        type=float,
+        default=0.0,
+        metavar="FLOAT",
+        help="multiply merged values by 1 minus this (default: 0)",
+    )
+    group.add_argument(
+        *_spellings("--clamp_range"),
+        type=float,
+        nargs=2,
+        metavar=("LOWEST", "HIGHEST"),
+        help="keep merged values in this range (default: no bounds)",
+    )
 
 
 def _add_parameter(parser: argparse.ArgumentParser, parameter: Parameter) -> None:

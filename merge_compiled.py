@@ -18,6 +18,7 @@ from merge_operations import (
     Drop,
     DropByRank,
     FineCounts,
+    Finish,
     Quantity,
     RunSums,
     Select,
@@ -45,9 +46,18 @@ from scalar_utils import (
 
 Floats = NDArray[np.float32]
 
+NOTHING = Finish()
+
 
 class CompiledOperations:
-    """The compiled loops as `merge_operations.Operations`."""
+    """The compiled loops as `merge_operations.Operations`.
+
+    Args:
+        finish: what is done to every merged value.
+    """
+
+    def __init__(self, finish: Finish | None = None) -> None:
+        self._finish = finish or NOTHING
 
     def __enter__(self) -> Self:
         return self
@@ -78,11 +88,11 @@ class CompiledOperations:
     def linear(self, weights: Sequence[float], *, normalize: bool) -> Take:
         """`linear_utils.linear`."""
         divisor = np.float32(float32_sum(weights) if normalize else 1.0)
-        return _merging(kernels.linear, _floats(weights), divisor)
+        return self._merging(kernels.linear, _floats(weights), divisor)
 
     def combine(self, coefficients: Sequence[float]) -> Take:
         """`linear_utils.combine`."""
-        return _merging(kernels.combine, _floats(coefficients))
+        return self._merging(kernels.combine, _floats(coefficients))
 
     def combine_rows(
         self, coefficients: Callable[[Gram], Sequence[float]], *, deltas: bool
@@ -93,7 +103,9 @@ class CompiledOperations:
             models = len(block.layout.dtypes) - 1 - deltas
             grams = _row_grams(block, models, deltas=deltas)
             each = _floats([list(coefficients(gram)) for gram in grams])
-            kernels.combine_rows(_parts(block), block.rows, block.layout.row_length, each, deltas)
+            kernels.combine_rows(
+                self._parts(block), block.rows, block.layout.row_length, each, deltas
+            )
 
         return take
 
@@ -109,17 +121,25 @@ class CompiledOperations:
         """Not compiled."""
         raise NotImplementedError
 
+    def copy(self) -> Take:
+        """The first input as it is, not finished."""
+
+        def take(block: Block, _: object) -> None:
+            kernels.scale(_parts(block), block.size, np.float32(1))
+
+        return take
+
     def scale(self, factor: float | None) -> Take:
         """`linear_utils.scale`."""
-        return _merging(kernels.scale, np.float32(1.0 if factor is None else factor))
+        return self._merging(kernels.scale, np.float32(1.0 if factor is None else factor))
 
     def nearswap(self, t: float) -> Take:
         """`linear_utils.nearswap`."""
-        return _merging(kernels.nearswap, np.float32(t))
+        return self._merging(kernels.nearswap, np.float32(t))
 
     def merge_active(self, epsilon: float, factors: Sequence[float], lam: float) -> Take:
         """`ram_utils.merge_active`, scaled and added to the base."""
-        return _merging(
+        return self._merging(
             kernels.merge_active, np.float32(epsilon), _floats(factors), np.float32(lam)
         )
 
@@ -127,13 +147,13 @@ class CompiledOperations:
         """Sparsify, weight, elect, combine, scale, add the base."""
         combining, sparsify = _combining(merge), merge.sparsify
         if sparsify is None:
-            return _merging(kernels.merge_whole, combining)
+            return self._merging(kernels.merge_whole, combining)
         if isinstance(sparsify, Drop):
             keys, limits, factors = _random(sparsify)
 
             def take_dropped(block: Block, _: object) -> None:
                 random = (block.start, keys, limits, factors)
-                kernels.merge_dropped(_parts(block), block.size, *random, combining)
+                kernels.merge_dropped(self._parts(block), block.size, *random, combining)
 
             return take_dropped
         if isinstance(sparsify, DropByRank):
@@ -141,14 +161,21 @@ class CompiledOperations:
 
             def take_ranked(block: Block, _: object) -> None:
                 random = _random_by_rank(sparsify, block)
-                kernels.merge_ranked(*_shaped(block), *random, factors, combining)
+                kernels.merge_ranked(
+                    self._parts(block),
+                    block.rows,
+                    block.layout.row_length,
+                    *random,
+                    factors,
+                    combining,
+                )
 
             return take_ranked
         if isinstance(sparsify, Select):
             cut = np.array(sparsify.cut)
 
             def take_selected(block: Block, seen: Counts) -> None:
-                kernels.merge_selected(_parts(block), block.size, cut, seen[0], combining)
+                kernels.merge_selected(self._parts(block), block.size, cut, seen[0], combining)
 
             return take_selected
         factors = _floats(
@@ -157,9 +184,21 @@ class CompiledOperations:
 
         def take_cut(block: Block, seen: Counts) -> None:
             stretches = _stretches(block, sparsify, seen)
-            kernels.merge_cut(_parts(block), block.size, *stretches, factors, combining)
+            kernels.merge_cut(self._parts(block), block.size, *stretches, factors, combining)
 
         return take_cut
+
+    def _parts(self, block: Block) -> Parts:
+        """A block whose merged values are finished."""
+        return _parts(block, self._finish)
+
+    def _merging(self, kernel: Callable[..., None], *settings: object) -> Take:
+        """A loop over the elements of a block, with its settings bound."""
+
+        def take(block: Block, _: object) -> None:
+            kernel(self._parts(block), block.size, *settings)
+
+        return take
 
     # Gathering
 
@@ -266,8 +305,10 @@ class CompiledOperations:
         return position, above
 
 
-def _parts(block: Block) -> Parts:
-    return Parts(block.memory, block.layout.places, block.layout.kinds)
+def _parts(block: Block, finish: Finish = NOTHING) -> Parts:
+    lowest, highest = finish.clamp_range or (-math.inf, math.inf)
+    numbers = map(np.float32, (1.0 - finish.weight_decay, lowest, highest))
+    return Parts(block.memory, block.layout.places, block.layout.kinds, *numbers)
 
 
 def _shaped(block: Block) -> tuple[Parts, int, int]:
@@ -277,15 +318,6 @@ def _shaped(block: Block) -> tuple[Parts, int, int]:
 
 def _floats(values: Any) -> Floats:
     return np.array(values, dtype=np.float32)
-
-
-def _merging(kernel: Callable[..., None], *settings: object) -> Take:
-    """A loop over the elements of a block, with its settings bound."""
-
-    def take(block: Block, _: object) -> None:
-        kernel(_parts(block), block.size, *settings)
-
-    return take
 
 
 def _combining(merge: TaskVectorMerge) -> Combining:

@@ -71,6 +71,25 @@ OF_THE_RECIPE = (
         'first model where there is none (with "max", the one with the most tokens).',
     ),
 )
+OF_THE_TENSORS = (
+    Setting(
+        "include",
+        (),
+        Sequence[str],
+        'patterns of the names of the tensors to merge, such as "*.mlp.*"; by default all. The '
+        "others are the base's (the first model's, where there is no base).",
+    ),
+    Setting("exclude", (), Sequence[str], "patterns of tensors that are not merged."),
+    Setting("merge_embeddings", True, bool, "merge the embedding; else it is the base's."),
+    Setting("merge_lm_head", True, bool, "merge the head; else it is the base's."),
+    Setting("weight_decay", 0.0, float, "merged values are multiplied by 1 minus this, in [0, 1)."),
+    Setting(
+        "clamp_range",
+        None,
+        tuple[float, float] | None,
+        "lowest and highest merged value, such as (-2.0, 2.0); by default there are no bounds.",
+    ),
+)
 OF_A_FOLDER = (
     Setting(
         "output_dir",
@@ -111,6 +130,8 @@ OF_THE_RUN = (
     Setting("progress", True, bool, "show how far it is."),
 )
 
+OF_EVERY_RECIPE = (*OF_THE_RECIPE, *OF_THE_TENSORS)
+
 TO_MODEL = """
 Returns:
     A transformers model on the CPU in float32. It is the only model held in memory.
@@ -147,8 +168,8 @@ def make_driver(name: str, description: str) -> Driver:
         recipe = make_recipe(name, **_of_recipe(method, values), **of_folder)
         return merge_to_folder(recipe, **_of_run(values))
 
-    shared = (*OF_THE_RECIPE, *OF_THE_RUN)
-    in_folder = (OF_A_FOLDER[0], OF_A_FOLDER[1], *OF_THE_RECIPE, *OF_A_FOLDER[2:], *OF_THE_RUN)
+    shared = (*OF_EVERY_RECIPE, *OF_THE_RUN)
+    in_folder = (OF_A_FOLDER[0], OF_A_FOLDER[1], *OF_EVERY_RECIPE, *OF_A_FOLDER[2:], *OF_THE_RUN)
     what = description.strip().splitlines()[0]
     return Driver(
         _function(f"{name}_merge_llama", method, shared, to_model, what, TO_MODEL),
@@ -163,7 +184,7 @@ def _of_recipe(method: Method, values: Mapping[str, Any]) -> dict[str, Any]:
         "base_model": values.get("base_model_path"),
         "models": values["ft_model_paths"],
         "parameters": {p.name: values[p.name] for p in method.parameters},
-        **{setting.name: values[setting.name] for setting in OF_THE_RECIPE},
+        **{setting.name: values[setting.name] for setting in OF_EVERY_RECIPE},
     }
 
 

@@ -46,7 +46,7 @@ VARIANCE = -1
 NO_ELECTION, BY_MASS, BY_COUNT = 0, 1, 2
 
 _MAGNITUDE = np.int32(0x7FFFFFFF)
-_ZERO, _ONE = np.float32(0), np.float32(1)
+_ZERO, _ONE, _INFINITY = np.float32(0), np.float32(1), np.float32(np.inf)
 _U32 = np.uint32
 
 # Philox4x64-10 (dare_utils): multipliers in halves, and the steps of the key.
@@ -95,11 +95,16 @@ class Parts(NamedTuple):
         memory: inputs and result, as they are stored.
         places: where each begins, in bytes; the result last.
         kinds: 0 for float32, 1 for float16, 2 for bfloat16.
+        keep: what merged values are multiplied by, before they are clamped.
+        lowest, highest: what they are clamped to.
     """
 
     memory: NDArray[np.uint8]
     places: NDArray[np.int64]
     kinds: NDArray[np.int64]
+    keep: np.float32
+    lowest: np.float32
+    highest: np.float32
 
 
 class Combining(NamedTuple):
@@ -170,7 +175,13 @@ def _subtract(parts: Any, index: Any, start: Any, size: Any, base: Any, delta: A
 
 @_kernel()
 def _round(values: Any, parts: Any, start: Any, size: Any) -> None:
-    """Write elements of the result, rounded to nearest even."""
+    """Finish elements of the result, and write them, rounded to nearest even."""
+    if parts.keep != _ONE:
+        for j in range(size):
+            values[j] *= parts.keep
+    if parts.lowest != -_INFINITY or parts.highest != _INFINITY:
+        for j in range(size):
+            values[j] = min(max(values[j], parts.lowest), parts.highest)
     memory, place, kind = parts.memory, parts.places[-1], parts.kinds[-1]
     if kind == 0:
         single = memory[place + 4 * start : place + 4 * (start + size)].view(np.float32)

@@ -136,7 +136,7 @@ def _needed(plan: Plan, arithmetic: str, block_bytes: int) -> _Need:
 
 def _layout(plan: Plan, task: TensorTask, block_bytes: int) -> Layout:
     stored = [
-        source.tensors[name].dtype for source, name in zip(plan.sources, task.sources, strict=True)
+        source.tensors[name].dtype for source, name in zip(plan.sources, task.sources, strict=False)
     ]
     return Layout(task, stored, block_bytes)
 

@@ -154,10 +154,18 @@ class TaskVectorMerge:
     consensus: Consensus | None = None
 
 
+@dataclass(frozen=True)
+class Finish:
+    """What is done to every merged value before it is rounded; see `linear_utils.finish`."""
+
+    weight_decay: float = 0.0
+    clamp_range: tuple[float, float] | None = None
+
+
 class Operations(Arithmetic, Protocol):
     """The arithmetic that the methods and the stream use; torch and the kernels both offer it.
 
-    Functions for a block come with their parameters bound.
+    Functions for a block come with their parameters bound. What they merge is finished.
     """
 
     def __enter__(self) -> Self: ...
@@ -184,6 +192,9 @@ class Operations(Arithmetic, Protocol):
 
     def combine_columns(self, coefficients: NDArray[np.float32], *, deltas: bool) -> Take:
         """As `combine_rows`, with numbers for every column: shape (models, columns)."""
+
+    def copy(self) -> Take:
+        """The first input as it is, not finished."""
 
     def scale(self, factor: float | None) -> Take:
         """`linear_utils.scale`."""
@@ -282,15 +293,18 @@ def arithmetic(device: str, *, compiled: bool = True) -> str:
     return "torch"
 
 
-def make_operations(device: str, *, compiled: bool = True) -> Operations:
+def make_operations(
+    device: str, *, compiled: bool = True, finish: Finish | None = None
+) -> Operations:
     """The fastest arithmetic there is for a device; see `arithmetic`."""
+    finish = finish or Finish()
     if arithmetic(device, compiled=compiled) == "numba":
         from merge_compiled import CompiledOperations
 
-        return CompiledOperations()
+        return CompiledOperations(finish)
     from merge_torch import TorchOperations
 
-    return TorchOperations(device)
+    return TorchOperations(device, finish)
 
 
 def coarse_gather(

@@ -3,6 +3,7 @@
 What can be known without reading weights is refused here, all at once.
 """
 
+import fnmatch
 import os
 import shutil
 from collections import Counter
@@ -13,8 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from merge_methods import ALIASES, METHODS, PROFILES, Method, completed
-from merge_recipe import Recipe, output_problems, resolve_parameters, unknown_name
-from merge_stream import TensorTask
+from merge_operations import Finish, Operations
+from merge_recipe import (
+    Recipe,
+    option_problems,
+    output_problems,
+    resolve_parameters,
+    unknown_name,
+)
+from merge_stream import Merge, Passes, TensorTask
+from model_checks import EMBEDDING, HEAD
 from model_companions import CarriedFiles, carry
 from model_config import merged_config
 from model_errors import ModelCompatibilityError
@@ -70,25 +79,40 @@ class Plan:
     @property
     def groups(self) -> list[list[TensorTask]]:
         """The tensors that are merged together: each alone, in the order of the files, or all."""
-        if self.method.whole_model(self.parameters):
-            return [self.tasks]
+        merged = [task for task in self.tasks if not task.copied]
+        if self.method.whole_model(self.parameters) and merged:
+            return [merged, *([task] for task in self.tasks if task.copied)]
         first = self.sources[0]
         return [[t] for t in sorted(self.tasks, key=lambda t: first.position(t.sources[0]))]
+
+    def merge(self, tasks: Sequence[TensorTask], operations: Operations) -> Passes | Merge:
+        """Merge a group; what is not to be merged is copied."""
+        if tasks[0].copied:
+            return Merge(operations.copy())
+        return self.method.merge(tasks, operations)
 
     @property
     def passes(self) -> int:
         """How often the inputs are read."""
         return self.method.passes(self.parameters)
 
+    def passes_of(self, task: TensorTask) -> int:
+        """How often a tensor's inputs are read."""
+        return 1 if task.copied else self.passes
+
+    @property
+    def finish(self) -> Finish:
+        """What is done to every merged value."""
+        return Finish(self.recipe.weight_decay, self.recipe.clamp_range)
+
     @property
     def read_bytes(self) -> int:
         """Bytes of all inputs' rows, all passes together; one that stands in counts as read."""
-        once = sum(
-            TensorInfo(source.tensors[name].dtype, task.info.shape).nbytes
+        return sum(
+            self.passes_of(task) * TensorInfo(source.tensors[name].dtype, task.info.shape).nbytes
             for task in self.tasks
-            for source, name in zip(self.sources, task.sources, strict=True)
+            for source, name in zip(self.sources, task.sources, strict=False)
         )
-        return once * self.passes
 
     @property
     def download_bytes(self) -> int:
@@ -179,7 +203,7 @@ def _check_recipe(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
             method.check(parameters)
         except ValueError as error:
             wrong.append(str(error))
-    problems += wrong + output_problems(recipe)
+    problems += wrong + option_problems(recipe) + output_problems(recipe)
     vocabulary = settings_problems(recipe.vocabulary)
     if not vocabulary:
         _, vocabulary = chosen_donor(recipe.names, recipe.vocabulary, recipe.tokenizer_source)
@@ -236,19 +260,27 @@ def _lay_out(
 ) -> Plan:
     base = None if recipe.base_model is None else sources[0]
     dtype = recipe.dtype or _main_dtype(sources[0])
+    copied = _copied(recipe, alignment)
     tasks = [
         TensorTask(
             name,
             TensorInfo(DTYPE_NAMES[dtype], tensor.shape),
-            tensor.sources,
+            # Rows that a model lacks are another's: these need all of them.
+            tensor.sources[:1] if name in copied and tensor.row_map is None else tensor.sources,
             parameters,
             tensor.row_map,
             in_order=METHODS[recipe.method].in_order(parameters),
+            copied=name in copied,
         )
         for name, tensor in alignment.tensors.items()
     ]
     notes = [*METHODS[recipe.method].advice(parameters), *_model_notes(sources), *alignment.notes]
     notes += carried.notes
+    if copied:
+        notes.append(
+            f"{len(copied)} of {len(tasks)} tensors are not merged but those of "
+            f"{sources[0].label}: {', '.join(copied[:3])}{', ...' if len(copied) > 3 else ''}"
+        )
     if recipe.dtype is None:
         notes += _rounding_notes(sources[0], dtype)
     return Plan(
@@ -263,6 +295,38 @@ def _lay_out(
         carried=carried,
         notes=tuple(notes),
     )
+
+
+def _copied(recipe: Recipe, alignment: Alignment) -> list[str]:
+    """The tensors that are not to be merged.
+
+    Raises:
+        ValueError: a pattern fits no tensor, or the head is not to be merged but is the embedding.
+    """
+    names, problems = list(alignment.tensors), []
+    for option in ("include", "exclude"):
+        for pattern in getattr(recipe, option):
+            if not fnmatch.filter(names, pattern):
+                problems.append(
+                    f"{option} {pattern!r} fits none of the {len(names)} tensors; they are named "
+                    f"like {names[0]} and {names[-1]}. * stands for anything"
+                )
+    if alignment.tied and recipe.merge_embeddings and not recipe.merge_lm_head:
+        problems.append(
+            "merge_lm_head false: the head of these models is their embedding. Turn "
+            "merge_embeddings off as well, or merge both"
+        )
+    if problems:
+        raise ValueError("\n".join(problems))
+    left = [*recipe.exclude]
+    left += [] if recipe.merge_embeddings else [EMBEDDING]
+    left += [] if recipe.merge_lm_head else [HEAD]
+    return [
+        name
+        for name in names
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in left)
+        or not any(fnmatch.fnmatchcase(name, pattern) for pattern in recipe.include or ("*",))
+    ]
 
 
 def _config_text(template: ModelFolder, dtype: str, alignment: Alignment) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from model_safetensors import DTYPE_NAMES
 from model_utils import check_output_dir, parse_size
 from model_vocabulary import VocabularySettings, vocabulary_settings
+from scalar_utils import check_finish
 
 DEFAULT_SHARD_SIZE = "5GB"
 
@@ -66,6 +67,12 @@ class Recipe:
         chat_template: "auto", "none", or the model that gives it; see
             `model_companions.carry`.
         profile: whose conventions the parameters' defaults follow, from `merge_methods.PROFILES`.
+        include, exclude: patterns of tensor names, such as "*.mlp.*". What no pattern of the first
+            fits (if there are any), or one of the second, is the base's (the first model's).
+        merge_embeddings, merge_lm_head: whether the embedding and the head are merged, or the
+            base's (the first model's).
+        weight_decay: merged values are multiplied by 1 minus this; in [0, 1).
+        clamp_range: lowest and highest merged value; None for no bounds.
     """
 
     method: str
@@ -79,6 +86,12 @@ class Recipe:
     tokenizer_source: str | None = None
     chat_template: str = "auto"
     profile: str = "default"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    merge_embeddings: bool = True
+    merge_lm_head: bool = True
+    weight_decay: float = 0.0
+    clamp_range: tuple[float, float] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -94,6 +107,9 @@ def make_recipe(
     *,
     output_dir: str | os.PathLike[str] | None = None,
     vocabulary: str | VocabularySettings = "truncate",
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    clamp_range: Sequence[float] | None = None,
     **settings: Any,
 ) -> Recipe:
     """A recipe from what a driver is given: any kind of path, a mode as the vocabulary.
@@ -108,8 +124,15 @@ def make_recipe(
         parameters=parameters,
         output_dir=None if output_dir is None else Path(output_dir),
         vocabulary=vocabulary_settings(vocabulary),
+        include=_patterns(include),
+        exclude=_patterns(exclude),
+        clamp_range=None if clamp_range is None else tuple(clamp_range),  # type: ignore[arg-type]
         **settings,
     )
+
+
+def _patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
 def model_name(model: str | os.PathLike[str], argument: str = "base_model_path") -> str:
@@ -188,6 +211,28 @@ def _convert(parameter: Parameter, value: Any) -> Any:
         )
     parameter.check(value)
     return parameter.kind(value)
+
+
+def option_problems(recipe: Recipe) -> list[str]:
+    """What is wrong with the options that every method has."""
+    problems = []
+    for name in ("merge_embeddings", "merge_lm_head"):
+        if not isinstance(getattr(recipe, name), bool):
+            problems.append(f"{name} must be true or false, got {getattr(recipe, name)!r}")
+    numbers_given = (recipe.weight_decay, *(recipe.clamp_range or ()))
+    if not all(isinstance(value, numbers.Real) for value in numbers_given):
+        problems.append(
+            f"weight_decay must be a number and clamp_range two, got {recipe.weight_decay!r} and "
+            f"{recipe.clamp_range!r}"
+        )
+    elif recipe.clamp_range is not None and len(recipe.clamp_range) != 2:
+        problems.append(f"clamp_range must be two values, got {recipe.clamp_range}")
+    else:
+        try:
+            check_finish(recipe.weight_decay, recipe.clamp_range)
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
 
 
 def output_problems(recipe: Recipe) -> list[str]:

@@ -267,14 +267,14 @@ def _stream(
 ) -> dict[str, Mapping[str, Any]]:
     compiled = plan.method.compiled(plan.parameters)
     with (
-        make_operations(run_settings.device, compiled=compiled) as operations,
+        make_operations(run_settings.device, compiled=compiled, finish=plan.finish) as operations,
         progress_bar(plan.read_bytes, plan.recipe.method, show=run_settings.progress) as on_bytes,
     ):
         settings = StreamSettings(fit.threads, fit.block_bytes, on_bytes)
         findings = stream(
             plan.groups,
-            lambda tasks: plan.method.merge(tasks, operations),
-            plan.passes,
+            lambda tasks: plan.merge(tasks, operations),
+            plan.passes_of,
             operations,
             plan.sources,
             sink,

@@ -87,10 +87,12 @@ class TensorTask:
     Attributes:
         name: in the merged model.
         info: dtype and shape in the merged model.
-        sources: which tensor of each model feeds it, the base (if any) first.
+        sources: which tensor of each model feeds it, the base (if any) first; of the first alone,
+            where only that is needed.
         parameters: the method's parameters for this tensor.
         row_map: which rows of the models feed its rows, where these are not the same.
         in_order: whether one thread works through all its rows, from the first to the last.
+        copied: whether it is the first model's, and not merged.
     """
 
     name: str
@@ -99,6 +101,7 @@ class TensorTask:
     parameters: Mapping[str, Any]
     row_map: RowMap | None = None
     in_order: bool = False
+    copied: bool = False
 
 
 class Layout:
@@ -248,7 +251,7 @@ class StreamSettings:
 def stream(
     groups: Sequence[Sequence[TensorTask]],
     merge_group: Callable[[Sequence[TensorTask]], Passes | Merge],
-    passes: int,
+    passes: Callable[[TensorTask], int],
     operations: Arithmetic,
     sources: Sequence[Source],
     sink: Sink,
@@ -260,7 +263,7 @@ def stream(
         groups: the tensors of the result, in the order in which they are made. Those of a group
             share what is gathered.
         merge_group: the method.
-        passes: how often it reads a group, as far as that can be known; what `settings.on_bytes`
+        passes: how often it reads a tensor, as far as that can be known; what `settings.on_bytes`
             is told adds up to so many times the inputs.
         operations: the arithmetic that it uses.
         sources: the models, the base (if any) first.
@@ -297,7 +300,7 @@ def stream(
                     tasks = waiting.popleft()
                     if tasks:
                         segments = [*reader.segments(tasks)]
-                        under_way.append(_GroupWork(merge_group(tasks), segments, passes))
+                        under_way.append(_GroupWork(merge_group(tasks), segments, passes(tasks[0])))
                 else:
                     break
             if given == returned:
@@ -457,7 +460,7 @@ class _Reader:
         for task in tasks:
             stored = [
                 source.tensors[name].dtype
-                for source, name in zip(self.sources, task.sources, strict=True)
+                for source, name in zip(self.sources, task.sources, strict=False)
             ]
             layout = Layout(task, stored, self.settings.block_bytes)
             mapped = None
@@ -474,7 +477,7 @@ class _Reader:
     def read_ahead(self, segment: _Segment) -> None:
         """Say which rows will be read soon."""
         if segment.mapped is None:
-            for source, name in zip(self.sources, segment.task.sources, strict=True):
+            for source, name in zip(self.sources, segment.task.sources, strict=False):
                 source.read_ahead(name, segment.first, segment.stop)
 
     def work(self, group: _GroupWork, segment: _Segment) -> None:
@@ -520,9 +523,9 @@ class _Reader:
             inputs = [block.stored(index) for index in range(len(self.sources))]
             segment.mapped.read(first, stop, inputs)
             return block
-        for index, source in enumerate(self.sources):
+        for index, name in enumerate(task.sources):
             memory = block.memory[layout.offsets[index] :]
-            source.read_rows(task.sources[index], first, stop, memory)
+            self.sources[index].read_rows(name, first, stop, memory)
         return block
 
     def _memory(self, size: int) -> NDArray[np.uint8]:

@@ -19,6 +19,7 @@ from merge_operations import (
     Drop,
     DropByRank,
     FineCounts,
+    Finish,
     Quantity,
     RunSums,
     Select,
@@ -49,19 +50,21 @@ class TorchOperations:
 
     Args:
         device: such as "cpu" or "cuda".
+        finish: what is done to every merged value.
     """
 
     _lock = threading.Lock()
     _users = 0
     _torch_threads = 1
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self, device: str = "cpu", finish: Finish | None = None) -> None:
         import torch
 
         self._torch = torch
         self._device = torch.device(device)
         self._dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
         self._local = threading.local()
+        self._finish = finish or Finish()
 
     def __enter__(self) -> Self:
         with TorchOperations._lock:  # torch's setting is one for the process, whose merges share it
@@ -136,6 +139,14 @@ class TorchOperations:
             return merged if base is None else base + merged
 
         return self._merging_from(combined, deltas=deltas)
+
+    def copy(self) -> Take:
+        """The first input as it is, not finished."""
+
+        def take(block: Block, _: object) -> None:
+            self._run(lambda: self._store(block, self._inputs(block)[0]))
+
+        return take
 
     def scale(self, factor: float | None) -> Take:
         """`linear_utils.scale`."""
@@ -478,9 +489,15 @@ class TorchOperations:
         return base, [model - base for model in models]
 
     def _put(self, block: Block, merged: "Tensor") -> None:
+        """Finish what is merged, and store it."""
+        from linear_utils import finish
+
+        self._store(block, finish(merged, self._finish.weight_decay, self._finish.clamp_range))
+
+    def _store(self, block: Block, values: "Tensor") -> None:
         """Round once to the output's dtype, and bring it to the block's memory."""
         result = self._stored(block, -1)
-        result.copy_(merged.to(result.dtype))
+        result.copy_(values.to(result.dtype))
 
     def _all_finite(self, values: "Tensor") -> bool:
         """A sum that is finite says so at a fraction of the cost; one that is not may overflow."""

@@ -463,3 +463,16 @@ def check_agreement(agreement: int) -> None:
     """Raise `ValueError` unless `agreement` is a number of models."""
     if agreement < 0:
         raise ValueError(f"agreement must be at least 0 (a number of models), got {agreement}")
+
+
+def check_finish(weight_decay: float, clamp_range: tuple[float, float] | None) -> None:
+    """Raise `ValueError` unless merged values can be shrunk and clamped so."""
+    if not 0.0 <= weight_decay < 1.0:
+        raise ValueError(f"weight_decay must be in [0, 1), got {weight_decay}")
+    if clamp_range is None:
+        return
+    lowest, highest = clamp_range
+    if not (-LARGEST <= lowest <= highest <= LARGEST):
+        raise ValueError(
+            f"clamp_range must be a lowest and a highest value, in this order, got {clamp_range}"
+        )

@@ -459,7 +459,7 @@ def test_a_pass_gathers_in_as_many_places_as_threads(tmp_path, monkeypatch):
     with open_plan(Recipe(method="linear", models=(str(model),))) as plan:
         settings = StreamSettings(threads=2, block_bytes=1)
         groups = [[task] for task in plan.tasks]
-        stream(groups, merge, 2, make_operations("cpu"), plan.sources, Nowhere(), settings)
+        stream(groups, merge, lambda _: 2, make_operations("cpu"), plan.sources, Nowhere(), settings)
         rows = sorted(rows_of(task.info.shape)[0] for task in plan.tasks)
     assert {*started.values()} == {1, 2}
     assert sorted(len(found) for found in answers) == rows
@@ -540,8 +540,8 @@ def test_the_plan_says_how_many_bytes_will_be_read(tmp_path, method, parameters)
         operations = make_operations("cpu", compiled=plan.method.compiled(plan.parameters))
         stream(
             plan.groups,
-            lambda tasks: plan.method.merge(tasks, operations),
-            plan.passes, operations, plan.sources, Nowhere(), settings,
+            lambda tasks: plan.merge(tasks, operations),
+            plan.passes_of, operations, plan.sources, Nowhere(), settings,
         )  # fmt: skip
         assert sum(counts) == plan.read_bytes
         stored = sum(info.nbytes for source in plan.sources for info in source.tensors.values())

@@ -288,7 +288,7 @@ def test_a_merge_of_mapped_rows_does_not_depend_on_blocks_or_threads(tmp_path, m
             stream(
                 [[task] for task in tasks],
                 lambda group, operations=operations: METHODS[method].merge(group, operations),
-                plan.passes, operations, plan.sources, kept, settings,
+                plan.passes_of, operations, plan.sources, kept, settings,
             )  # fmt: skip
             results.append(kept.tensors)
     for name in (EMBEDDING, HEAD):
