@@ -12,11 +12,12 @@ from pathlib import Path
 from signal import SIGHUP, SIGINT, SIGTERM
 from typing import Any
 
+from merge_analysis import Analysis, check_analysis_target, write_analysis
 from merge_methods import METHODS, PROFILES
 from merge_plan import usable_cores
 from merge_recipe import DEFAULT_SHARD_SIZE, Parameter, Recipe
 from merge_report import MergeReport, PlanReport
-from merge_run import merge_to_folder, plan
+from merge_run import analyze_models, merge_to_folder, plan
 from model_companions import AUTO_TEMPLATE
 from model_errors import ModelCompatibilityError
 from model_safetensors import DTYPE_NAMES
@@ -58,8 +59,11 @@ def run_command(method: str, description: str, argv: Sequence[str] | None = None
         return _check(arguments_given)
     parser = _parser(method, description)
     arguments = parser.parse_args(arguments_given)
-    if arguments.save is None and not arguments.plan:
+    wanted = [arguments.save, arguments.analyze, arguments.plan or None]
+    if not any(wanted):
         parser.error("--save OUT is required (or --plan, to see what would be done)")
+    if arguments.analyze and (arguments.save or arguments.plan):
+        parser.error("--analyze merges nothing: give it without --save and --plan")
     return _reported(lambda: _carry_out(method, arguments), last=argv is None)
 
 
@@ -132,13 +136,21 @@ def _carry_out(method: str, arguments: argparse.Namespace) -> str:
         "threads": arguments.threads,
         "max_memory": arguments.max_memory,
     }
+    if arguments.analyze is not None:
+        check_analysis_target(arguments.analyze)
+        analysis = analyze_models(recipe, **settings, progress=not arguments.quiet)
+        paths = write_analysis(analysis, arguments.analyze)
+        wrote = f"\nwrote {paths[0]} and {paths[1]}"
+        return _printed(analysis, as_json=arguments.json) + ("" if arguments.json else wrote)
     if arguments.plan:
         return _printed(plan(recipe, **settings), as_json=arguments.json)
-    report = merge_to_folder(recipe, **settings, progress=not arguments.quiet)
+    report = merge_to_folder(
+        recipe, **settings, findings=arguments.findings, progress=not arguments.quiet
+    )
     return _printed(report, as_json=arguments.json)
 
 
-def _printed(report: PlanReport | MergeReport | Findings, *, as_json: bool) -> str:
+def _printed(report: PlanReport | MergeReport | Analysis | Findings, *, as_json: bool) -> str:
     return json.dumps(report.to_dict(), indent=2) if as_json else report.summary()
 
 
@@ -218,6 +230,19 @@ def _parser(method: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--save", type=Path, metavar="OUT", help="the folder to make")
     parser.add_argument(
         "--plan", action="store_true", help="only say what would be done, and read no weights"
+    )
+    parser.add_argument(
+        "--analyze",
+        type=Path,
+        metavar="NAME",
+        help="merge nothing, but write NAME.json and NAME.html: what each model has changed, and "
+        "where they disagree",
+    )
+    parser.add_argument(
+        "--findings",
+        action="store_true",
+        help="also put into the report what each model has changed, and where they disagree; takes "
+        "a little longer",
     )
     parser.add_argument("--check", metavar="FOLDER", help=CHECK_HELP)
     parser.add_argument("--json", action="store_true", help=JSON_HELP)

@@ -202,11 +202,12 @@ class CompiledOperations:
 
     # Gathering
 
-    def gram_parts(self, *, deltas: bool) -> Gather:
+    def gram_parts(self, *, deltas: bool, first: int | None = None) -> Gather:
         """`slerp_utils.gram_parts` of the inputs, or of the task vectors."""
 
         def take(block: Block, sums: RunSums, _: object) -> None:
-            sums.append(_gram_parts(block, len(block.layout.dtypes) - 1 - deltas, deltas=deltas))
+            models = first or len(block.layout.dtypes) - 1 - deltas
+            sums.append(_gram_parts(block, models, deltas=deltas))
 
         return run_sums_gather(take)
 
@@ -243,6 +244,15 @@ class CompiledOperations:
             kernels.count_active(_parts(block), block.size, np.float32(epsilon), counts)
 
         return counts_gather((models, 2), take)
+
+    def count_conflicts(self, thresholds: Sequence[int]) -> Gather:
+        """`ties_utils.count_conflicts` of the task vectors."""
+        bits = np.array(thresholds, dtype=np.int32)
+
+        def take(block: Block, counts: Counts, _: object) -> None:
+            kernels.count_conflicts(_parts(block), block.size, bits, counts)
+
+        return counts_gather((len([*gram_pairs(len(bits))]) + 1, 2), take)
 
     def sum_signs(
         self, merge: TaskVectorMerge, start_segment: Callable[[int], Counts | None]
@@ -358,7 +368,7 @@ def _room_for_sums(block: Block, count: int) -> NDArray[np.float64]:
 
 def _gram_parts(block: Block, models: int, *, deltas: bool) -> NDArray[np.float64]:
     found = _room_for_sums(block, len([*gram_pairs(models)]))
-    kernels.gram_parts(*_shaped(block), deltas, found)
+    kernels.gram_parts(*_shaped(block), models, deltas, found)
     return found
 
 

@@ -856,10 +856,10 @@ def _add_powers(delta: Any, size: Any, power: Any, lanes: Any, lane: Any) -> Non
 
 
 @_kernel()
-def gram_parts(parts: Any, rows: Any, row_length: Any, of_deltas: Any, sums: Any) -> None:
-    """`slerp_utils.gram_parts` of the inputs or the task vectors: shape (pairs, rows * runs)."""
-    shift = 1 if of_deltas else 0
-    models = len(parts.places) - 1 - shift
+def gram_parts(
+    parts: Any, rows: Any, row_length: Any, models: Any, of_deltas: Any, sums: Any
+) -> None:
+    """`slerp_utils.gram_parts` of the first inputs or task vectors: shape (pairs, rows * runs)."""
     base, values = np.empty(PIECE, np.float32), np.empty((models, PIECE), np.float32)
     lanes = np.empty((len(sums), LANES), np.float64)
     number = 0
@@ -1047,6 +1047,49 @@ def count_active(parts: Any, size: Any, epsilon: Any, counts: Any) -> None:
                 alone += np.int32(abs(delta[j]) > epsilon and number[j] == 1)
             counts[i, 0] += shared
             counts[i, 1] += alone
+
+
+@_kernel()
+def count_conflicts(parts: Any, size: Any, thresholds: Any, counts: Any) -> None:
+    """`ties_utils.count_conflicts` of the task vectors, above a magnitude's bits each."""
+    models = len(thresholds)
+    base, deltas = np.empty(PIECE, np.float32), np.empty((models, PIECE), np.float32)
+    for start in range(0, size, PIECE):
+        n = min(PIECE, size - start)
+        _widen(parts, 0, start, n, base)
+        for i in range(models):
+            delta, threshold = deltas[i], thresholds[i]
+            _subtract(parts, i + 1, start, n, base, delta)
+            for j in range(n):
+                sign = _ONE if delta[j] > _ZERO else -_ONE
+                delta[j] = sign if _magnitude(delta[j]) > threshold else _ZERO
+        for j in range(n):
+            base[j] = _ZERO
+        row = 0
+        for i in range(models):
+            for k in range(i, models):
+                left, right = deltas[i], deltas[k]
+                both, apart = np.int32(0), np.int32(0)
+                for j in range(n):
+                    product = left[j] * right[j]
+                    both += np.int32(product != _ZERO)
+                    apart += np.int32(product < _ZERO)
+                counts[row, 0] += both
+                counts[row, 1] += apart
+                row += 1
+        # One bit for each sign that an entry has.
+        signs, some, mixed = base, np.int32(0), np.int32(0)
+        for i in range(models):
+            delta = deltas[i]
+            for j in range(n):
+                bit = _ONE if delta[j] > _ZERO else np.float32(2)
+                has = signs[j] == bit or signs[j] == np.float32(3)
+                signs[j] += bit if delta[j] != _ZERO and not has else _ZERO
+        for j in range(n):
+            some += np.int32(signs[j] != _ZERO)
+            mixed += np.int32(signs[j] == np.float32(3))
+        counts[row, 0] += some
+        counts[row, 1] += mixed
 
 
 @_kernel()

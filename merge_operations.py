@@ -213,8 +213,13 @@ class Operations(Arithmetic, Protocol):
 
     # Gathering
 
-    def gram_parts(self, *, deltas: bool) -> Gather:
-        """`slerp_utils.gram_parts` of the inputs, or of the task vectors: `RunSums`."""
+    def gram_parts(self, *, deltas: bool, first: int | None = None) -> Gather:
+        """`slerp_utils.gram_parts` of the inputs, or of the task vectors: `RunSums`.
+
+        Args:
+            deltas: of the task vectors.
+            first: of so many of them alone.
+        """
 
     def column_grams(self, *, deltas: bool) -> Gather:
         """Dot products of the columns of two models, or task vectors: (3, columns), float64.
@@ -235,6 +240,9 @@ class Operations(Arithmetic, Protocol):
 
     def count_active(self, epsilon: float, models: int) -> Gather:
         """`ram_utils.count_active`: counts, shape (models, 2)."""
+
+    def count_conflicts(self, thresholds: Sequence[int]) -> Gather:
+        """`ties_utils.count_conflicts` of the task vectors: counts, shape (pairs + 1, 2)."""
 
     def sum_signs(
         self, merge: TaskVectorMerge, start_segment: Callable[[int], Counts | None]
@@ -305,6 +313,41 @@ def make_operations(
     from merge_torch import TorchOperations
 
     return TorchOperations(device, finish)
+
+
+def together(gathers: Sequence[Gather]) -> Gather:
+    """Several passes in one: collects a list of what each collects.
+
+    None of them has a state of its own for a segment.
+    """
+
+    def take(block: Block, collections: list[Any], _: object) -> None:
+        for gather, collection in zip(gathers, collections, strict=True):
+            gather.take(block, collection, None)
+
+    def fold(collections: list[Any], others: list[Any]) -> list[Any]:
+        pairs = zip(gathers, collections, others, strict=True)
+        return [gather.fold(one, other) for gather, one, other in pairs]
+
+    return Gather(lambda names: [gather.start(names) for gather in gathers], take, fold)
+
+
+def by_tensor(gather: Gather) -> Gather:
+    """A pass that collects for each tensor of a group apart: by name."""
+
+    def take(block: Block, collections: dict[str, Any], state: Any) -> None:
+        name = block.layout.name
+        if name not in collections:
+            collections[name] = gather.start([name])
+        gather.take(block, collections[name], state)
+
+    def fold(collections: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+        for name, other in others.items():
+            mine = collections.get(name)
+            collections[name] = other if mine is None else gather.fold(mine, other)
+        return collections
+
+    return Gather(lambda _: {}, take, fold, start_segment=gather.start_segment)
 
 
 def coarse_gather(

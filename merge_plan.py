@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from merge_findings import observed
 from merge_methods import ALIASES, METHODS, PROFILES, Method, completed
 from merge_operations import Finish, Operations
 from merge_recipe import (
@@ -91,6 +92,15 @@ class Plan:
             return Merge(operations.copy())
         return self.method.merge(tasks, operations)
 
+    def observe(self, tasks: Sequence[TensorTask], operations: Operations) -> Passes:
+        """Merge a group, and find out what its models have changed."""
+        merge = self.merge(tasks, operations)
+        if not isinstance(merge, Merge):
+            merge = yield from merge
+        if tasks[0].copied:
+            return merge
+        return observed(merge, tasks, operations, has_base=self.base is not None)
+
     @property
     def passes(self) -> int:
         """How often the inputs are read."""
@@ -108,9 +118,13 @@ class Plan:
     @property
     def read_bytes(self) -> int:
         """Bytes of all inputs' rows, all passes together; one that stands in counts as read."""
-        return sum(
-            self.passes_of(task) * TensorInfo(source.tensors[name].dtype, task.info.shape).nbytes
-            for task in self.tasks
+        return sum(self.read_bytes_of([task], self.passes_of(task)) for task in self.tasks)
+
+    def read_bytes_of(self, tasks: Sequence[TensorTask], passes: int) -> int:
+        """Bytes of some tensors' inputs, read so often."""
+        return passes * sum(
+            TensorInfo(source.tensors[name].dtype, task.info.shape).nbytes
+            for task in tasks
             for source, name in zip(self.sources, task.sources, strict=False)
         )
 

@@ -219,13 +219,13 @@ def option_problems(recipe: Recipe) -> list[str]:
     for name in ("merge_embeddings", "merge_lm_head"):
         if not isinstance(getattr(recipe, name), bool):
             problems.append(f"{name} must be true or false, got {getattr(recipe, name)!r}")
-    numbers_given = (recipe.weight_decay, *(recipe.clamp_range or ()))
+    numbers_given: tuple[Any, ...] = (recipe.weight_decay, *(recipe.clamp_range or ()))
     if not all(isinstance(value, numbers.Real) for value in numbers_given):
         problems.append(
             f"weight_decay must be a number and clamp_range two, got {recipe.weight_decay!r} and "
             f"{recipe.clamp_range!r}"
         )
-    elif recipe.clamp_range is not None and len(recipe.clamp_range) != 2:
+    elif len(numbers_given) not in (1, 3):
         problems.append(f"clamp_range must be two values, got {recipe.clamp_range}")
     else:
         try:

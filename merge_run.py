@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from merge_analysis import Analysis, make_analysis
 from merge_card import model_card, saved_report
+from merge_findings import analyze
 from merge_memory import Fit, anonymous_memory, fit_memory, peak_memory, remember_compiled
 from merge_operations import arithmetic, make_operations, numba_problem
 from merge_plan import Plan, free_bytes, open_plan, usable_cores
@@ -52,12 +54,15 @@ class RunSettings:
         max_memory: most memory of the process, such as "2GB" or a number of bytes, without files
             that the system caches; by default there is no limit, and a merge takes about 120 MB
             and 2 to 20 MB for each thread, as `plan` says.
+        findings: also find out, in the last pass, what each model has changed and where they
+            disagree; for the report.
         progress: show how far it is, on stderr.
     """
 
     device: str = "cpu"
     threads: int | None = None
     max_memory: str | int | None = None
+    findings: bool = False
     progress: bool = True
 
     def problems(self) -> list[str]:
@@ -130,13 +135,14 @@ def merge_to_folder(
     device: str = "cpu",
     threads: int | None = None,
     max_memory: str | int | None = None,
+    findings: bool = False,
     progress: bool = True,
 ) -> MergeReport:
     """Merge model folders into a new folder, in memory that does not grow with the models.
 
     Args:
         recipe: with an `output_dir`.
-        device, threads, max_memory, progress: see `RunSettings`.
+        device, threads, max_memory, findings, progress: see `RunSettings`.
 
     Raises:
         ValueError: something is wrong with the parameters or the output.
@@ -146,14 +152,14 @@ def merge_to_folder(
     if recipe.output_dir is None:
         raise ValueError("output_dir must name the folder to make, got None")
     started = time.monotonic()
-    settings = RunSettings(device, threads, max_memory, progress)
+    settings = RunSettings(device, threads, max_memory, findings, progress)
     with _open_for_merging(recipe, settings) as plan:
         fit = settings.fit(plan)
         _check_space(recipe.output_dir, plan.write_bytes)
         size = parse_size(recipe.max_shard_size)
         with FolderWriter(recipe.output_dir, plan.tensors, size) as writer:
-            findings = _stream(plan, fit, writer, settings)
-            report = _report(plan, fit, findings, started)
+            found = _stream(plan, fit, writer, settings)
+            report = _report(plan, fit, found, started)
             _write_small_files(plan, report, writer)
             _verify(writer.partial, recipe.output_dir)
             writer.commit()
@@ -210,7 +216,7 @@ def merge_to_model(
     Arguments and errors as `merge_to_folder`; the recipe has no `output_dir` and no `dtype`.
     Warns (`UserWarning`) with what the report would note on how the models are brought together.
     """
-    settings = RunSettings(device, threads, max_memory, progress)
+    settings = RunSettings(device, threads, max_memory, progress=progress)
     with _open_for_merging(replace(recipe, dtype="float32"), settings) as plan:
         fit = settings.fit(plan, beside=_model_bytes(plan))
         warn_about(plan.alignment, stacklevel=4)
@@ -266,6 +272,7 @@ def _stream(
     plan: Plan, fit: Fit, sink: Sink, run_settings: RunSettings
 ) -> dict[str, Mapping[str, Any]]:
     compiled = plan.method.compiled(plan.parameters)
+    merge_group = plan.observe if run_settings.findings else plan.merge
     with (
         make_operations(run_settings.device, compiled=compiled, finish=plan.finish) as operations,
         progress_bar(plan.read_bytes, plan.recipe.method, show=run_settings.progress) as on_bytes,
@@ -273,7 +280,7 @@ def _stream(
         settings = StreamSettings(fit.threads, fit.block_bytes, on_bytes)
         findings = stream(
             plan.groups,
-            lambda tasks: plan.merge(tasks, operations),
+            lambda tasks: merge_group(tasks, operations),
             plan.passes_of,
             operations,
             plan.sources,
@@ -282,6 +289,51 @@ def _stream(
         )
         remember_compiled(plan, arithmetic(run_settings.device, compiled=compiled))
         return {task.name: findings[task.name] for task in plan.tasks if task.name in findings}
+
+
+def analyze_models(
+    recipe: Recipe,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    max_memory: str | int | None = None,
+    progress: bool = True,
+) -> Analysis:
+    """What the models of a recipe have changed and where they disagree, without merging them.
+
+    Of the tensors that the recipe merges. Arguments and errors as `merge_to_folder`; the recipe
+    needs no `output_dir`.
+    """
+    settings = RunSettings(device, threads, max_memory, progress=progress)
+    with _open_for_merging(recipe, settings) as plan:
+        fit = settings.fit(plan)
+        tasks = [task for task in plan.tasks if not task.copied]
+        passes = 2 if plan.base is not None else 1
+        nbytes = plan.read_bytes_of(tasks, passes)
+        with (
+            make_operations(device) as operations,
+            progress_bar(nbytes, "analysis", show=progress) as on_bytes,
+        ):
+            findings = stream(
+                [[task] for task in tasks],
+                lambda group: analyze(group, operations, has_base=plan.base is not None),
+                lambda _: passes,
+                operations,
+                plan.sources,
+                Nowhere(),
+                StreamSettings(fit.threads, fit.block_bytes, on_bytes),
+            )
+        return make_analysis(
+            plan, {task.name: findings[task.name] for task in plan.tasks if task.name in findings}
+        )
+
+
+class Nowhere:
+    """A sink for passes that merge nothing."""
+
+    def write_rows(self, name: str, first: int, rows: NDArray[Any]) -> None:
+        """Never called."""
+        raise AssertionError(name)
 
 
 def _check_space(output_dir: Path, need: int) -> None:

@@ -203,13 +203,18 @@ class Merge(NamedTuple):
 
     Attributes:
         take: fills the block's result. It is also given what `start_segment` made, as in `Gather`.
+            None where there is nothing to merge; then there is no last pass.
         start_segment: as in `Gather`.
         findings: what the method found out, by tensor name, for the report.
+        observe: collects something from the same blocks.
+        conclude: from what was collected so to findings, by tensor name.
     """
 
-    take: Callable[[Block, Any], None]
+    take: Callable[[Block, Any], None] | None
     start_segment: Callable[[int], Any] = lambda _: None
     findings: Mapping[str, Mapping[str, Any]] = {}
+    observe: Gather | None = None
+    conclude: Callable[[Any], Mapping[str, Mapping[str, Any]]] = lambda _: {}
 
 
 Passes = Generator[Gather, Any, Merge]
@@ -312,7 +317,7 @@ def stream(
                 continue
             settings.on_bytes(job.group.credit() * job.segment.nbytes)
             job.group.finish_segment()
-            if job.group.merge is not None:
+            if job.group.merge is not None:  # it was the last pass, or nothing is merged
                 findings.update(job.group.merge.findings)
                 under_way.remove(job.group)
         if failures:  # of what was under way, the first that was begun, whichever was faster
@@ -375,6 +380,7 @@ class _GroupWork:
         self._segments = segments
         self._to_credit = expected
         self.is_read = False
+        self.left: deque[_Segment] = deque()
         self.merge: Merge | None = None
         self._answer: Any = None
         self._collections: list[Any] = []
@@ -383,6 +389,9 @@ class _GroupWork:
     def _begin(self) -> None:
         """Begin the next pass."""
         self.request = self._next_request()
+        if isinstance(self.request, Merge) and self.request.take is None:
+            self.merge = self.request
+            return
         self.left = deque(self._segments)
         self._unfinished = len(self._segments)
         self._answer = None
@@ -428,13 +437,27 @@ class _GroupWork:
         if self._unfinished:
             return
         if isinstance(self.request, Merge):
-            self.merge = self.request
+            self.merge = self._observed(self.request)
             return
-        self._answer = functools.reduce(self.request.fold, self._collections)
-        self._collections.clear()
+        self._answer = self._collected(self.request)
         self._to_credit -= self.credit()
         self.is_read |= not self.request.sample
         self._begin()
+
+    def _observed(self, merge: Merge) -> Merge:
+        """The last pass with what was observed during it among the findings."""
+        if merge.observe is None:
+            return merge
+        observed = merge.conclude(self._collected(merge.observe))
+        names = {*merge.findings, *observed}
+        both = {name: {**merge.findings.get(name, {}), **observed.get(name, {})} for name in names}
+        return merge._replace(findings=both)
+
+    def _collected(self, gather: Gather) -> Any:
+        """What all threads have collected in a pass."""
+        collected = functools.reduce(gather.fold, self._collections)
+        self._collections.clear()
+        return collected
 
 
 class _Reader:
@@ -486,8 +509,11 @@ class _Reader:
         if isinstance(request, Gather):
             with group.collection(request) as collection:
                 self._gather(request, segment, collection, check=not group.is_read)
-        else:
+        elif request.observe is None:
             self._merge(request, segment, check=not group.is_read)
+        else:
+            with group.collection(request.observe) as collection:
+                self._merge(request, segment, collection, check=not group.is_read)
 
     def _gather(self, gather: Gather, segment: _Segment, collection: Any, *, check: bool) -> None:
         state = gather.start_segment(segment.number)
@@ -496,12 +522,15 @@ class _Reader:
                 self._check_inputs(segment.task, block)
             gather.take(block, collection, state)
 
-    def _merge(self, merge: Merge, segment: _Segment, *, check: bool) -> None:
+    def _merge(self, merge: Merge, segment: _Segment, observed: Any = None, *, check: bool) -> None:
+        assert merge.take is not None
         state = merge.start_segment(segment.number)
         for block in self._blocks(segment):
             if check:
                 self._check_inputs(segment.task, block)
             merge.take(block, state)
+            if merge.observe is not None:
+                merge.observe.take(block, observed, None)
             if not self.operations.result_is_finite(block):
                 _refuse_result(segment.task, block)
             self.sink.write_rows(segment.task.name, block.first, block.stored(-1))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from gram_utils import Gram
+from gram_utils import Gram, gram_pairs
 from merge_operations import (
     FINE_BINS,
     Counts,
@@ -211,12 +211,13 @@ class TorchOperations:
 
     # Gathering
 
-    def gram_parts(self, *, deltas: bool) -> Gather:
+    def gram_parts(self, *, deltas: bool, first: int | None = None) -> Gather:
         """`slerp_utils.gram_parts` of the inputs, or of the task vectors."""
         from slerp_utils import gram_parts
 
         def found(block: Block) -> list[list[float]]:
-            return gram_parts(self._deltas(block)[1] if deltas else self._inputs(block))
+            tensors = self._deltas(block)[1] if deltas else self._inputs(block)
+            return gram_parts(tensors[:first])
 
         def take(block: Block, sums: RunSums, _: object) -> None:
             sums.append(self._run(lambda: found(block)))
@@ -274,6 +275,17 @@ class TorchOperations:
             counts += self._run(lambda: np.array(count_active(self._deltas(block)[1], epsilon)))
 
         return counts_gather((models, 2), take)
+
+    def count_conflicts(self, thresholds: Sequence[int]) -> Gather:
+        """`ties_utils.count_conflicts` of the task vectors."""
+        from ties_utils import count_conflicts
+
+        def take(block: Block, counts: Counts, _: object) -> None:
+            counts += self._run(
+                lambda: np.array(count_conflicts(self._deltas(block)[1], thresholds))
+            )
+
+        return counts_gather((len([*gram_pairs(len(thresholds))]) + 1, 2), take)
 
     def sum_signs(self, merge: TaskVectorMerge, start_segment: Callable[[int], State]) -> Gather:
         """Sum of the elected signs, those that balance counting 0."""

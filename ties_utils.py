@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gram_utils import gram_pairs
 from linear_utils import add_task_vector
 from scalar_utils import (
     ELECT_METHODS,
@@ -331,6 +332,32 @@ def majority(signs: Sequence[Tensor]) -> float:
     """
     total = sum(int(sign.sum(dtype=torch.float64)) for sign in signs)
     return float((total > 0) - (total < 0))
+
+
+def count_conflicts(deltas: Sequence[Tensor], thresholds: Sequence[int]) -> list[tuple[int, int]]:
+    """How often models pull an entry in opposite directions.
+
+    Args:
+        deltas: some rows of the task vectors, float32.
+        thresholds: bits of a magnitude for each; changes up to it do not count. 0 counts all.
+
+    Returns:
+        For each of `gram_utils.gram_pairs`, entries that both models change, and those they
+        change in opposite directions; last, entries that any model changes, and those that some
+        models raise and others lower.
+
+    >>> count_conflicts([torch.tensor([1.0, -2.0, 0.0]), torch.tensor([3.0, 1.0, 0.0])], [0, 0])
+    [(2, 0), (2, 1), (2, 0), (2, 1)]
+    """
+    check_tensors(deltas)
+    signs = [
+        select(magnitude_bits(delta) > threshold, delta).sign()
+        for delta, threshold in zip(deltas, thresholds, strict=True)
+    ]
+    products = [signs[i] * signs[j] for i, j in gram_pairs(len(signs))]
+    counts = [(int(x.count_nonzero()), int((x < 0).count_nonzero())) for x in products]
+    raised, lowered = (torch.stack([s == way for s in signs]).any(dim=0) for way in (1, -1))
+    return [*counts, (int((raised | lowered).sum()), int((raised & lowered).sum()))]
 
 
 def disjoint_mean(

@@ -165,6 +165,17 @@ def test_dot_products(dtypes, size):
         assert len(kernels._parts[0]) == pairs
 
 
+@pytest.mark.parametrize("dtypes", LAYOUTS, ids="-".join)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_conflicts_are_counted_alike(dtypes, size):
+    block = make_block(*size, dtypes)
+    for thresholds in ([0] * MODELS, ranked(block, block.size // 2)):
+        kernels, by_torch = gathered(block, lambda ops, t=thresholds: ops.count_conflicts(t))
+        assert np.array_equal(kernels, by_torch)
+    kernels, by_torch = gathered(block, lambda ops: ops.gram_parts(deltas=False, first=1))
+    assert np.array_equal(kernels._parts[0], by_torch._parts[0])
+
+
 def sparsifiers(block):
     """Every way to thin out task vectors, with the state that it starts with."""
     lower, upper = ranked(block, block.size // 2), ranked(block, block.size * 9 // 10)
