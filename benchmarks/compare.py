@@ -86,39 +86,71 @@ class Method(NamedTuple):
 
     Attributes:
         driver: our script, without _llama.py.
-        lists: the options that take a number for each model.
         inputs: a key of `INPUTS`.
-        mergekit: the name of its method.
-        normalize: as our default is; mergekit is told the same.
+        mergekit: the name of its method; empty where it has none.
+        lists: the options that take a number for each model.
         extra: more options of our driver.
+        shared: mergekit's parameters for all models; those whose defaults could be others than
+            ours.
     """
 
     driver: str
-    lists: tuple[str, ...]
     inputs: str
     mergekit: str
-    normalize: bool
+    lists: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
+    shared: Mapping[str, Any] = {}
 
 
-TIES_LISTS = ("weights", "densities")
+MODELS, TWO, ONE, PAIR = "models", "two models", "one model", "base and one model"
 WITH_BASE = "base and models"
+WEIGHTS = ("weights",)
+TIES_LISTS = ("weights", "densities")
 
 METHODS: Mapping[str, Method] = {
-    "linear": Method("linear", ("weights",), "models", "linear", True),
-    "slerp": Method("slerp", (), "two models", "slerp", False),
-    "task_arithmetic": Method("task_arithmetic", ("weights",), WITH_BASE, "task_arithmetic", False),
-    "ties": Method("ties", TIES_LISTS, WITH_BASE, "ties", True),
-    "ties_model": Method("ties", TIES_LISTS, WITH_BASE, "ties", True, ("--trim_scope", "model")),
-    "dare": Method("dare", TIES_LISTS, WITH_BASE, "dare_linear", False),
+    "linear": Method("linear", MODELS, "linear", WEIGHTS, shared={"normalize": True}),
+    "slerp": Method("slerp", TWO, "slerp", shared={"t": 0.5}),
+    "nuslerp": Method("nuslerp", TWO, "nuslerp", WEIGHTS),
+    "nuslerp_rows": Method(
+        "nuslerp",
+        TWO,
+        "nuslerp",
+        WEIGHTS,
+        ("--no-nuslerp_flatten",),
+        {"nuslerp_flatten": False},
+    ),
+    "multislerp": Method("multislerp", MODELS, "multislerp", WEIGHTS),
+    "karcher": Method("karcher", MODELS, "karcher"),
+    "sequential": Method("sequential", MODELS, "", WEIGHTS),
+    "nearswap": Method("nearswap", PAIR, "nearswap", (), ("--t", "0.001"), {"t": 0.001}),
+    "passthrough": Method("passthrough", ONE, "passthrough"),
+    "model_stock": Method("model_stock", WITH_BASE, "model_stock"),
+    "task_arithmetic": Method(
+        "task_arithmetic", WITH_BASE, "task_arithmetic", WEIGHTS, shared={"normalize": False}
+    ),
+    "ties": Method("ties", WITH_BASE, "ties", TIES_LISTS, shared={"normalize": True}),
+    "ties_model": Method("ties", WITH_BASE, "ties", TIES_LISTS, ("--trim_scope", "model")),
+    "dare": Method("dare", WITH_BASE, "dare_linear", TIES_LISTS, shared={"normalize": False}),
+    "della": Method("della", WITH_BASE, "della", TIES_LISTS, shared={"normalize": True}),
+    "breadcrumbs": Method(
+        "breadcrumbs", WITH_BASE, "breadcrumbs", TIES_LISTS, shared={"normalize": False}
+    ),
+    "sce": Method("sce", WITH_BASE, "sce", (), ("--select_topk", "0.1"), {"select_topk": 0.1}),
+    "ram": Method("ram", WITH_BASE, "ram"),
+    "consensus": Method("consensus", WITH_BASE, "", WEIGHTS),
+    "arcee_fusion": Method("arcee_fusion", PAIR, "arcee_fusion"),
 }
 
 INPUTS: Mapping[str, Callable[[list[Path]], list[Path]]] = {
-    "models": lambda folders: folders[1:],
-    "two models": lambda folders: folders[1:3],
+    MODELS: lambda folders: folders[1:],
+    TWO: lambda folders: folders[1:3],
+    ONE: lambda folders: folders[1:2],
+    PAIR: lambda folders: folders[:2],
     WITH_BASE: lambda folders: folders,
 }
 """Which of the base and its fine-tunes are read."""
+
+BASED = (WITH_BASE, PAIR)
 
 
 class Case(NamedTuple):
@@ -357,7 +389,7 @@ def command_of(case: Case, folder: Path, mergekit: Path, output: Path) -> list[s
 
 def our_command(case: Case, inputs: Sequence[Path], output: Path) -> list[str]:
     method = METHODS[case.method]
-    base, models = (inputs[:1], inputs[1:]) if method.inputs == WITH_BASE else ([], inputs)
+    base, models = (inputs[:1], inputs[1:]) if method.inputs in BASED else ([], inputs)
     command = [sys.executable, str(ROOT / f"{method.driver}_llama.py"), *map(str, base)]
     command += ["--ft_models", *map(str, models), "--save", str(output), "--quiet"]
     for option in method.lists:
@@ -366,10 +398,9 @@ def our_command(case: Case, inputs: Sequence[Path], output: Path) -> list[str]:
 
 
 def mergekit_recipe(name: str, inputs: Sequence[Path]) -> dict[str, Any]:
-    """Says `normalize` where mergekit's default could be another than ours."""
+    """Says what mergekit's default could be another than ours of."""
     method = METHODS[name]
-    with_base = method.inputs == WITH_BASE
-    models = inputs[1:] if with_base else inputs
+    models = inputs[1:] if method.inputs in BASED else inputs
     keys = [{"weights": "weight", "densities": "density"}[option] for option in method.lists]
     recipe: dict[str, Any] = {
         "merge_method": method.mergekit,
@@ -377,10 +408,10 @@ def mergekit_recipe(name: str, inputs: Sequence[Path]) -> dict[str, Any]:
             {"model": str(model), "parameters": dict.fromkeys(keys, share)}
             for model, share in zip(models, shares(models), strict=True)
         ],
-        "parameters": {"t": 0.5} if name == "slerp" else {"normalize": method.normalize},
+        "parameters": dict(method.shared),
         "dtype": "bfloat16",
     }
-    if with_base or name == "slerp":  # to mergekit, the base of a slerp is the end where t is 0
+    if method.inputs in BASED or name == "slerp":  # its base of a slerp is where t is 0
         recipe["base_model"] = str(inputs[0])
     return recipe
 
@@ -755,21 +786,22 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     matplotlib.rcParams.update({"svg.hashsalt": "benchmarks", "svg.fonttype": "none"})
     seconds = {(row.method, row.who): row.median("seconds") for row in rows if not row.options}
     methods = list(dict.fromkeys(row.method for row in rows))
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    figure = Figure(figsize=(8, 1.5 + 0.62 * len(methods)), layout="constrained")
     axes = figure.subplots()
     for position, who in enumerate(WHO):
         bars = [(i, seconds.get((method, who))) for i, method in enumerate(methods)]
         places = [i + (position - 1.5) * 0.2 for i, value in bars if value]
-        heights = [value for _, value in bars if value]
-        if heights:
-            container = axes.bar(places, heights, width=0.19, label=who)
-            axes.bar_label(container, fmt="%.3g", fontsize=8)
+        lengths = [value for _, value in bars if value]
+        if lengths:
+            container = axes.barh(places, lengths, height=0.19, label=who)
+            axes.bar_label(container, fmt="%.3g", fontsize=8, padding=2)
     values = [value for value in seconds.values() if value]
     if max(values) > 20 * min(values):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_xticks(range(len(methods)), methods)
-    axes.set_ylabel("seconds")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_yticks(range(len(methods)), methods)
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds")
     axes.set_title(title)
     figure.legend(loc="outside lower center", ncols=len(WHO), frameon=False)
     figure.savefig(path, metadata={"Date": None})
@@ -807,7 +839,8 @@ def cases_of(arguments: argparse.Namespace) -> list[Case]:
         for run in range(arguments.runs)
         for method in arguments.methods
         for who in arguments.who
-        if who != "transformers" or method == "linear"
+        if (who != "transformers" or method == "linear")
+        and (who != "mergekit" or METHODS[method].mergekit)
     ]
     return list(dict.fromkeys(cases))
 
