@@ -17,6 +17,7 @@ from scalar_utils import (
     ElectMethod,
     ElectOn,
     Window,
+    check_choice,
     check_count,
     window_counts,
     window_cut,
@@ -166,8 +167,7 @@ def _middles(
     check_tensors(tensors, base)
     check_count("densities", densities, len(tensors))
     check_count("gammas", gammas, len(tensors))
-    if trim_scope not in ("tensor", "row"):
-        raise ValueError(f"trim_scope must be tensor or row, got {trim_scope!r}")
+    check_choice("trim_scope", trim_scope, ("tensor", "row"))
     keep = keep_middle if trim_scope == "tensor" else keep_middle_of_rows
     return [
         keep(tensor - base, density, gamma, shrink=shrink)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations, combinations_with_replacement
 from typing import Literal, NamedTuple
 
-from scalar_utils import check_count, check_t, check_weights
+from scalar_utils import check_choice, check_count, check_t, check_weights
 
 Gram = Sequence[Sequence[float]]
 StockAverage = Literal["cosine", "angle"]
@@ -86,8 +86,10 @@ def slerp_coefficients(
     cosine = max(-1.0, min(1.0, ac / unit_a / unit_c))
     first, second, used_lerp = _arc(cosine, t, abs(cosine) > dot_threshold)
     if normalize:
-        # Along the arc between unit vectors the length is 1; on their straight line it is not.
-        squared = first * first + second * second + 2 * first * second * cosine
+        # Along the arc between unit vectors the length is 1; on their straight line it is not,
+        # nor where one of them is zero.
+        squared = first * first * aa / unit_a**2 + second * second * cc / unit_c**2
+        squared += 2 * first * second * cosine
         length = ((1.0 - t) * norm_a + t * norm_c) / (math.sqrt(max(squared, 0.0)) or 1.0)
         first, second = first * length / unit_a, second * length / unit_c
     return SlerpCoefficients(first, second, used_lerp, cosine)
@@ -391,8 +393,7 @@ def model_stock_ratio(
     """
     if len(gram) < 2:
         raise ValueError(f"Model Stock needs at least 2 models, got {len(gram)}")
-    if average not in STOCK_AVERAGES:
-        raise ValueError(f"average must be one of {', '.join(STOCK_AVERAGES)}, got {average!r}")
+    check_choice("average", average, STOCK_AVERAGES)
     count = len(gram)
     cosines = []
     for i, j in combinations(range(count), 2):

@@ -51,6 +51,7 @@ from scalar_utils import (
     RESCALES,
     SCE_MASKS,
     TRIM_SCOPES,
+    TRIM_TIES,
     check_agreement,
     check_della,
     check_density,
@@ -208,7 +209,7 @@ TRIM = (
         str,
         "index",
         "of equal changes at the cut, keep the first ones, or all",
-        choices=("index", "all"),
+        choices=TRIM_TIES,
     ),
     Parameter(
         "k_rule",

@@ -18,6 +18,8 @@ Rescale = Literal["inverse_density", "l1", "none"]
 RESCALES: tuple[Rescale, ...] = ("inverse_density", "l1", "none")
 TrimScope = Literal["tensor", "row", "model"]
 TRIM_SCOPES: tuple[TrimScope, ...] = ("tensor", "row", "model")
+TrimTies = Literal["index", "all"]
+TRIM_TIES: tuple[TrimTies, ...] = ("index", "all")
 KRule = Literal["floor", "paper", "peft"]
 K_RULES: tuple[KRule, ...] = ("floor", "paper", "peft")
 Denominator = Literal["weight", "count", "none"]
@@ -40,6 +42,12 @@ LANES = 2**10
 
 SMALLEST, LARGEST = 1e-30, 1e30
 """Weights beyond these magnitudes are refused: products with them leave the range of float32."""
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raise `ValueError` unless a value is one of those there are."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
 def check_weights(weights: Sequence[float]) -> None:
@@ -136,6 +144,7 @@ def kept_count(density: float, numel: int, rule: KRule = "floor") -> int:
     (0, 4)
     """
     check_density(density)
+    check_choice("k_rule", rule, K_RULES)
     if density in (0.0, 1.0) or numel == 0:
         return int(density) * numel
     cut_off = int(density * numel)
@@ -299,12 +308,6 @@ def keep_limit(density: float) -> int:
     return math.floor(density * 2**32 + 0.5)
 
 
-def check_rescale(rescale: str) -> None:
-    """Raise `ValueError` unless `rescale` is one of `RESCALES`."""
-    if rescale not in RESCALES:
-        raise ValueError(f"rescale must be one of {', '.join(RESCALES)}, got {rescale!r}")
-
-
 def rescale_factor(
     rescale: Rescale, density: float, l1: float = math.nan, l1_kept: float = math.nan
 ) -> float:
@@ -320,7 +323,7 @@ def rescale_factor(
     >>> rescale_factor("inverse_density", 0.25), rescale_factor("l1", 0.25, 6.0, 2.0)
     (4.0, 3.0)
     """
-    check_rescale(rescale)
+    check_choice("rescale", rescale, RESCALES)
     check_density(density)
     if rescale == "inverse_density":
         return 1.0 / density if keep_limit(density) else 0.0
@@ -367,8 +370,7 @@ def rank_factors(rescale: RankRescale, chances: Sequence[float]) -> list[float]:
     >>> rank_factors("inverse_prob", [0.25, 0.5])
     [4.0, 2.0]
     """
-    if rescale not in RANK_RESCALES:
-        raise ValueError(f"rescale must be one of {', '.join(RANK_RESCALES)}, got {rescale!r}")
+    check_choice("rescale", rescale, RANK_RESCALES)
     if rescale != "inverse_prob":
         return [1.0] * len(chances)
     return [1.0 / chance if chance else 0.0 for chance in chances]
@@ -398,6 +400,8 @@ def selected_count(select_topk: float, varying: int, numel: int) -> int:
 def sce_weights(squares: Sequence[float], numel: int, floor: float = 0.0) -> list[float]:
     """Weights of the models: their mean squares, divided by the sum of these.
 
+    A model that has changed anything has a weight that float32 can hold, however small.
+
     Args:
         squares: summed squares of each model's selected changes.
         numel: entries of the tensor.
@@ -409,7 +413,7 @@ def sce_weights(squares: Sequence[float], numel: int, floor: float = 0.0) -> lis
     total = math.fsum(squares)
     if total == 0 or total / numel < floor:
         return [1.0 / len(squares)] * len(squares)
-    return [square / total for square in squares]
+    return [max(square / total, SMALLEST) if square else 0.0 for square in squares]
 
 
 def check_epsilon(epsilon: float) -> None:

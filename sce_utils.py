@@ -15,6 +15,7 @@ from scalar_utils import (
     SCE_MASKS,
     SceMask,
     TrimThreshold,
+    check_choice,
     check_topk,
     sce_weights,
     selected_count,
@@ -96,8 +97,7 @@ def sce(
     tensor([2., 0., 0., 3.])
     """
     check_topk(select_topk)
-    if sce_mask not in SCE_MASKS:
-        raise ValueError(f"sce_mask must be one of {', '.join(SCE_MASKS)}, got {sce_mask!r}")
+    check_choice("sce_mask", sce_mask, SCE_MASKS)
     check_tensors(tensors, base)
     deltas = [tensor - base for tensor in tensors]
     chosen = cut_mask(variance(deltas), trim_cut(select_threshold(deltas, select_topk)))

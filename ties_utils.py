@@ -23,18 +23,22 @@ from torch import Tensor
 from gram_utils import gram_pairs
 from linear_utils import add_task_vector
 from scalar_utils import (
+    DENOMINATORS,
     ELECT_METHODS,
     ELECT_ON,
     KEEP_ALL,
     KEEP_NONE,
     NO_MAGNITUDE,
+    TRIM_TIES,
     Cut,
     Denominator,
     ElectMethod,
     ElectOn,
     KRule,
     TrimThreshold,
+    TrimTies,
     Window,
+    check_choice,
     check_count,
     check_ties_weights,
     check_weights,
@@ -311,8 +315,7 @@ def elect_sign(
     >>> elect_sign(torch.tensor([[5.0, -1.0], [-1.0, -1.0], [-1.0, 0.0]]))
     tensor([ 1., -1.])
     """
-    if method not in ELECT_METHODS:
-        raise ValueError(f"method must be one of {', '.join(ELECT_METHODS)}, got {method!r}")
+    check_choice("method", method, ELECT_METHODS)
     votes = list(deltas)
     check_tensors(votes)
     total = torch.zeros_like(votes[0])
@@ -323,6 +326,9 @@ def elect_sign(
 
 def majority(signs: Sequence[Tensor]) -> float:
     """Sign of a whole model: that of the sum of its parameters' signs; 0.0 where they balance.
+
+    With 0.0, entries whose votes balance are left out; the authors' code then takes the negative
+    ones.
 
     Args:
         signs: of every tensor, from `elect_sign` with `zero` 0.0.
@@ -394,6 +400,7 @@ def disjoint_mean(
     """
     deltas = list(deltas)
     votes = deltas if votes is None else votes
+    check_choice("denominator", denominator, DENOMINATORS)
     check_count("weights", weights, len(deltas))
     check_weights(weights)
     check_tensors([*deltas, *votes], signs)
@@ -452,8 +459,7 @@ def elect_and_combine(
     zero: float = 1.0,
 ) -> Tensor:
     """The merged task vector of `elect_and_merge`, before it is scaled and added."""
-    if elect_on not in ELECT_ON:
-        raise ValueError(f"elect_on must be one of {', '.join(ELECT_ON)}, got {elect_on!r}")
+    check_choice("elect_on", elect_on, ELECT_ON)
     check_count("weights", weights, len(deltas))
     weighted = [delta * weight for delta, weight in zip(deltas, weights, strict=True)]
     votes = weighted if elect_on == "weighted" else list(deltas)
@@ -471,7 +477,7 @@ def ties(
     normalize: bool = True,
     denominator: Denominator | None = None,
     trim_scope: Literal["tensor", "row"] = "tensor",
-    trim_ties: Literal["index", "all"] = "index",
+    trim_ties: TrimTies = "index",
     k_rule: KRule = "floor",
     elect_on: ElectOn = "weighted",
     elect_method: ElectMethod = "mass",
@@ -510,8 +516,8 @@ def ties(
     check_tensors(tensors, base)
     check_count("densities", densities, len(tensors))
     check_ties_weights(weights, normalize=normalize and denominator is None)
-    if trim_scope not in ("tensor", "row"):
-        raise ValueError(f"trim_scope must be tensor or row, got {trim_scope!r}")
+    check_choice("trim_scope", trim_scope, ("tensor", "row"))
+    check_choice("trim_ties", trim_ties, TRIM_TIES)
     trim_one = trim if trim_scope == "tensor" else trim_rows
     trimmed = [
         trim_one(tensor - base, density, rule=k_rule, all_ties=trim_ties == "all")

@@ -4,9 +4,20 @@ import pytest
 import reference
 import torch
 from hypothesis import given
-from strategies import models_with_weights, ulps
+from hypothesis import strategies as st
+from strategies import assert_near, families, models_with_weights, tensor_lists, total, ulps
 
-from linear_utils import add_task_vector, combine, lerp, linear, sequential_lerp, task_arithmetic
+from linear_utils import (
+    add_task_vector,
+    combine,
+    combine_rows,
+    lerp,
+    linear,
+    nearswap,
+    scale,
+    sequential_lerp,
+    task_arithmetic,
+)
 
 
 def tensors(*rows):
@@ -29,6 +40,12 @@ def test_sequential_lerp_golden_g1_equals_linear():
 def test_task_arithmetic_golden_g2():
     base, one, two = tensors([1, 1], [2, 1], [1, 0])
     assert task_arithmetic(base, [one, two], [1, 2], lam=0.5).tolist() == [1.5, 0]
+
+
+def test_golden_g13_nearswap_and_passthrough():
+    a, c = tensors([0, 1], [0.5, 1.1])
+    torch.testing.assert_close(nearswap(a, c, 0.1), torch.tensor([0.1, 1.1]))
+    assert scale(c, 0.5).tolist() == (c / 2).tolist()
 
 
 @given(models_with_weights())
@@ -127,6 +144,60 @@ def test_lerp_ends_are_the_models():
     assert torch.equal(lerp(a, c, 1.0), c)
 
 
+@given(models_with_weights())
+def test_sequential_lerp_is_linear_and_agrees_with_the_reference(case):
+    models, weights = case
+    terms = total(models, weights) / sum(weights)
+    merged = sequential_lerp(models, weights)
+    assert_near(merged, reference.sequential_lerp([x.numpy() for x in models], weights), terms)
+    assert_near(merged, linear(models, weights).double().numpy(), 2 * terms)
+
+
+def test_a_model_of_weight_zero_is_passed_by_in_sequence():
+    models = tensors([1, 2], [5, 6], [3, 3])
+    assert torch.equal(sequential_lerp(models, [1, 0, 0]), models[0])
+    assert torch.equal(sequential_lerp(models[:1], [0.3]), models[0])
+
+
+@given(families(max_models=1), st.floats(0, 1))
+def test_nearswap_agrees_with_the_reference(family, t):
+    base, (model,) = family.base, family.models
+    array, (other,) = family.arrays
+    terms = total([base, model], [1, 1])
+    assert_near(nearswap(base, model, t), reference.nearswap(array, other, t), terms)
+
+
+def test_nearswap_takes_what_is_near_and_goes_towards_the_rest():
+    base, model = tensors([1, 1, 1, 1, 0], [1.25, 1.5, 2, -1, 1e-7])
+    assert nearswap(base, model, 0.5).tolist() == [1.25, 1.5, 1.5, 0.5, model[4]]
+    assert torch.equal(nearswap(base, model, 0), base)
+    assert torch.equal(nearswap(base, model, 2), model)
+    assert torch.equal(nearswap(base, base, 1e-4), base)
+
+
+@given(tensor_lists(max_models=1), st.sampled_from([0.0, 0.5, -1.0, 0.3, 3.0]))
+def test_scale_multiplies_once(models, factor):
+    assert torch.equal(scale(models[0], factor), models[0] * torch.tensor(factor))
+    expected = reference.scale(models[0].numpy(), factor)
+    assert_near(scale(models[0], factor), expected, 0 * models[0])
+
+
+def test_scale_without_a_factor_is_a_copy_of_every_bit():
+    special = torch.tensor([-0.0, math.inf, math.nan, 1e-45])
+    copy = scale(special, None)
+    assert torch.equal(copy.view(torch.int32), special.view(torch.int32))
+    assert copy.data_ptr() != special.data_ptr()
+
+
+def test_rows_have_coefficients_of_their_own():
+    one, two = tensors([[1, 2], [3, 4]], [[10, 20], [30, 40]])
+    shares = torch.tensor([[1.0, 0.5], [0.0, -1.0]])
+    assert combine_rows(shares, [one, two]).tolist() == [[6, 12], [-30, -40]]
+    assert combine_rows(shares[:1], [one[1], two[1]]).tolist() == [18, 24]
+    deep = combine_rows(shares, [one.view(2, 1, 2), two.view(2, 1, 2)])
+    assert deep.tolist() == [[[6, 12]], [[-30, -40]]]
+
+
 def test_inputs_are_unchanged():
     base, one, two = tensors([1, 2], [2, 1], [3, 5])
     copies = [base.clone(), one.clone(), two.clone()]
@@ -150,6 +221,12 @@ def test_inputs_are_unchanged():
         (lambda x: lerp(x, x, math.nan), r"t must be in \[0, 1\] .* got nan"),
         (lambda x: task_arithmetic(x, [x], [1.0], lam=math.inf), "lam must be a number up to"),
         (lambda x: sequential_lerp([x, x], [0, 1]), "the first above 0"),
+        (lambda x: sequential_lerp([x, x], [1]), "one entry per model, got 1 for 2 models"),
+        (lambda x: nearswap(x, x, -0.1), "t must be at least 0 .* got -0.1"),
+        (lambda x: nearswap(x, x, math.nan), "t must be at least 0 .* got nan"),
+        (lambda x: nearswap(x, x[:1], 1), r"one shape, got \(2,\) and \(1,\)"),
+        (lambda x: scale(x, math.inf), "must be 0 or between .* got inf"),
+        (lambda x: scale(x.half(), 1), "must be float32"),
     ],
 )
 def test_refusals(call, text):

@@ -3,28 +3,49 @@ import math
 import pytest
 import reference
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from strategies import models_with_weights, tensor_lists
+from strategies import (
+    assert_near,
+    assume_clear,
+    families,
+    models_with_weights,
+    tensor_lists,
+    total,
+)
 
+from scalar_utils import DENOMINATORS, ELECT_METHODS, ELECT_ON, K_RULES, Cut
 from ties_utils import (
     KEEP_ALL,
     KEEP_NONE,
     TIES,
     TrimThreshold,
+    count_equal,
     count_ties,
+    cut_apply,
+    cut_mask,
     disjoint_mean,
+    elect_and_merge,
     elect_sign,
     kept_count,
+    majority,
     ties,
     trim,
     trim_apply,
+    trim_model,
+    trim_rows,
     trim_threshold,
 )
 
 A = torch.tensor([4, -1, 3, 0.5, -2])
 B = torch.tensor([-1, 2, -3, 1, -4.0])
 ZERO = torch.zeros(5)
+PAPER = {
+    "k_rule": "paper",
+    "trim_ties": "all",
+    "elect_on": "unweighted",
+    "denominator": "count",
+}
 
 
 @pytest.mark.parametrize(
@@ -60,12 +81,53 @@ def test_golden_g8_votes_go_by_mass_and_are_weighted():
 
 
 def test_golden_g8_one_negative_weight():
-    assert ties(
-        torch.zeros(2), [torch.tensor([3.0, 1.0])], [-1], [1], normalize=False
-    ).tolist() == [
-        -3,
-        -1,
-    ]
+    zero, model = torch.zeros(2), [torch.tensor([3.0, 1.0])]
+    assert ties(zero, model, [-1], [1], normalize=False).tolist() == [-3, -1]
+    assert ties(zero, model, [-1], [1], denominator="count").tolist() == [-3, -1]
+    assert ties(zero, model, [-1], [1], denominator="weight").tolist() == [3, 1]
+
+
+def test_golden_g8_weights_of_both_signs():
+    models = [torch.tensor([3.0]), torch.tensor([-1.0])]
+    assert ties(torch.zeros(1), models, [1, -1], [1, 1], denominator="weight").tolist() == [4]
+
+
+@pytest.mark.parametrize(
+    ("weights", "denominator", "expected"),
+    [
+        ([1, 1], "count", [4, 2, 3, 0, -3]),
+        ([1, 1], "none", [4, 2, 3, 0, -6]),
+        ([2, 1], "count", [8, 2, 6, 0, -4]),
+        ([2, 1], "none", [8, 2, 6, 0, -8]),
+        ([2, 1], "weight", [4, 2, 3, 0, -8 / 3]),
+    ],
+)
+def test_golden_g8_denominators_with_votes_as_in_peft(weights, denominator, expected):
+    options = {"denominator": denominator, "elect_on": "unweighted", "normalize": False}
+    merged = ties(ZERO, [A, B], weights, [0.6, 0.6], **options)
+    torch.testing.assert_close(merged, torch.tensor(expected, dtype=torch.float32))
+
+
+def test_golden_g8_as_in_the_paper():
+    assert trim(A, 0.6, rule="paper", all_ties=True).tolist() == [4, -1, 3, 0, -2]
+    assert trim(B, 0.6, rule="paper", all_ties=True).tolist() == B.tolist()
+    assert ties(ZERO, [A, B], [1, 1], [0.6, 0.6], **PAPER).tolist() == [4, 2, 3, 1, -3]
+    summed = {**PAPER, "denominator": "none"}
+    assert ties(ZERO, [A, B], [1, 1], [0.6, 0.6], **summed).tolist() == [4, 2, 3, 1, -6]
+
+
+@pytest.mark.parametrize(("method", "expected"), [("mass", [3, -3]), ("count", [-1, 1])])
+def test_golden_g8_votes_by_mass_or_by_head(method, expected):
+    models = [torch.tensor(x) for x in ([3.0, 1.0], [-1.0, 1.0], [-1.0, -3.0])]
+    merged = ties(torch.zeros(2), models, [1] * 3, [1] * 3, elect_method=method)
+    assert merged.tolist() == expected
+
+
+@pytest.mark.parametrize(("elect_on", "expected"), [("weighted", [-2]), ("unweighted", [3])])
+def test_golden_g8_votes_weighted_or_not(elect_on, expected):
+    pair = [torch.tensor([3.0]), torch.tensor([-2.0])]
+    merged = ties(torch.zeros(1), pair, [1, 2], [1, 1], elect_on=elect_on)
+    assert merged.tolist() == expected
 
 
 def test_golden_g11_threshold_with_ties():
@@ -81,6 +143,23 @@ def test_golden_g11_threshold_with_ties():
 )
 def test_golden_g11_kept_count(density, numel, kept):
     assert kept_count(density, numel) == kept
+
+
+@pytest.mark.parametrize(("elect_on", "expected"), [("weighted", 3), ("unweighted", 1)])
+def test_a_model_that_is_subtracted_agrees_by_what_it_voted_with(elect_on, expected):
+    models, options = [[3.0], [2.0]], {"denominator": "none", "elect_on": elect_on}
+    merged = ties(torch.zeros(1), [torch.tensor(x) for x in models], [1, -1], [1, 1], **options)
+    assert merged.tolist() == [expected]
+    assert reference.ties([0], models, [1, -1], [1, 1], **options).tolist() == [expected]
+
+
+@pytest.mark.parametrize(
+    ("rule", "kept"), [("floor", [0, 1, 1, 28, 3]), ("peft", [0, 0, 1, 28, 3]),
+                       ("paper", [0, 1, 2, 29, 3])],
+)  # fmt: skip
+def test_how_many_are_kept_goes_by_a_rule(rule, kept):
+    cases = [(0, 3), (0.1, 3), (0.4, 3), (0.29, 100), (1, 3)]
+    assert [kept_count(density, numel, rule) for density, numel in cases] == kept
 
 
 def test_one_large_change_outvotes_two_small_ones():
@@ -137,7 +216,113 @@ def test_density_one_keeps_all_and_zero_none():
     assert not trim(A, 0.0).any()
 
 
+@given(
+    families(max_models=1), st.floats(0, 1), st.sampled_from(K_RULES), st.booleans()
+)  # fmt: skip
+def test_every_rule_and_scope_trims_as_the_reference(family, density, rule, all_ties):
+    (delta,) = family.deltas
+    options, wanted = {"rule": rule, "all_ties": all_ties}, (density, rule, all_ties)
+    expected = reference.trim(delta.numpy(), *wanted)
+    assert torch.equal(trim(delta, density, **options), torch.from_numpy(expected).float())
+    expected = reference.by_rows(reference.trim, delta.numpy(), *wanted)
+    assert torch.equal(trim_rows(delta, density, **options), torch.from_numpy(expected).float())
+    tensors = [delta.flatten()[:1], delta, 2 * delta]
+    expected = reference.trim_model([x.numpy() for x in tensors], *wanted)
+    trimmed = trim_model(tensors, density, **options)
+    for got, want in zip(trimmed, expected, strict=True):
+        assert torch.equal(got, torch.from_numpy(want).float())
+
+
+def test_all_equal_changes_at_the_cut_are_kept_or_the_first():
+    delta = torch.tensor([[1, -1, 0.5], [1, -2, 0]])
+    assert trim(delta, 0.5).tolist() == [[1, -1, 0], [0, -2, 0]]
+    assert trim(delta, 0.5, all_ties=True).tolist() == [[1, -1, 0], [1, -2, 0]]
+    assert trim_rows(delta, 0.4).tolist() == [[1, 0, 0], [0, -2, 0]]
+    assert trim_rows(delta, 0.4, all_ties=True).tolist() == [[1, -1, 0], [0, -2, 0]]
+
+
+def test_a_whole_model_can_trim_a_tensor_of_small_changes_away():
+    small, large = torch.tensor([0.1, -0.2]), torch.tensor([[3.0, -4.0]])
+    trimmed = trim_model([small, large], 0.5)
+    assert [x.tolist() for x in trimmed] == [[0, 0], [[3, -4]]]
+
+
+def test_a_cut_keeps_what_lies_between_its_bounds_and_some_that_equal_them():
+    delta = torch.tensor([1.0, -1.0, 2.0, 1.0, 3.0, -3.0, 4.0, 0.5])
+    one, three = 0x3F800000, 0x40400000
+    cut = Cut(one, 1, 3, three, 1)
+    assert cut_apply(delta, cut).tolist() == [0, -1, 2, 1, 3, 0, 0, 0]
+    assert count_equal(delta, cut) == (3, 2)
+    assert cut_mask(delta, Cut(one, 0, 0)).nonzero().flatten().tolist() == [2, 4, 5, 6]
+    halves = [cut_apply(delta[:4], cut), cut_apply(delta[4:], cut, count_equal(delta[:4], cut))]
+    assert torch.equal(torch.cat(halves), cut_apply(delta, cut))
+
+
+@pytest.mark.parametrize(
+    ("signs", "expected"), [([[1, -1, 0], [1]], 1), ([[0, -1]], -1), ([[1], [-1, 0]], 0)]
+)
+def test_the_majority_is_that_of_all_signs_of_a_model(signs, expected):
+    signs = [torch.tensor(sign, dtype=torch.float32) for sign in signs]
+    assert majority(signs) == expected
+    assert reference.majority([sign.numpy() for sign in signs]) == expected
+
+
+@pytest.mark.parametrize(("zero", "expected"), [(1.0, [3, 2]), (-1.0, [-3, 2]), (0.0, [0, 2])])
+def test_votes_that_balance_go_to_the_given_sign_or_to_nobody(zero, expected):
+    deltas = [torch.tensor([3.0, 2.0]), torch.tensor([-3.0, 0.0])]
+    assert elect_sign(deltas, zero=zero).tolist() == [zero, 1]
+    merged = elect_and_merge(torch.zeros(2), deltas, [1, 1], zero=zero)
+    assert merged.tolist() == expected
+
+
+@given(
+    families(),
+    st.floats(0.2, 1),
+    st.sampled_from(DENOMINATORS),
+    st.sampled_from(ELECT_ON),
+    st.sampled_from(ELECT_METHODS),
+    st.sampled_from([1.0, -1.0, 0.0]),
+    st.sampled_from(["tensor", "row"]),
+    st.sampled_from(K_RULES),
+)
+def test_every_switch_agrees_with_the_reference(
+    family, density, denominator, elect_on, elect_method, zero, scope, rule
+):
+    densities = [density] * len(family.models)
+    keep = trim if scope == "tensor" else trim_rows
+    trimmed = [keep(delta, density, rule=rule, all_ties=True) for delta in family.deltas]
+    weighted = [w * x for w, x in zip(family.weights, trimmed, strict=True)]
+    assume_clear(weighted if elect_on == "weighted" else trimmed)
+    elected = {"denominator": denominator, "elect_on": elect_on, "elect_method": elect_method}
+    cut = {"trim_scope": scope, "trim_ties": "all", "k_rule": rule}
+    array, arrays = family.arrays
+    expected = reference.ties(
+        array, arrays, family.weights, densities, 0.8, zero=zero, **elected, **cut
+    )
+    merged = elect_and_merge(family.base, trimmed, family.weights, 0.8, zero=zero, **elected)
+    divisor = min(family.weights) if denominator == "weight" else 1
+    terms = family.base.abs() + 2 * total(trimmed, family.weights) / divisor
+    assert_near(merged, expected, terms)
+    if zero == 1:
+        whole = ties(
+            family.base, family.models, family.weights, densities, lam=0.8, **elected, **cut
+        )
+        assert torch.equal(whole, merged)
+
+
+@given(families(), st.floats(0.1, 1), st.sampled_from(["count", "none"]))
+@settings(max_examples=50)
+def test_without_division_by_weights_a_common_factor_scales_the_change(family, density, divide):
+    densities, zero = [density] * len(family.models), torch.zeros_like(family.base)
+    once, more = (
+        ties(zero, family.deltas, [k * w for w in family.weights], densities, denominator=divide)
+        for k in (1, 4)
+    )
+    assert torch.equal(more, 4 * once)
+
+
 @given(models_with_weights(min_models=2), st.floats(0.1, 1), st.booleans())
+@settings(max_examples=50)
 def test_agrees_with_the_reference(case, density, normalize):
     (base, *models), weights = case
     weights = weights[1:]
@@ -156,6 +341,7 @@ def test_agrees_with_the_reference(case, density, normalize):
 
 
 @given(models_with_weights(min_models=2), st.floats(0.1, 1))
+@settings(max_examples=50)
 def test_the_result_stays_within_the_largest_change_and_on_the_kept_entries(case, density):
     (base, *models), weights = case
     weights, densities = weights[1:], [density] * len(models)
@@ -166,6 +352,7 @@ def test_the_result_stays_within_the_largest_change_and_on_the_kept_entries(case
 
 
 @given(models_with_weights(min_models=3), st.floats(0.1, 1))
+@settings(max_examples=40)
 def test_order_common_factor_scale_and_sign(case, density):
     (base, *models), weights = case
     weights, densities = weights[1:], [density] * len(models)
@@ -229,3 +416,19 @@ def test_density_outside_its_range_is_refused(density):
 def test_refusals(arguments, text):
     with pytest.raises(ValueError, match=text):
         ties(ZERO, [A, B], *arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"trim_scope": "model"}, "trim_scope must be one of tensor, row, got 'model'"),
+        ({"elect_on": "mass"}, "elect_on must be one of weighted, unweighted, got 'mass'"),
+        ({"elect_method": "sum"}, "method must be one of mass, count, got 'sum'"),
+        ({"denominator": "mean"}, "denominator must be one of weight, count, none, got 'mean'"),
+        ({"k_rule": "half"}, "k_rule must be one of floor, paper, peft, got 'half'"),
+        ({"trim_ties": "first"}, "trim_ties must be one of index, all, got 'first'"),
+    ],
+)
+def test_unknown_switches_are_refused(options, text):
+    with pytest.raises(ValueError, match=text):
+        ties(ZERO, [A, B], [1, 1], [0.5, 0.5], **options)
