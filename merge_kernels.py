@@ -37,8 +37,12 @@ COUNTERS = PIECE // 8
 _ROW_SHIFTS = (23, 15, 7, 0)
 _ROW_BINS = 2**8
 
-# A row is sorted by the lowest 11 bits of its magnitudes, then by the next 10, then by the rest.
-_DIGITS = ((0, 11), (11, 10), (21, 10))
+# A row is sorted by the upper half of its magnitudes, 16 powers of 2 deep, and then by moving
+# entries past their neighbours, at most so often per entry; else digit by digit, 8 bits each.
+_SORT_BINS = 2**11
+_MOVES = 8
+_DIGITS = (0, 8, 16, 24)
+_DIGIT = np.uint64(2**8 - 1)
 
 VARIANCE = -1
 """In place of a model's number: the variance over all of them."""
@@ -372,40 +376,77 @@ def _cut(delta: Any, size: Any, cut: Any, seen: Any) -> None:
 def _sort_row(row: Any, size: Any, keys: Any, spare: Any, counts: Any) -> Any:
     """Magnitudes of a row in ascending order, each with its index in the lower half of a key.
 
-    The sort is stable, so equal ones stay in order. Digits that all have in common are skipped:
-    task vectors of bfloat16 models end in zeros.
+    The sort is stable, so equal ones stay in order: the indices see to it. Of bfloat16 models the
+    magnitudes have few bits, so hardly any entry has to move; nor do many in a row of float32.
     """
-    counts[:] = 0
+    highest = np.int32(0)
     for j in range(size):
-        magnitude = np.int64(_magnitude(row[j]))
-        keys[j] = np.uint64(magnitude) << _HALF | np.uint64(j)
-        for k in range(3):
-            shift, bits = _DIGITS[k]
-            counts[k, magnitude >> shift & (1 << bits) - 1] += 1
-    for k in range(3):
-        shift, bits = _DIGITS[k]
-        mask = (1 << bits) - 1
-        if counts[k, np.int64(keys[0] >> _HALF) >> shift & mask] == size:
+        highest = max(highest, _magnitude(row[j]))
+    lowest = (highest >> 16) - (_SORT_BINS - 1)
+    bins = counts[:_SORT_BINS]
+    bins[:] = 0
+    for j in range(size):
+        bins[max((_magnitude(row[j]) >> 16) - lowest, 0)] += 1
+    place = np.int32(0)
+    for k in range(_SORT_BINS):
+        count = bins[k]
+        bins[k] = place
+        place += count
+    for j in range(size):
+        magnitude = _magnitude(row[j])
+        k = max((magnitude >> 16) - lowest, 0)
+        keys[bins[k]] = np.uint64(magnitude) << _HALF | np.uint64(j)
+        bins[k] += 1
+    left = _MOVES * size
+    for j in range(1, size):
+        key, k = keys[j], j
+        while k > 0 and keys[k - 1] > key:
+            keys[k] = keys[k - 1]
+            k -= 1
+        keys[k] = key
+        left -= j - k
+        if left < 0:
+            return _sort_digits(keys, size, spare, counts)
+    return keys
+
+
+@_kernel()
+def _sort_digits(keys: Any, size: Any, spare: Any, counts: Any) -> Any:
+    """Sort keys whose lower halves, of equal upper halves, are in order already.
+
+    Digits that all have in common are skipped.
+    """
+    for shift in _DIGITS:
+        upper, places = np.uint64(shift + 32), counts[: 2**8]
+        places[:] = 0
+        for j in range(size):
+            places[keys[j] >> upper & _DIGIT] += 1
+        if places[keys[0] >> upper & _DIGIT] == size:
             continue
-        place = 0
-        for value in range(1 << bits):
-            count = counts[k, value]
-            counts[k, value] = place
+        place = np.int32(0)
+        for digit in range(2**8):
+            count = places[digit]
+            places[digit] = place
             place += count
         for j in range(size):
-            digit = np.int64(keys[j] >> _HALF) >> shift & mask
-            spare[counts[k, digit]] = keys[j]
-            counts[k, digit] += 1
+            key = keys[j]
+            digit = key >> upper & _DIGIT
+            spare[places[digit]] = key
+            places[digit] += 1
         keys, spare = spare, keys
     return keys
 
 
 @_kernel()
 def _drop_row(row: Any, size: Any, keys: Any, draws: Any, limits: Any, factors: Any) -> None:
-    """Drop entries of a row by rank, in place; `keys` are sorted."""
+    """Drop entries of a row by rank, in place; `keys` are sorted.
+
+    Whether an entry is kept is a toss of a coin that no processor foresees, so this has no branch.
+    """
     for rank in range(size):
-        j = np.int64(keys[rank] & _LOW)
-        row[j] = row[j] * factors[rank] if np.uint64(draws[j]) < limits[rank] else _ZERO
+        j = keys[rank] & _LOW
+        keeps = _U32(np.uint64(draws[j]) < limits[rank])
+        row[j] = _float(_bits(row[j] * factors[rank]) & (_U32(0) - keeps))
 
 
 @_kernel()
@@ -769,7 +810,7 @@ def merge_ranked(
     models = len(combining.weights)
     base, spare = np.empty(row_length, np.float32), np.empty((3, PIECE), np.float32)
     deltas = np.empty((models, row_length), np.float32)
-    sorting, counts = np.empty((2, row_length), np.uint64), np.empty((3, 2048), np.int32)
+    sorting, counts = np.empty((2, row_length), np.uint64), np.empty(_SORT_BINS, np.int32)
     words, draws = np.empty(4 * COUNTERS, np.uint64), np.empty(row_length + 2 * PIECE, np.uint32)
     for row in range(rows):
         for start in range(0, row_length, PIECE):
@@ -966,7 +1007,7 @@ def norms_ranked(
     """Run sums of |delta| ** power of each task vector, then of what is kept by rank."""
     models = len(keys)
     base, delta = np.empty(row_length, np.float32), np.empty(row_length, np.float32)
-    sorting, counts = np.empty((2, row_length), np.uint64), np.empty((3, 2048), np.int32)
+    sorting, counts = np.empty((2, row_length), np.uint64), np.empty(_SORT_BINS, np.int32)
     words, draws = np.empty(4 * COUNTERS, np.uint64), np.empty(row_length + 2 * PIECE, np.uint32)
     lanes = np.empty(LANES, np.float64)
     runs = -(-row_length // RUN)

@@ -366,6 +366,28 @@ def test_what_one_model_alone_has_changed_is_found_alike(dtypes, epsilon):
         assert_same_bits(block, lambda ops: ops.merge_active(epsilon, (1.0, 1.2, 0.9), 0.7))
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        np.zeros(700),
+        np.random.default_rng(0).normal(size=2500),
+        np.random.default_rng(1).integers(-3, 4, 3000) * 2.0**-20,
+        1.0 + np.random.default_rng(2).random(2000) * 1e-3,  # the upper halves are all the same
+        np.concatenate([[1e30], np.random.default_rng(3).random(1500) * 1e-30, [0.0]]),
+        np.arange(4096, 0, -1) * 1e-40,
+        [-0.0, 3.0, 0.0],
+        [7.0],
+    ],
+    ids=lambda row: str(len(row)),
+)
+def test_rows_are_sorted_by_magnitude_and_equal_ones_by_place(row):
+    row = np.array(row, dtype=np.float32)
+    keys, spare = np.empty((2, len(row)), np.uint64)
+    counts = np.empty(merge_kernels._SORT_BINS, np.int32)
+    order = merge_kernels._sort_row(row, len(row), keys, spare, counts) & np.uint64(2**32 - 1)
+    assert np.array_equal(order, np.argsort(np.abs(row), kind="stable"))
+
+
 # Torch, when a GPU's memory runs out
 
 
