@@ -11,10 +11,9 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import torch
@@ -25,12 +24,10 @@ from transformers.utils import logging
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dare_llama import dare_merge_llama_to_folder  # noqa: E402
 from examples.tiny_llamas.skills import COMPATIBLE, CONFLICTING, Skill, ask, score  # noqa: E402
-from linear_llama import linear_merge_llama_to_folder  # noqa: E402
-from slerp_llama import slerp_merge_llama_to_folder  # noqa: E402
-from task_arithmetic_llama import task_arithmetic_merge_llama_to_folder  # noqa: E402
-from ties_llama import ties_merge_llama_to_folder  # noqa: E402
+from merge_methods import ALIASES, METHODS  # noqa: E402
+from merge_recipe import make_recipe  # noqa: E402
+from merge_run import merge_to_folder  # noqa: E402
 
 TINY = ROOT / "examples" / "tiny_llamas"
 BASE = TINY / "base"
@@ -39,41 +36,67 @@ GOOD = 0.8  # a merge that has this share of every skill counts as one that kept
 Scores = dict[str, list[float]]  # model -> its accuracy in each skill, 0.0 to 1.0
 
 
-def merges(skills: Sequence[Skill]) -> dict[str, Callable[..., object]]:
-    """Every method over the specialists in these skills, still to be given an `output_dir`.
+class Merge(NamedTuple):
+    """A merge of some specialists.
 
-    SLERP merges two models, so it takes the first two.
+    Attributes:
+        method: as a recipe calls it.
+        parameters: the method's; a single density stands for each model's.
+        models: how many of the specialists it takes, the first ones; None for all.
+        from_base: whether to give a base to a method that can do without.
     """
-    models = [TINY / skill.name for skill in skills]
-    densities = [0.5] * len(models)
-    linear = partial(linear_merge_llama_to_folder, ft_model_paths=models)
-    slerp = partial(slerp_merge_llama_to_folder, ft_model_paths=models[:2], t=0.5)
-    arithmetic = partial(
-        task_arithmetic_merge_llama_to_folder, base_model_path=BASE, ft_model_paths=models, lam=0.7
-    )
-    ties = partial(
-        ties_merge_llama_to_folder,
-        base_model_path=BASE,
-        ft_model_paths=models,
-        densities=densities,
-        lam=1.0,
-    )
-    dare = partial(
-        dare_merge_llama_to_folder,
-        base_model_path=BASE,
-        ft_model_paths=models,
-        densities=densities,
-        lam=0.7,
-        seed=0,
-    )
-    return {
-        "linear": linear,
-        "slerp" if len(models) == 2 else "slerp of two": slerp,
-        "task arithmetic": arithmetic,
-        "ties": ties,
-        "dare": dare,
-        "dare + ties": partial(dare, variant="ties"),
-    }
+
+    method: str
+    parameters: Mapping[str, Any] = {}
+    models: int | None = None
+    from_base: bool = False
+
+
+MERGES = {
+    "linear": Merge("linear"),
+    "sequential": Merge("sequential"),
+    "slerp": Merge("slerp", models=2),
+    "nuslerp": Merge("nuslerp", models=2),
+    "multislerp": Merge("multislerp"),
+    "multislerp + base": Merge("multislerp", from_base=True),
+    "karcher": Merge("karcher"),
+    "model stock": Merge("model_stock"),
+    "task arithmetic": Merge("task_arithmetic", {"lam": 0.7}),
+    "ties": Merge("ties", {"densities": 0.5}),
+    "dare": Merge("dare", {"densities": 0.5, "lam": 0.7}),
+    "dare + ties": Merge("dare_ties", {"densities": 0.5, "lam": 0.7}),
+    "della": Merge("della", {"densities": 0.5}),
+    "della linear": Merge("della_linear", {"densities": 0.5, "lam": 0.7}),
+    "breadcrumbs": Merge("breadcrumbs", {"densities": 0.8, "lam": 0.7}),
+    "breadcrumbs + ties": Merge("breadcrumbs_ties", {"densities": 0.8, "lam": 0.7}),
+    "sce": Merge("sce"),
+    "ram": Merge("ram", {"epsilon": 0.005}),
+    "ram plus": Merge("ramplus_tl", {"epsilon": 0.005}),
+    "consensus": Merge("consensus", {"agreement": 1, "lam": 0.8}),
+    "nearswap": Merge("nearswap", {"t": 0.01}, models=1),
+    "arcee fusion": Merge("arcee_fusion", models=1),
+    "passthrough": Merge("passthrough", models=1),
+}
+"""Every method, with parameters that suit these models."""
+
+
+def title(name: str, skills: Sequence[Skill]) -> str:
+    """What a table calls a merge; it says where not all specialists are in it."""
+    taken = MERGES[name].models
+    few = {1: " of one", 2: " of two"}
+    return name if taken in (None, len(skills)) else name + few[taken]
+
+
+def merge(name: str, skills: Sequence[Skill], folder: Path) -> None:
+    """Merge the specialists in these skills into a folder."""
+    method, parameters, taken, from_base = MERGES[name]
+    models = [TINY / skill.name for skill in skills][:taken]
+    values = dict(parameters)
+    if "densities" in values:
+        values["densities"] = [values["densities"]] * len(models)
+    needs_base = METHODS[ALIASES.get(method, (method,))[0]].base == "required"
+    base = BASE if needs_base or from_base else None
+    merge_to_folder(make_recipe(method, base, models, values, output_dir=folder), progress=False)
 
 
 def load(folder: Path) -> tuple[Any, Any]:
@@ -93,18 +116,18 @@ def merge_and_score(skills: Sequence[Skill], out: Path) -> tuple[Scores, Scores]
     sources = {"base": BASE} | {skill.name: TINY / skill.name for skill in skills}
     before = {name: evaluate(folder, skills) for name, folder in sources.items()}
     after = {}
-    for name, merge in merges(skills).items():
+    for name in MERGES:
         folder = out / name.replace(" + ", "-").replace(" ", "-")
-        merge(output_dir=folder, progress=False)
-        after[name] = evaluate(folder, skills)
+        merge(name, skills, folder)
+        after[title(name, skills)] = evaluate(folder, skills)
     return before, after
 
 
 def print_table(skills: Sequence[Skill], scores: Scores) -> None:
     """One row per model, one column per skill, in percent."""
-    print("".join([f"{'':16}", *(f"{skill.name:>10}" for skill in skills)]))
+    print("".join([f"{'':20}", *(f"{skill.name:>10}" for skill in skills)]))
     for name, accuracies in scores.items():
-        print("".join([f"{name:16}", *(f"{accuracy:>10.0%}" for accuracy in accuracies)]))
+        print("".join([f"{name:20}", *(f"{accuracy:>10.0%}" for accuracy in accuracies)]))
 
 
 def print_answers(folder: Path, skills: Sequence[Skill]) -> None:
@@ -118,7 +141,7 @@ def print_answers(folder: Path, skills: Sequence[Skill]) -> None:
 def draw(tables: Sequence[tuple[str, Sequence[Skill], Scores]], path: Path) -> None:
     """Write one heat map per table, side by side; the same scores give the same bytes."""
     matplotlib.rcParams.update({"svg.hashsalt": "tiny-llamas", "svg.fonttype": "none"})
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    figure = Figure(figsize=(9, 9.5), layout="constrained")
     widths = [len(skills) for _, skills, _ in tables]
     for axes, (title, skills, scores) in zip(
         figure.subplots(1, len(tables), width_ratios=widths), tables, strict=True
