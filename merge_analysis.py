@@ -120,8 +120,8 @@ def _advice(
         worst = max(rates, key=lambda name: rates[name], default="")
         if worst and rates[worst] >= OFTEN:
             yield (
-                f"{models[i]} and {models[j]} conflict most in {worst} ({rates[worst]:.0%}): there "
-                "ties or della, which elect signs, lose less than adding up"
+                f"{models[i]} and {models[j]} conflict most in {worst} ({rates[worst]:.0%}): adding "
+                "up cancels such changes, electing signs (ties, della) takes the stronger side"
             )
     if len(models) == 2:
         parallel = sum(found["cosines"][0] > PARALLEL for found in tensors.values())
