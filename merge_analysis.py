@@ -120,8 +120,9 @@ def _advice(
         worst = max(rates, key=lambda name: rates[name], default="")
         if worst and rates[worst] >= OFTEN:
             yield (
-                f"{models[i]} and {models[j]} conflict most in {worst} ({rates[worst]:.0%}): adding "
-                "up cancels such changes, electing signs (ties, della) takes the stronger side"
+                f"{models[i]} and {models[j]} conflict most in {worst} ({rates[worst]:.0%}): "
+                "adding up cancels such changes, electing signs (ties, della) takes the stronger "
+                "side"
             )
     if len(models) == 2:
         parallel = sum(found["cosines"][0] > PARALLEL for found in tensors.values())
