@@ -251,29 +251,40 @@ def _kept(word: Any, limit: Any) -> Any:
     return np.uint64((word & _LOW) < limit) | np.uint64((word >> _HALF) < limit) << np.uint64(1)
 
 
+@_kernel(inline="always")  # else the compiler makes no vector instructions of the callers' loops
+def _philox(counter: Any, key_0: Any, key_1: Any, key_high: Any, key_low: Any) -> Any:
+    """Four words of `dare_utils.philox`; the product of the key and the first multiplier is given.
+
+    Of a counter's four words three are 0, so each of the first two of the ten rounds has a product
+    that is not needed: that of 0, and that of the key, which is the same for all counters.
+    """
+    high_0, low_0 = _multiply_wide(counter, _M0_LOW, _M0_HIGH)
+    high_2, low_2 = _multiply_wide(high_0 ^ key_1, _M1_LOW, _M1_HIGH)
+    step_0, step_1 = key_0 + _STEP_0, key_1 + _STEP_1
+    word_0, word_1 = high_2 ^ step_0, low_2
+    word_2, word_3 = key_high ^ low_0 ^ step_1, key_low
+    for _ in range(8):
+        step_0 += _STEP_0
+        step_1 += _STEP_1
+        high_0, low_0 = _multiply_wide(word_0, _M0_LOW, _M0_HIGH)
+        high_2, low_2 = _multiply_wide(word_2, _M1_LOW, _M1_HIGH)
+        word_0, word_1 = high_2 ^ word_1 ^ step_0, low_2
+        word_2, word_3 = high_0 ^ word_3 ^ step_1, low_0
+    return word_0, word_1, word_2, word_3
+
+
 @_kernel()
 def _keep_bits(key_0: Any, key_1: Any, first: Any, limit: Any, kept: Any) -> None:
-    """`dare_utils.philox` from a counter on; of each, which of its 8 draws lie below the limit.
+    """Of each of 64 counters, which of its 8 draws lie below the limit.
 
     The compiler makes vector instructions of this only while the count is a constant, and its
-    widest ones because what is stored is narrow. Of a counter's four words three are 0, so each
-    of the first two of the ten rounds has a product that is not needed: that of 0, and that of
-    the key.
+    widest ones because what is stored is narrow.
     """
     key_high, key_low = _multiply_wide(key_0, _M0_LOW, _M0_HIGH)
     for j in range(COUNTERS):
-        high_0, low_0 = _multiply_wide(first + np.uint64(j), _M0_LOW, _M0_HIGH)
-        high_2, low_2 = _multiply_wide(high_0 ^ key_1, _M1_LOW, _M1_HIGH)
-        step_0, step_1 = key_0 + _STEP_0, key_1 + _STEP_1
-        word_0, word_1 = high_2 ^ step_0, low_2
-        word_2, word_3 = key_high ^ low_0 ^ step_1, key_low
-        for _ in range(8):
-            step_0 += _STEP_0
-            step_1 += _STEP_1
-            high_0, low_0 = _multiply_wide(word_0, _M0_LOW, _M0_HIGH)
-            high_2, low_2 = _multiply_wide(word_2, _M1_LOW, _M1_HIGH)
-            word_0, word_1 = high_2 ^ word_1 ^ step_0, low_2
-            word_2, word_3 = high_0 ^ word_3 ^ step_1, low_0
+        word_0, word_1, word_2, word_3 = _philox(
+            first + np.uint64(j), key_0, key_1, key_high, key_low
+        )
         bits = _kept(word_0, limit) | _kept(word_1, limit) << np.uint64(2)
         bits |= _kept(word_2, limit) << np.uint64(4) | _kept(word_3, limit) << np.uint64(6)
         kept[j] = np.uint8(bits)
@@ -297,24 +308,12 @@ def _drop(delta: Any, size: Any, key: Any, limit: Any, start: Any, kept: Any, fl
 
 @_kernel()
 def _draws(key_0: Any, key_1: Any, first: Any, words: Any) -> None:
-    """`dare_utils.philox` from a counter on: four words for each of 64 counters.
-
-    As `_keep_bits`, where one limit does not hold for all.
-    """
+    """The four words of each of 64 counters, as vector instructions like to store them."""
     key_high, key_low = _multiply_wide(key_0, _M0_LOW, _M0_HIGH)
     for j in range(COUNTERS):
-        high_0, low_0 = _multiply_wide(first + np.uint64(j), _M0_LOW, _M0_HIGH)
-        high_2, low_2 = _multiply_wide(high_0 ^ key_1, _M1_LOW, _M1_HIGH)
-        step_0, step_1 = key_0 + _STEP_0, key_1 + _STEP_1
-        word_0, word_1 = high_2 ^ step_0, low_2
-        word_2, word_3 = key_high ^ low_0 ^ step_1, key_low
-        for _ in range(8):
-            step_0 += _STEP_0
-            step_1 += _STEP_1
-            high_0, low_0 = _multiply_wide(word_0, _M0_LOW, _M0_HIGH)
-            high_2, low_2 = _multiply_wide(word_2, _M1_LOW, _M1_HIGH)
-            word_0, word_1 = high_2 ^ word_1 ^ step_0, low_2
-            word_2, word_3 = high_0 ^ word_3 ^ step_1, low_0
+        word_0, word_1, word_2, word_3 = _philox(
+            first + np.uint64(j), key_0, key_1, key_high, key_low
+        )
         words[j] = word_0
         words[COUNTERS + j] = word_1
         words[2 * COUNTERS + j] = word_2
