@@ -52,7 +52,7 @@ def keep_middle(
 
     Args:
         delta: float32, finite, any shape.
-        density: share kept, in [0, 1]; 1 keeps everything, whatever gamma is.
+        density: share kept, in [0, 1]; with `shrink`, 1 keeps everything, whatever gamma is.
         gamma: share of the largest magnitudes that is removed, in [0, 1).
         shrink: see `scalar_utils.window_counts`.
 

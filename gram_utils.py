@@ -105,10 +105,10 @@ def _arc(cosine: float, t: float, is_line: bool) -> tuple[float, float, bool]:
 
 
 def nuslerp_t(weights: Sequence[float]) -> float:
-    """Where between two models their weights lie; the middle where these cancel.
+    """Where between two models their weights lie; the middle where these cancel to within 1e-6.
 
     Raises:
-        ValueError: not two weights, or the place is not between the models.
+        ValueError: not two weights, or they have opposite signs and do not cancel.
 
     >>> nuslerp_t([1.0, 3.0])
     0.75

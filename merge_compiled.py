@@ -318,7 +318,7 @@ class CompiledOperations:
 def _parts(block: Block, finish: Finish = NOTHING) -> Parts:
     lowest, highest = finish.clamp_range or (-math.inf, math.inf)
     numbers = map(np.float32, (1.0 - finish.weight_decay, lowest, highest))
-    return Parts(block.memory, block.layout.places, block.layout.kinds, *numbers)
+    return Parts(block.memory, block.layout.places, block.layout.kinds, *numbers, 0)
 
 
 def _shaped(block: Block) -> tuple[Parts, int, int]:

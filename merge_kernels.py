@@ -101,6 +101,8 @@ class Parts(NamedTuple):
         kinds: 0 for float32, 1 for float16, 2 for bfloat16.
         keep: what merged values are multiplied by, before they are clamped.
         lowest, highest: what they are clamped to.
+        zero: 0. A literal 0 as an argument is a type of its own, for which a loop would be compiled
+            once more.
     """
 
     memory: NDArray[np.uint8]
@@ -109,6 +111,7 @@ class Parts(NamedTuple):
     keep: np.float32
     lowest: np.float32
     highest: np.float32
+    zero: int
 
 
 class Combining(NamedTuple):
@@ -632,7 +635,7 @@ def combine_rows(parts: Any, rows: Any, row_length: Any, coefficients: Any, of_d
         for start in range(row * row_length, (row + 1) * row_length, PIECE):
             n = min(PIECE, (row + 1) * row_length - start)
             if of_deltas:
-                _widen(parts, 0, start, n, base)
+                _widen(parts, parts.zero, start, n, base)
             for j in range(n):
                 total[j] = _ZERO
             for i in range(models):
@@ -655,7 +658,7 @@ def scale(parts: Any, size: Any, factor: Any) -> None:
     values = np.empty(PIECE, np.float32)
     for start in range(0, size, PIECE):
         n = min(PIECE, size - start)
-        _widen(parts, 0, start, n, values)
+        _widen(parts, parts.zero, start, n, values)
         for j in range(n):
             values[j] *= factor
         _round(values, parts, start, n)
@@ -668,8 +671,8 @@ def nearswap(parts: Any, size: Any, t: Any) -> None:
     smallest = np.float32(1e-6)
     for start in range(0, size, PIECE):
         n = min(PIECE, size - start)
-        _widen(parts, 0, start, n, base)
-        _widen(parts, 1, start, n, values)
+        _widen(parts, parts.zero, start, n, base)
+        _widen(parts, parts.zero + 1, start, n, values)
         for j in range(n):
             share = min(_ONE / max(abs(base[j] - values[j]), smallest) * t, _ONE)
             values[j] = share * values[j] + (_ONE - share) * base[j]
@@ -684,7 +687,7 @@ def merge_active(parts: Any, size: Any, epsilon: Any, factors: Any, lam: Any) ->
     count = np.empty(PIECE, np.float32)
     for start in range(0, size, PIECE):
         n = min(PIECE, size - start)
-        _widen(parts, 0, start, n, base)
+        _widen(parts, parts.zero, start, n, base)
         for j in range(n):
             total[j] = _ZERO
             alone[j] = _ZERO
@@ -713,10 +716,10 @@ def merge_whole(parts: Any, size: Any, combining: Any) -> None:
     deltas = np.empty((len(combining.weights), PIECE), np.float32)
     for start in range(0, size, PIECE):
         n = min(PIECE, size - start)
-        _widen(parts, 0, start, n, base)
+        _widen(parts, parts.zero, start, n, base)
         for i in range(len(deltas)):
             _subtract(parts, i + 1, start, n, base, deltas[i])
-        _finish(parts, start, n, base, deltas, 0, combining, spare)
+        _finish(parts, start, n, base, deltas, parts.zero, combining, spare)
 
 
 @_kernel()
@@ -733,7 +736,7 @@ def merge_cut(
     for number in range(size // stretch):
         for start in range(number * stretch, (number + 1) * stretch, PIECE):
             n = min(PIECE, (number + 1) * stretch - start)
-            _widen(parts, 0, start, n, base)
+            _widen(parts, parts.zero, start, n, base)
             for i in range(len(deltas)):
                 delta, factor = deltas[i], factors[i]
                 _subtract(parts, i + 1, start, n, base, delta)
@@ -741,7 +744,7 @@ def merge_cut(
                 if factor != _ONE:
                     for j in range(n):
                         delta[j] *= factor
-            _finish(parts, start, n, base, deltas, 0, combining, spare)
+            _finish(parts, start, n, base, deltas, parts.zero, combining, spare)
 
 
 @_kernel()
@@ -754,14 +757,14 @@ def merge_dropped(
     kept, flags = np.empty(2 * COUNTERS, np.uint8), np.empty(2 * PIECE, np.uint8)
     for start in range(0, size, PIECE):
         n = min(PIECE, size - start)
-        _widen(parts, 0, start, n, base)
+        _widen(parts, parts.zero, start, n, base)
         for i in range(len(deltas)):
             delta, factor = deltas[i], factors[i]
             _subtract(parts, i + 1, start, n, base, delta)
             _drop(delta, n, keys[i], limits[i], first + start, kept, flags)
             for j in range(n):
                 delta[j] *= factor
-        _finish(parts, start, n, base, deltas, 0, combining, spare)
+        _finish(parts, start, n, base, deltas, parts.zero, combining, spare)
 
 
 @_kernel()
@@ -814,7 +817,7 @@ def merge_ranked(
     for row in range(rows):
         for start in range(0, row_length, PIECE):
             n = min(PIECE, row_length - start)
-            _widen(parts, 0, row * row_length + start, n, base[start:])
+            _widen(parts, parts.zero, row * row_length + start, n, base[start:])
         for i in range(models):
             _ranked_row(
                 parts, i, row, row_length, base, deltas[i], first, keys[i], limits[i],
@@ -865,9 +868,9 @@ def merge_selected(parts: Any, size: Any, cut: Any, seen: Any, combining: Any) -
     )
     for start in range(0, size, PIECE):
         n = min(PIECE, size - start)
-        _widen(parts, 0, start, n, base)
+        _widen(parts, parts.zero, start, n, base)
         _select(parts, start, n, base, deltas, cut, seen, spread)
-        _finish(parts, start, n, base, deltas, 0, combining, spare)
+        _finish(parts, start, n, base, deltas, parts.zero, combining, spare)
 
 
 # Gathering
@@ -911,7 +914,7 @@ def gram_parts(
                 n = min(PIECE, stop - start)
                 place = row * row_length + start
                 if of_deltas:
-                    _widen(parts, 0, place, n, base)
+                    _widen(parts, parts.zero, place, n, base)
                 for i in range(models):
                     if of_deltas:
                         _subtract(parts, i + 1, place, n, base, values[i])
@@ -945,7 +948,7 @@ def norms_cut(
             for start in range(run, stop, PIECE):
                 n = min(PIECE, stop - start)
                 place, lane = row * row_length + start, (start - run) % LANES
-                _widen(parts, 0, place, n, base)
+                _widen(parts, parts.zero, place, n, base)
                 for i in range(models):
                     _subtract(parts, i + 1, place, n, base, delta)
                     _add_powers(delta, n, power, lanes[i], lane)
@@ -980,7 +983,7 @@ def norms_dropped(
             for start in range(run, stop, PIECE):
                 n = min(PIECE, stop - start)
                 place, lane = row * row_length + start, (start - run) % LANES
-                _widen(parts, 0, place, n, base)
+                _widen(parts, parts.zero, place, n, base)
                 for i in range(models):
                     _subtract(parts, i + 1, place, n, base, delta)
                     _add_powers(delta, n, power, lanes[i], lane)
@@ -1013,7 +1016,7 @@ def norms_ranked(
     for row in range(rows):
         for start in range(0, row_length, PIECE):
             n = min(PIECE, row_length - start)
-            _widen(parts, 0, row * row_length + start, n, base[start:])
+            _widen(parts, parts.zero, row * row_length + start, n, base[start:])
         for i in range(2 * models):
             model = i % models
             if i < models:
@@ -1052,7 +1055,7 @@ def norms_selected(
             for start in range(run, stop, PIECE):
                 n = min(PIECE, stop - start)
                 place, lane = row * row_length + start, (start - run) % LANES
-                _widen(parts, 0, place, n, base)
+                _widen(parts, parts.zero, place, n, base)
                 for i in range(models):
                     _subtract(parts, i + 1, place, n, base, deltas[i])
                     _add_powers(deltas[i], n, power, lanes[i], lane)
@@ -1072,7 +1075,7 @@ def count_active(parts: Any, size: Any, epsilon: Any, counts: Any) -> None:
     number = np.empty(PIECE, np.int32)
     for start in range(0, size, PIECE):
         n = min(PIECE, size - start)
-        _widen(parts, 0, start, n, base)
+        _widen(parts, parts.zero, start, n, base)
         for j in range(n):
             number[j] = 0
         for i in range(models):
@@ -1096,7 +1099,7 @@ def count_conflicts(parts: Any, size: Any, thresholds: Any, counts: Any) -> None
     base, deltas = np.empty(PIECE, np.float32), np.empty((models, PIECE), np.float32)
     for start in range(0, size, PIECE):
         n = min(PIECE, size - start)
-        _widen(parts, 0, start, n, base)
+        _widen(parts, parts.zero, start, n, base)
         for i in range(models):
             delta, threshold = deltas[i], thresholds[i]
             _subtract(parts, i + 1, start, n, base, delta)
@@ -1141,11 +1144,11 @@ def sum_signs(parts: Any, size: Any, stretch: Any, cuts: Any, seen: Any, combini
     for number in range(size // stretch):
         for start in range(number * stretch, (number + 1) * stretch, PIECE):
             n = min(PIECE, (number + 1) * stretch - start)
-            _widen(parts, 0, start, n, base)
+            _widen(parts, parts.zero, start, n, base)
             for i in range(len(deltas)):
                 _subtract(parts, i + 1, start, n, base, deltas[i])
                 _cut(deltas[i], n, cuts[number, i], seen[number, i])
-            _vote(deltas, 0, n, combining, total)
+            _vote(deltas, parts.zero, n, combining, total)
             for j in range(n):
                 summed += np.int64(total[j] > _ZERO) - np.int64(total[j] < _ZERO)
     return summed
@@ -1158,7 +1161,7 @@ def coarse_histograms(parts: Any, size: Any, which: Any, counts: Any) -> None:
     deltas = np.empty((len(parts.places) - 2, PIECE), np.float32)
     for start in range(0, size, PIECE):
         n = min(PIECE, size - start)
-        _widen(parts, 0, start, n, base)
+        _widen(parts, parts.zero, start, n, base)
         for k in range(len(which)):
             _quantity(parts, which[k], start, n, base, deltas, values)
             bins = counts[k]
@@ -1188,7 +1191,7 @@ def fine_histograms(
     count = _U32(bins.shape[1])
     for start in range(0, size, PIECE):
         n = min(PIECE, size - start)
-        _widen(parts, 0, start, n, base)
+        _widen(parts, parts.zero, start, n, base)
         for k in range(len(which)):
             _quantity(parts, which[k], start, n, base, deltas, values)
             found, guess, lowest = bins[k], guesses[k], windows[k]
@@ -1217,7 +1220,7 @@ def count_around(parts: Any, size: Any, which: Any, thresholds: Any, counts: Any
     deltas = np.empty((len(parts.places) - 2, PIECE), np.float32)
     for start in range(0, size, PIECE):
         n = min(PIECE, size - start)
-        _widen(parts, 0, start, n, base)
+        _widen(parts, parts.zero, start, n, base)
         for k in range(len(which)):
             _quantity(parts, which[k], start, n, base, deltas, values)
             threshold, above, tied = thresholds[k], np.int32(0), np.int32(0)
@@ -1251,7 +1254,7 @@ def row_thresholds(
             for start in range(0, row_length, PIECE):
                 n = min(PIECE, row_length - start)
                 place = row * row_length + start
-                _widen(parts, 0, place, n, base)
+                _widen(parts, parts.zero, place, n, base)
                 _subtract(parts, i + 1, place, n, base, delta)
                 for j in range(n):
                     magnitudes[start + j] = _magnitude(delta[j])

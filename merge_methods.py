@@ -315,7 +315,8 @@ def _l1_sums(values: Values, models: int) -> int:
 def _advise(values: Values) -> Iterator[str]:
     """On task vectors: densities, weights and lambda that make a result no one wants."""
     densities = values.get("densities", ())
-    if densities and all(density == 1 for density in densities):
+    removes = any(values.get("gammas", ())) and not values["shrink"]
+    if densities and all(density == 1 for density in densities) and not removes:
         yield "every density is 1.0, so nothing is trimmed or dropped; 0.2 to 0.5 is usual"
     for model, density in enumerate(densities, 1):
         if density == 0:
@@ -477,7 +478,13 @@ METHODS: dict[str, Method] = {
         (
             WEIGHTS,
             Parameter("max_iter", int, 10, "at most so many steps", _check_max_iter),
-            Parameter("tol", float, 1e-5, "steps shorter than this end the search", check_epsilon),
+            Parameter(
+                "tol",
+                float,
+                1e-5,
+                "steps shorter than this end the search; tensors of a norm up to it have no say",
+                check_epsilon,
+            ),
         ),
         passes=lambda _: 2,
         base="none",
@@ -712,7 +719,16 @@ METHODS: dict[str, Method] = {
             L1_OR_NOT,
             *ELECTION,
         ),
-        profiles={**_ALLOW, "paper": {"trim_scope": "row", "shrink": False}},
+        profiles={
+            **_ALLOW,
+            "paper": {
+                "trim_scope": "row",
+                "shrink": False,
+                "densities": 0.2,
+                "gammas": 0.1,
+                "lam": 0.4,
+            },
+        },
         passes=lambda p: _rescaled(_trim_passes(p), p),
         sums=_l1_sums,
         check=_check_election,
@@ -799,7 +815,7 @@ METHODS: dict[str, Method] = {
         check=_check_consensus,
         advice=_advise_on_consensus,
         whole_model=lambda p: p["variant"] == "ties" and p["trim_scope"] == "model",
-        bins=lambda p, models: models if p["variant"] == "ties" else 0,
+        bins=lambda p, models: models if p["variant"] == "ties" and p["trim_scope"] != "row" else 0,
     ),
     "arcee_fusion": Method(
         merge_arcee_fusion,

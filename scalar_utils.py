@@ -156,8 +156,7 @@ def window_counts(density: float, gamma: float, numel: int, *, shrink: bool = Tr
 
     `int(density * numel)` are kept below the `int(gamma * numel)` largest. Where both do not fit,
     fewer of the largest are removed (`shrink`, as in mergekit), or fewer kept (the authors' code).
-    Everything is kept for density 1, whatever gamma is, as in mergekit; the authors' code then
-    still removes the largest.
+    So at density 1 everything is kept with `shrink`, and all but the largest without.
 
     >>> window_counts(0.6, 0.2, 10), window_counts(0.9, 0.3, 10)
     (Window(kept=6, removed=2), Window(kept=9, removed=1))

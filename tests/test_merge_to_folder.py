@@ -459,7 +459,8 @@ def test_a_pass_gathers_in_as_many_places_as_threads(tmp_path, monkeypatch):
     with open_plan(Recipe(method="linear", models=(str(model),))) as plan:
         settings = StreamSettings(threads=2, block_bytes=1)
         groups = [[task] for task in plan.tasks]
-        stream(groups, merge, lambda _: 2, make_operations("cpu"), plan.sources, Nowhere(), settings)
+        operations = make_operations("cpu")
+        stream(groups, merge, lambda _: 2, operations, plan.sources, Nowhere(), settings)
         rows = sorted(rows_of(task.info.shape)[0] for task in plan.tasks)
     assert {*started.values()} == {1, 2}
     assert sorted(len(found) for found in answers) == rows
