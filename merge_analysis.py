@@ -6,6 +6,7 @@ column per projection.
 
 import html
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,9 @@ from merge_plan import Plan
 PARALLEL = 0.9995
 """Cosine above which SLERP takes the straight line."""
 
-OFTEN = 0.55
-"""Share of conflicts from which on it is worth saying; chance makes 0.5."""
-
-ENOUGH = 1000
-"""Entries from which on a tensor's share of conflicts says something."""
+NOTABLE, DEVIATIONS = 0.05, 5
+"""How far above one half a share of conflicts is worth saying, and at least how many standard
+deviations of what chance makes of so few entries."""
 
 CONTRAST = 4.0
 """Shares of conflicts an eighth away from chance have half their colour."""
@@ -115,10 +114,10 @@ def _advice(
         rates = {
             name: found["largest_pair_conflicts"][k]
             for name, found in tensors.items()
-            if found["elements"] >= ENOUGH
+            if found["largest_pair_conflicts"][k] > _beyond_chance(found["elements"])
         }
-        worst = max(rates, key=lambda name: rates[name], default="")
-        if worst and rates[worst] >= OFTEN:
+        if rates:
+            worst = max(rates, key=lambda name: rates[name])
             yield (
                 f"{models[i]} and {models[j]} conflict most in {worst} ({rates[worst]:.0%}): "
                 "adding up cancels such changes, electing signs (ties, della) takes the stronger "
@@ -130,6 +129,12 @@ def _advice(
             f"{parallel} of {len(tensors)} tensors have a cosine above {PARALLEL}: of such SLERP "
             "takes the straight line, as linear does"
         )
+
+
+def _beyond_chance(elements: int) -> float:
+    """The share of conflicts above which a tensor of so many entries shows more than chance."""
+    both = LARGEST_SHARE**2 * elements  # that are large in two models by chance
+    return 0.5 + max(NOTABLE, DEVIATIONS * 0.5 / math.sqrt(both))
 
 
 def write_analysis(analysis: Analysis, target: Path) -> tuple[Path, Path]:

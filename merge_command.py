@@ -241,8 +241,8 @@ def _parser(method: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--findings",
         action="store_true",
-        help="also put into the report what each model has changed, and where they disagree; takes "
-        "a little longer",
+        help="also put into the report what each model has changed, and where they disagree; a "
+        "short merge takes up to twice as long",
     )
     parser.add_argument("--check", metavar="FOLDER", help=CHECK_HELP)
     parser.add_argument("--json", action="store_true", help=JSON_HELP)

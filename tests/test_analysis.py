@@ -177,9 +177,30 @@ def test_opposite_models_are_told_apart(models):
     tuned[name], other[name] = base[name] + large, base[name] - large
     save_tensors(models / "a", tuned, 1)
     save_tensors(models / "b", other, 1)
-    found = analyze(names=("a", "b")).tensors[name]
+    analysis = analyze(names=("a", "b"))
+    found = analysis.tensors[name]
     assert found["cosines"][0] < -0.9
     assert found["largest_pair_conflicts"][0] > 0.95
+
+
+@pytest.mark.parametrize(("entries", "conflicts"), [(64, False), (16384, True)])
+def test_a_conflict_is_only_told_where_chance_would_not_make_it(tmp_path, entries, conflicts):
+    """A fifth of the entries are large in both models, and 70% of these go opposite ways."""
+    width = int(entries**0.5)
+    shape = {**SMALL, "layers": 1, "hidden_size": width, "intermediate_size": width}
+    base = make_llama(tmp_path / "base", seed=1, dtype="float32", **shape)
+    random, name = np.random.default_rng(0), "model.layers.0.mlp.up_proj.weight"
+    large = random.random((width, width)) < 0.2
+    signs = np.where(random.random((width, width)) < 0.7, -1.0, 1.0)
+    change = random.normal(size=(width, width)) * np.where(large, 1.0, 0.01)
+    tensors = read_tensors(base)
+    for model, each in (("a", change), ("b", change * signs)):
+        folder = make_llama(tmp_path / model, seed=1, dtype="float32", **shape)
+        tuned = {**tensors, name: tensors[name] + torch.from_numpy(each).float()}
+        save_tensors(folder, tuned, 1)
+    analysis = analyze(base=base, names=(tmp_path / "a", tmp_path / "b"))
+    told = any(f"conflict most in {name} (" in line for line in analysis.advice)
+    assert told == conflicts
 
 
 class Page(HTMLParser):
