@@ -6,7 +6,7 @@ python consensus_llama.py BASE --ft_models A B C --agreement 2 --save OUT
 from merge_driver import make_driver
 
 consensus_merge_llama, consensus_merge_llama_to_folder, main = make_driver(
-    "consensus", __doc__ or ""
+    "consensus", __name__, __doc__ or ""
 )
 
 if __name__ == "__main__":

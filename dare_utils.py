@@ -18,6 +18,9 @@ from torch import Tensor
 
 from linear_utils import add_task_vector, combine_deltas
 from scalar_utils import (
+    Denominator,
+    ElectMethod,
+    ElectOn,
     Key,
     Rescale,
     check_count,
@@ -209,18 +212,28 @@ def dare_ties(
     lam: float = 1.0,
     normalize: bool = False,
     rescale: Rescale = "inverse_density",
+    denominator: Denominator | None = None,
+    elect_on: ElectOn = "weighted",
+    elect_method: ElectMethod = "mass",
 ) -> Tensor:
     """TIES' sign election and disjoint merge on dropped and rescaled task vectors, no trim.
 
     Arguments, result and errors as `dare_linear`; `normalize` divides by the summed weights of
-    the models that agree, and then needs weights that are not negative.
+    the models that agree, and then needs weights that are not negative. `denominator`, `elect_on`
+    and `elect_method` are those of `ties_utils.elect_and_merge`; the first goes before `normalize`.
 
     Source: DARE, arXiv:2311.03099, with TIES, arXiv:2306.01708; as in mergekit, without a trim.
     """
-    check_ties_weights(weights, normalize=normalize)
+    check_ties_weights(weights, normalize=normalize and denominator is None)
     deltas = _dare_deltas(base, tensors, densities, seed, name, rescale)
     return elect_and_merge(
-        base, deltas, weights, lam, denominator="weight" if normalize else "none"
+        base,
+        deltas,
+        weights,
+        lam,
+        denominator=denominator or ("weight" if normalize else "none"),
+        elect_on=elect_on,
+        elect_method=elect_method,
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations, combinations_with_replacement
 from typing import Literal, NamedTuple
 
-from scalar_utils import check_choice, check_count, check_t, check_weights
+from scalar_utils import check_above_0, check_choice, check_count, check_t, check_weights
 
 Gram = Sequence[Sequence[float]]
 StockAverage = Literal["cosine", "angle"]
@@ -105,7 +105,7 @@ def _arc(cosine: float, t: float, is_line: bool) -> tuple[float, float, bool]:
 
 
 def nuslerp_t(weights: Sequence[float]) -> float:
-    """Where between two models their weights lie; the middle where these cancel to within 1e-6.
+    """Where between two models their weights lie; the middle where these cancel to 1e-6.
 
     Raises:
         ValueError: not two weights, or they have opposite signs and do not cancel.
@@ -115,11 +115,16 @@ def nuslerp_t(weights: Sequence[float]) -> float:
     """
     check_weights(weights)
     check_count("weights", weights, 2)
-    total = math.fsum(weights)
-    t = 0.5 if abs(total) < 1e-6 else weights[1] / total
+    total, magnitude = math.fsum(weights), math.fsum(map(abs, weights))
+    t = 0.5 if abs(total) <= 1e-6 * magnitude else weights[1] / total
     if not 0.0 <= t <= 1.0:
         raise ValueError(f"weights must not have opposite signs, got {list(weights)}")
     return t
+
+
+def check_nuslerp(weights: Sequence[float]) -> None:
+    """Raise `ValueError` as `nuslerp_t`."""
+    nuslerp_t(weights)
 
 
 def nuslerp_coefficients(aa: float, cc: float, ac: float, t: float) -> SlerpCoefficients:
@@ -150,7 +155,8 @@ def multislerp_coefficients(
     Args:
         gram: shape (N, N), float64.
         weights: one per tensor, their sum above 0.
-        normalize: divide the weights by their sum first; it changes the length alone.
+        normalize: divide the weights by their sum first; it changes the length alone. One tensor
+            is returned as it is, whatever its weight.
         eps: see above; below it `|m|` counts as zero.
 
     Raises:
@@ -171,9 +177,11 @@ def multislerp_coefficients(
     norms = [math.sqrt(row[i]) for i, row in enumerate(gram)]
     if not any(norms):
         return shares  # of nothing but zeros
-    units = [share / (norm + eps) for share, norm in zip(shares, norms, strict=True)]
+    units = [
+        share / (norm + eps) if norm else 0.0 for share, norm in zip(shares, norms, strict=True)
+    ]
     length = math.sqrt(max(_squared(gram, units), 0.0))
-    if length < eps:
+    if length <= eps * math.fsum(map(abs, shares)):
         if len(gram) == 2:
             return shares
         raise ValueError(
@@ -239,6 +247,7 @@ def karcher_coefficients(
     ([1.06066, 0.53033], True)
     """
     check_karcher(weights)
+    check_above_0("tol", tol)
     check_count("weights", weights, len(gram))
     if len(gram) == 1:
         return KarcherMean((1.0,), 0, True, 1.0)
@@ -315,6 +324,11 @@ def sequential_steps(weights: Sequence[float]) -> list[float]:
     if weights[0] <= 0 or min(weights) < 0:
         raise ValueError(f"weights must be >= 0 and the first above 0, got {list(weights)}")
     return [weights[k] / math.fsum(weights[: k + 1]) for k in range(1, len(weights))]
+
+
+def check_sequential(weights: Sequence[float]) -> None:
+    """Raise `ValueError` as `sequential_steps`."""
+    sequential_steps(weights)
 
 
 def lerp_coefficients(steps: Sequence[float]) -> list[float]:

@@ -70,7 +70,7 @@ def make_analysis(plan: Plan, findings: Mapping[str, Mapping[str, Any]]) -> Anal
     for kind, name, each in grouped(sums):
         groups[kind][name] = each.to_dict()
     names = public_names(plan.recipe.names)
-    models = tuple(names[model] for model in plan.recipe.models)
+    models = tuple(_numbered([names[model] for model in plan.recipe.models]))
     tensors = {name: each.to_dict() for name, each in sums.items()}
     whole = groups["whole"][""]
     base = plan.recipe.base_model
@@ -83,6 +83,13 @@ def make_analysis(plan: Plan, findings: Mapping[str, Mapping[str, Any]]) -> Anal
         whole=whole,
         advice=tuple(_advice(models, tensors, whole)),
     )
+
+
+def _numbered(names: Sequence[str]) -> Iterator[str]:
+    """Names with a number where one comes again."""
+    for index, name in enumerate(names):
+        before = names[:index].count(name)
+        yield f"{name} ({before + 1})" if before else name
 
 
 def _advice(
@@ -152,6 +159,8 @@ def write_analysis(analysis: Analysis, target: Path) -> tuple[Path, Path]:
 
 def check_analysis_target(target: Path) -> tuple[Path, Path]:
     """The two files of an analysis; `FileExistsError` if one exists."""
+    if not target.name:
+        raise ValueError(f"{target} is a folder; name the files to write in it, as {target}/seen")
     stem = target.with_suffix("") if target.suffix in (".json", ".html") else target
     paths = stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".html")
     for path in paths:

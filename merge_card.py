@@ -95,12 +95,7 @@ def _resolved(plan: Plan, report: MergeReport) -> dict[str, Any]:
         "models": recipe.models,
         "profile": recipe.profile,
         "parameters": dict(report.parameters),
-        **{
-            name: getattr(recipe, name)
-            for name in ("include", "exclude", "merge_embeddings", "merge_lm_head")
-        },
-        "weight_decay": recipe.weight_decay,
-        "clamp_range": recipe.clamp_range,
+        **recipe.options,
         "dtype": report.dtype,
         "max_shard_size": str(recipe.max_shard_size),
         "vocabulary": {

@@ -13,7 +13,8 @@ from signal import SIGHUP, SIGINT, SIGTERM
 from typing import Any
 
 from merge_analysis import Analysis, check_analysis_target, write_analysis
-from merge_methods import METHODS, PROFILES
+from merge_methods import METHODS
+from merge_parameters import PROFILES
 from merge_plan import usable_cores
 from merge_recipe import DEFAULT_SHARD_SIZE, Parameter, Recipe
 from merge_report import MergeReport, PlanReport
@@ -61,9 +62,13 @@ def run_command(method: str, description: str, argv: Sequence[str] | None = None
     arguments = parser.parse_args(arguments_given)
     wanted = [arguments.save, arguments.analyze, arguments.plan or None]
     if not any(wanted):
-        parser.error("--save OUT is required (or --plan, to see what would be done)")
+        parser.error(
+            "--save OUT is required (or --plan, to see what would be done, or --analyze NAME)"
+        )
     if arguments.analyze and (arguments.save or arguments.plan):
         parser.error("--analyze merges nothing: give it without --save and --plan")
+    if arguments.findings and not arguments.save:
+        parser.error("--findings is for the report of a merge: give it with --save")
     return _reported(lambda: _carry_out(method, arguments), last=argv is None)
 
 
@@ -253,7 +258,9 @@ def _parser(method: str, description: str) -> argparse.ArgumentParser:
 
 
 def _add_tensors(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("tensors", "what is not merged is the base's")
+    group = parser.add_argument_group(
+        "tensors", "what is not merged is the base's (without one, the first model's)"
+    )
     for name, text in (
         ("include", 'merge only tensors whose names fit one of these, such as "*.mlp.*"'),
         ("exclude", "do not merge tensors whose names fit one of these"),

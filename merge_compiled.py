@@ -317,8 +317,15 @@ class CompiledOperations:
 
 def _parts(block: Block, finish: Finish = NOTHING) -> Parts:
     lowest, highest = finish.clamp_range or (-math.inf, math.inf)
-    numbers = map(np.float32, (1.0 - finish.weight_decay, lowest, highest))
-    return Parts(block.memory, block.layout.places, block.layout.kinds, *numbers, 0)
+    return Parts(
+        block.memory,
+        block.layout.places,
+        block.layout.kinds,
+        np.float32(1.0 - finish.weight_decay),
+        np.float32(lowest),
+        np.float32(highest),
+        0,
+    )
 
 
 def _shaped(block: Block) -> tuple[Parts, int, int]:

@@ -13,7 +13,8 @@ from inspect import Parameter as Argument
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from merge_command import run_command
-from merge_methods import METHODS, PROFILES, Method
+from merge_methods import METHODS, Method
+from merge_parameters import PROFILES
 from merge_recipe import DEFAULT_SHARD_SIZE, Parameter, make_recipe
 from merge_report import MergeReport
 from merge_run import merge_to_folder, merge_to_model
@@ -129,6 +130,12 @@ OF_THE_RUN = (
     ),
     Setting("progress", True, bool, "show how far it is."),
 )
+FINDINGS = Setting(
+    "findings",
+    False,
+    bool,
+    "also put into the report what each model has changed, and where they disagree.",
+)
 
 OF_EVERY_RECIPE = (*OF_THE_RECIPE, *OF_THE_TENSORS)
 
@@ -149,11 +156,12 @@ Raises:
 """
 
 
-def make_driver(name: str, description: str) -> Driver:
+def make_driver(name: str, module: str, description: str) -> Driver:
     """The functions `<name>_merge_llama` and `<name>_merge_llama_to_folder`, and the command.
 
     Args:
         name: of the method, from `METHODS`.
+        module: the driver's.
         description: the driver's docstring; its first line says what the method does, and all of
             it is shown by `--help`.
     """
@@ -166,16 +174,25 @@ def make_driver(name: str, description: str) -> Driver:
     def to_folder(values: Mapping[str, Any]) -> MergeReport:
         of_folder = {setting.name: values[setting.name] for setting in OF_A_FOLDER}
         recipe = make_recipe(name, **_of_recipe(method, values), **of_folder)
-        return merge_to_folder(recipe, **_of_run(values))
+        return merge_to_folder(recipe, **_of_run(values), findings=values["findings"])
 
     shared = (*OF_EVERY_RECIPE, *OF_THE_RUN)
-    in_folder = (OF_A_FOLDER[0], OF_A_FOLDER[1], *OF_EVERY_RECIPE, *OF_A_FOLDER[2:], *OF_THE_RUN)
+    in_folder = (
+        OF_A_FOLDER[0],
+        OF_A_FOLDER[1],
+        *OF_EVERY_RECIPE,
+        *OF_A_FOLDER[2:],
+        *OF_THE_RUN,
+        FINDINGS,
+    )
     what = description.strip().splitlines()[0]
-    return Driver(
+    functions = (
         _function(f"{name}_merge_llama", method, shared, to_model, what, TO_MODEL),
         _function(f"{name}_merge_llama_to_folder", method, in_folder, to_folder, what, TO_FOLDER),
-        functools.partial(run_command, name, description),
     )
+    for function in functions:
+        function.__module__ = module
+    return Driver(*functions, functools.partial(run_command, name, description))
 
 
 def _of_recipe(method: Method, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -124,6 +124,8 @@ def merge_multislerp(tasks: Sequence[TensorTask], operations: Operations) -> Pas
     (task,) = tasks
     parameters, deltas = task.parameters, _has_base(task)
     weights = parameters["weights"]
+    if len(weights) == 1:
+        return Merge(operations.combine([0.0] * deltas + [1.0]))
     sums = yield operations.gram_parts(deltas=deltas)
     gram = gram_matrix(sums.totals(), len(weights))
     try:

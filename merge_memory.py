@@ -1,7 +1,8 @@
 """How much memory a merge takes, and how it is made to fit into what the user allows.
 
 A block per thread, and what a few passes have gathered. Neither grows with the size of the
-models, but for a few bytes per segment where a whole model is trimmed at once. Files that the
+models, but where a whole model is trimmed at once: by a few bytes per segment, and by those per row
+where it is rescaled to its L1 norm, or findings are asked for. Files that the
 system caches are not counted; it gives them up when others need memory.
 """
 
@@ -53,7 +54,15 @@ class Fit:
     notes: tuple[str, ...] = ()
 
 
-def fit_memory(plan: Plan, arithmetic: str, threads: int, limit: int | None, held: int) -> Fit:
+def fit_memory(
+    plan: Plan,
+    arithmetic: str,
+    threads: int,
+    limit: int | None,
+    held: int,
+    *,
+    findings: bool = False,
+) -> Fit:
     """Choose blocks, and threads if need be, with which a merge stays within a limit.
 
     Args:
@@ -62,6 +71,7 @@ def fit_memory(plan: Plan, arithmetic: str, threads: int, limit: int | None, hel
         threads: segments to work on at once, at most.
         limit: most memory of the process in bytes; None for no limit.
         held: what it holds before the merge and will hold beside it, in bytes.
+        findings: whether sums of every pair of models are gathered as well.
 
     Raises:
         ValueError: the merge cannot be done in so little memory.
@@ -69,7 +79,7 @@ def fit_memory(plan: Plan, arithmetic: str, threads: int, limit: int | None, hel
     needs: dict[int, _Need] = {}
     block_bytes = BLOCK_BYTES
     while not needs or (limit is not None and block_bytes >= SMALLEST_BLOCK_BYTES):
-        needs[block_bytes] = _needed(plan, arithmetic, block_bytes)
+        needs[block_bytes] = _needed(plan, arithmetic, block_bytes, findings)
         block_bytes //= 2
     useful = min(threads, needs[BLOCK_BYTES].segments)
     for used in range(useful, 0, -1):
@@ -112,7 +122,7 @@ class _Need(NamedTuple):
     segments: int
 
 
-def _needed(plan: Plan, arithmetic: str, block_bytes: int) -> _Need:
+def _needed(plan: Plan, arithmetic: str, block_bytes: int, findings: bool) -> _Need:
     layouts = [_layout(plan, task, block_bytes) for task in plan.tasks]
     blocks = (
         _block_bytes(plan, arithmetic, task, layout)
@@ -124,9 +134,13 @@ def _needed(plan: Plan, arithmetic: str, block_bytes: int) -> _Need:
         math.ceil(count / layout.segment_rows)
         for (count, _), layout in zip(rows, layouts, strict=True)
     ]
-    group = (sum if plan.method.whole_model(plan.parameters) else max)(segments)
-    sums = max(count * math.ceil(length / RUN) for count, length in rows)
-    fixed = group * SEGMENT_OBJECT_BYTES + 3 * plan.method.sums(plan.parameters, models) * sums * 8
+    together = sum if plan.method.whole_model(plan.parameters) else max
+    group = together(segments)
+    runs = together(count * math.ceil(length / RUN) for count, length in rows)
+    sums = plan.method.sums(plan.parameters, models)
+    if findings:
+        sums += models * (models + 1) // 2 + 1
+    fixed = group * SEGMENT_OBJECT_BYTES + 3 * sums * runs * 8
     if arithmetic != "numba" or _kind(plan) not in _compiled:
         fixed += ARITHMETIC_BYTES[arithmetic]
     histograms = plan.method.bins(plan.parameters, models)

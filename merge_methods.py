@@ -6,16 +6,16 @@ A method is a few lines over the functions that `merge_operations` gives it: a g
 vectors. To add one: its functions in a `*_utils` module, an entry in `METHODS`, a driver, a test.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from gram_utils import (
     STOCK_AVERAGES,
     check_karcher,
     check_multislerp,
-    nuslerp_t,
-    sequential_steps,
+    check_nuslerp,
+    check_sequential,
 )
 from merge_gram import (
     merge_karcher,
@@ -29,7 +29,39 @@ from merge_gram import (
     merge_slerp,
 )
 from merge_operations import Operations
+from merge_parameters import (
+    ALLOW,
+    DENSITIES,
+    ELECTION,
+    ELECTS,
+    L1_OR_NOT,
+    LAM,
+    MERGEKITS,
+    OF_THOSE_WHO_AGREE,
+    PEFT_ELECTION,
+    SEED,
+    TRIM,
+    WEIGHTS,
+    Values,
+    electable,
+    gram_sums,
+    l1_sums,
+    normalizable,
+    normalize,
+    only_with,
+    rescaled,
+    trim_passes,
+    trimmable,
+    variant,
+)
 from merge_recipe import Parameter
+from merge_remarks import (
+    advise,
+    advise_on_consensus,
+    remark_on_arcs,
+    remark_on_karcher,
+    remark_on_stock,
+)
 from merge_stream import Merge, Passes, TensorTask
 from merge_task_vectors import (
     merge_arcee_fusion,
@@ -43,38 +75,21 @@ from merge_task_vectors import (
     merge_ties,
 )
 from scalar_utils import (
-    DENOMINATORS,
-    ELECT_METHODS,
-    ELECT_ON,
-    K_RULES,
+    LARGEST,
     RANK_RESCALES,
     RESCALES,
     SCE_MASKS,
-    TRIM_SCOPES,
-    TRIM_TIES,
+    check_above_0,
     check_agreement,
+    check_at_least_0,
     check_della,
-    check_density,
     check_distance,
-    check_epsilon,
     check_gamma,
-    check_lam,
     check_mask_lambda,
-    check_normalizable,
-    check_seed,
     check_t,
-    check_ties_weights,
     check_topk,
     check_weights,
 )
-
-Values = Mapping[str, Any]
-"""A method's parameters, resolved."""
-
-PROFILES = ("default", "mergekit", "mergekit-0.1.4", "mergekit-0.0.6", "paper", "peft")
-"""Whose conventions the defaults follow; "mergekit" is 0.1.5."""
-
-_MERGEKITS = ("mergekit", "mergekit-0.1.4", "mergekit-0.0.6")
 
 
 @dataclass(frozen=True)
@@ -131,147 +146,16 @@ class Method:
         )
 
 
-# Parameters
-
-
-def _normalize(default: bool, what: str = "") -> Parameter:
-    return Parameter("normalize", bool, default, f"divide by the sum of the weights{what}")
-
-
-def _variant(default: str, text: str, *choices: str) -> Parameter:
-    return Parameter("variant", str, default, text, choices=choices)
-
-
-WEIGHTS = Parameter(
-    "weights",
-    float,
-    1.0,
-    "multiplier of each model",
-    lambda w: check_weights([w]),
-    per_model=True,
-    positional=True,
-)
-DENSITIES = Parameter(
-    "densities",
-    float,
-    1.0,
-    "share of each task vector that is kept, in [0, 1]",
-    check_density,
-    per_model=True,
-    positional=True,
-)
-LAM = Parameter(
-    "lam", float, 1.0, "scale of the merged task vector (lambda)", check_lam, flag="--lambda"
-)
-SEED = Parameter("seed", int, 0, "seed of the random masks, in [0, 2**64)", check_seed)
-OF_THOSE_WHO_AGREE = " of the models that agree"
-ELECTS = "linear adds the task vectors, ties elects signs"
-ELECTION = (
-    Parameter(
-        "denominator",
-        str,
-        None,
-        "what the sum over the models that agree is divided by: their weights, their number, or "
-        "nothing; by default their weights if normalize is on",
-        choices=DENOMINATORS,
-    ),
-    Parameter(
-        "elect_on",
-        str,
-        "weighted",
-        "models vote with their weighted task vectors, or as these are",
-        choices=ELECT_ON,
-    ),
-    Parameter(
-        "elect_method",
-        str,
-        "mass",
-        "a vote counts with its magnitude, or as one",
-        choices=ELECT_METHODS,
-    ),
-    Parameter(
-        "negative_weights",
-        bool,
-        False,
-        "accept them where the sum is divided by weights; the result can then have any size",
-    ),
-)
-TRIM = (
-    Parameter(
-        "trim_scope",
-        str,
-        "tensor",
-        "what a density is a share of: each tensor, each of its rows, or the whole model",
-        choices=TRIM_SCOPES,
-    ),
-    Parameter(
-        "trim_ties",
-        str,
-        "index",
-        "of equal changes at the cut, keep the first ones, or all",
-        choices=TRIM_TIES,
-    ),
-    Parameter(
-        "k_rule",
-        str,
-        "floor",
-        "how many a density keeps of n: int(density n) and at least 1 (floor), one more (paper), "
-        "or that and maybe none (peft)",
-        choices=K_RULES,
-    ),
-)
-L1_OR_NOT = Parameter(
-    "rescale",
-    str,
-    "none",
-    "scale what is kept up to the same L1 norm, or not",
-    choices=("l1", "none"),
-)
-
-_PEFT_ELECTION = {"elect_on": "unweighted", "denominator": "count"}
-_ALLOW = {name: {"negative_weights": True} for name in _MERGEKITS}
-
-
-# Checks and remarks
-
-
-def _check_normalizable(values: Values) -> None:
-    check_weights(values["weights"])
-    if values["normalize"]:
-        check_normalizable(values["weights"])
-
-
-def _check_election(values: Values) -> None:
-    if values.get("variant") == "linear":
-        _check_normalizable(values)
-        return
-    divides = values["denominator"] == "weight" and not values["negative_weights"]
-    check_ties_weights(values["weights"], normalize=divides)
-
-
-def completed(values: Values) -> dict[str, Any]:
-    """Parameters with those filled in whose defaults depend on others."""
-    complete = dict(values)
-    if "normalize" in complete and complete["normalize"] is None:
-        complete["normalize"] = complete["variant"] == "ties"
-    if "denominator" in complete and complete["denominator"] is None:
-        complete["denominator"] = "weight" if complete["normalize"] else "none"
-    return complete
-
-
-def _check_ties(values: Values) -> None:
-    _check_election(values)
-    if values["elect_zero"] == "global_majority" and values["trim_scope"] == "tensor":
-        raise ValueError(
-            "elect_zero global_majority looks at the whole model, so trim_scope must be model or "
-            "row, got tensor"
-        )
+def _check_della(values: Values) -> None:
+    electable(values)
+    for density, epsilon in zip(values["densities"], values["epsilons"], strict=True):
+        check_della(density, epsilon)
 
 
 def _check_consensus(values: Values) -> None:
     check_weights(values["weights"])
     if values["variant"] == "ties":
-        _check_election(values)
+        electable(values)
 
 
 def _check_max_iter(max_iter: int) -> None:
@@ -280,123 +164,33 @@ def _check_max_iter(max_iter: int) -> None:
 
 
 def _check_scale(scale: float) -> None:
-    check_weights([scale])
+    if not abs(scale) <= LARGEST:
+        raise ValueError(f"scale must be a number up to {LARGEST:g} in magnitude, got {scale}")
 
 
-def _nothing(_: object) -> None:
-    """For checks that are functions with a result."""
+def _at_least_0(name: str) -> Callable[[float], None]:
+    return lambda value: check_at_least_0(name, value)
 
 
-def _check_della(values: Values) -> None:
-    _check_election(values)
-    for density, epsilon in zip(values["densities"], values["epsilons"], strict=True):
-        check_della(density, epsilon)
+def _above_0(name: str) -> Callable[[float], None]:
+    return lambda value: check_above_0(name, value)
 
 
-def _trim_passes(values: Values) -> int:
-    """One to find the thresholds and one to merge; more where a sample is misleading."""
-    trims = any(0 < density < 1 for density in values["densities"])
-    passes = 2 if trims and values["trim_scope"] != "row" else 1
-    return passes + int(values.get("elect_zero") == "global_majority")
-
-
-def _rescaled(passes: int, values: Values) -> int:
-    return passes + int(values["rescale"] == "l1")
-
-
-def _gram_sums(values: Values, models: int) -> int:
-    return models * (models + 1) // 2
-
-
-def _l1_sums(values: Values, models: int) -> int:
-    return 2 * models if values["rescale"] == "l1" else 0
-
-
-def _advise(values: Values) -> Iterator[str]:
-    """On task vectors: densities, weights and lambda that make a result no one wants."""
-    densities = values.get("densities", ())
-    removes = any(values.get("gammas", ())) and not values["shrink"]
-    if densities and all(density == 1 for density in densities) and not removes:
-        yield "every density is 1.0, so nothing is trimmed or dropped; 0.2 to 0.5 is usual"
-    for model, density in enumerate(densities, 1):
-        if density == 0:
-            yield f"density 0 leaves nothing of model {model}"
-    if values["lam"] == 0:
-        yield "lambda is 0, so the result is the base"
-    if "weights" not in values:
-        return
-    reach = abs(values["lam"]) * sum(abs(weight) for weight in values["weights"])
-    divides = values.get("normalize") or values.get("denominator") in ("weight", "count")
-    if not divides and reach > ADVISED_REACH * len(values["weights"]):
-        yield (
-            f"lambda times the weights sums to {reach:g}; weights are factors, not percent, "
-            "and 0.3 to 1 for each model is usual"
-        )
-
-
-def _advise_on_consensus(values: Values) -> Iterator[str]:
-    models = len(values["weights"])
-    if values["agreement"] > models:
-        yield (
-            f"agreement {values['agreement']} is more than there are models, so the result is the "
-            "base"
-        )
-    if values["variant"] == "ties":
-        yield from _advise(values)
-
-
-def _remark_on_arcs(findings: Mapping[str, Values]) -> Iterator[str]:
-    arcs = {name: found for name, found in findings.items() if "branch" in found}
-    lines = [name for name, found in arcs.items() if found["branch"] == "lerp"]
-    opposite = [name for name in lines if arcs[name]["cosine"] < 0]
-    if lines:
-        yield (
-            f"{len(lines)} of {len(findings)} tensors took the straight line: they are so nearly "
-            "parallel that the arc is one"
-        )
-    if opposite:
-        yield (
-            f"{len(opposite)} tensors point opposite ways, so that near t 0.5 little is left of "
-            f"them ({', '.join(opposite[:3])})"
-        )
-
-
-def _remark_on_karcher(findings: Mapping[str, Values]) -> Iterator[str]:
-    late = [name for name, found in findings.items() if not found["converged"]]
-    wide = [name for name, found in findings.items() if found["cosine"] < -0.99]
-    if late:
-        yield (
-            f"{len(late)} of {len(findings)} tensors had not come to rest after max_iter steps "
-            f"({', '.join(late[:3])}); the last step's mean is taken"
-        )
-    if wide:
-        yield (
-            f"{len(wide)} tensors point nearly opposite ways, so that their mean is not unique "
-            f"({', '.join(wide[:3])})"
-        )
-
-
-def _remark_on_stock(findings: Mapping[str, Values]) -> Iterator[str]:
-    at_base = [name for name, found in findings.items() if found["t"] == 0]
-    if at_base:
-        yield (
-            f"{len(at_base)} of {len(findings)} tensors are the base's: their task vectors have "
-            "nothing in common"
-        )
-
-
-ADVISED_REACH = 5.0
-"""Where lambda times the mean weight lies above this, percent were probably meant."""
-
+CONSENSUS_DENOMINATOR = replace(
+    ELECTION[0],
+    default="weight",
+    help="what the sum over the models that agree is divided by: their weights, their number, or "
+    "nothing",
+)
 
 METHODS: dict[str, Method] = {
     "linear": Method(
         merge_linear,
         "linear average",
         "model soups, arXiv:2203.05482, and WiSE-FT, arXiv:2109.01903; see `linear_utils.linear`",
-        (WEIGHTS, _normalize(True)),
+        (WEIGHTS, normalize(True)),
         base="none",
-        check=_check_normalizable,
+        check=normalizable,
         copies=2,
     ),
     "slerp": Method(
@@ -419,15 +213,19 @@ METHODS: dict[str, Method] = {
                 "turn the direction along the arc and interpolate the length apart",
             ),
             Parameter(
-                "epsilon", float, 1e-8, "tensors of a norm up to it count as zero", check_epsilon
+                "epsilon",
+                float,
+                1e-8,
+                "tensors of a norm up to it count as zero",
+                _at_least_0("epsilon"),
             ),
         ),
         passes=lambda _: 2,
         base="none",
         fewest=2,
         most=2,
-        sums=_gram_sums,
-        remarks=_remark_on_arcs,
+        sums=gram_sums,
+        remarks=remark_on_arcs,
     ),
     "nuslerp": Method(
         merge_nuslerp,
@@ -443,17 +241,18 @@ METHODS: dict[str, Method] = {
                 bool,
                 False,
                 "without nuslerp_flatten, each column is a vector (the name is mergekit's)",
+                only=("nuslerp_flatten", (False,)),
             ),
         ),
-        passes=lambda p: 2 if p["nuslerp_flatten"] or p["nuslerp_row_wise"] else 1,
+        passes=lambda p: 2 if p["nuslerp_flatten"] or p.get("nuslerp_row_wise") else 1,
         base="optional",
         fewest=2,
         most=2,
-        check=lambda p: _nothing(nuslerp_t(p["weights"])),
-        in_order=lambda p: p["nuslerp_row_wise"] and not p["nuslerp_flatten"],
-        compiled=lambda p: not p["nuslerp_row_wise"] or p["nuslerp_flatten"],
-        sums=_gram_sums,
-        remarks=_remark_on_arcs,
+        check=lambda p: check_nuslerp(p["weights"]),
+        in_order=lambda p: bool(p.get("nuslerp_row_wise")),
+        compiled=lambda p: not p.get("nuslerp_row_wise"),
+        sums=gram_sums,
+        remarks=remark_on_arcs,
     ),
     "multislerp": Method(
         merge_multislerp,
@@ -464,12 +263,12 @@ METHODS: dict[str, Method] = {
             Parameter(
                 "normalize_weights", bool, True, "divide the weights by their sum; changes lengths"
             ),
-            Parameter("eps", float, 1e-8, "norms below it count as zero", check_epsilon),
+            Parameter("eps", float, 1e-8, "norms below it count as zero", _at_least_0("eps")),
         ),
         passes=lambda _: 2,
         base="optional",
         check=lambda p: check_multislerp(p["weights"]),
-        sums=_gram_sums,
+        sums=gram_sums,
     ),
     "karcher": Method(
         merge_karcher,
@@ -483,14 +282,14 @@ METHODS: dict[str, Method] = {
                 float,
                 1e-5,
                 "steps shorter than this end the search; tensors of a norm up to it have no say",
-                check_epsilon,
+                _above_0("tol"),
             ),
         ),
         passes=lambda _: 2,
         base="none",
         check=lambda p: check_karcher(p["weights"]),
-        sums=_gram_sums,
-        remarks=_remark_on_karcher,
+        sums=gram_sums,
+        remarks=remark_on_karcher,
     ),
     "sequential": Method(
         merge_sequential,
@@ -499,12 +298,12 @@ METHODS: dict[str, Method] = {
         "`slerp_utils.sequential_slerp`",
         (
             WEIGHTS,
-            _variant("slerp", "how to go from one to the next", "slerp", "lerp"),
+            variant("slerp", "how to go from one to the next", "slerp", "lerp"),
         ),
         passes=lambda p: 2 if p["variant"] == "slerp" else 1,
         base="none",
-        check=lambda p: _nothing(sequential_steps(p["weights"])),
-        sums=_gram_sums,
+        check=lambda p: check_sequential(p["weights"]),
+        sums=gram_sums,
     ),
     "nearswap": Method(
         merge_nearswap,
@@ -528,7 +327,11 @@ METHODS: dict[str, Method] = {
         "the model as it is; see `linear_utils.scale`",
         (
             Parameter(
-                "scale", float, None, "multiplier of every tensor; by default none", _check_scale
+                "scale",
+                float,
+                None,
+                "multiplier of every tensor; by default none",
+                _check_scale,
             ),
         ),
         base="none",
@@ -552,23 +355,23 @@ METHODS: dict[str, Method] = {
                 float,
                 0.0,
                 "products of norms count as at least this; mergekit has 1e-6",
-                check_epsilon,
+                _at_least_0("stock_norm_floor"),
             ),
             Parameter("clamp_t", bool, True, "stay between the base and the models' mean"),
         ),
-        profiles={name: {"stock_norm_floor": 1e-6, "clamp_t": False} for name in _MERGEKITS},
+        profiles={name: {"stock_norm_floor": 1e-6, "clamp_t": False} for name in MERGEKITS},
         passes=lambda p: 1 if p["filter_wise"] else 2,
         fewest=2,
-        sums=_gram_sums,
-        remarks=_remark_on_stock,
+        sums=gram_sums,
+        remarks=remark_on_stock,
     ),
     "task_arithmetic": Method(
         merge_task_arithmetic,
         "task arithmetic",
         "task arithmetic, arXiv:2212.04089; see `linear_utils.task_arithmetic`",
-        (WEIGHTS, LAM, _normalize(False)),
-        check=_check_normalizable,
-        advice=_advise,
+        (WEIGHTS, LAM, normalize(False)),
+        check=normalizable,
+        advice=advise,
     ),
     "ties": Method(
         merge_ties,
@@ -578,7 +381,7 @@ METHODS: dict[str, Method] = {
             WEIGHTS,
             DENSITIES,
             LAM,
-            _normalize(True, OF_THOSE_WHO_AGREE),
+            normalize(True, OF_THOSE_WHO_AGREE),
             *TRIM,
             L1_OR_NOT,
             *ELECTION,
@@ -591,7 +394,7 @@ METHODS: dict[str, Method] = {
             ),
         ),
         profiles={
-            **_ALLOW,
+            **ALLOW,
             "paper": {
                 "densities": 0.2,
                 "trim_scope": "model",
@@ -601,14 +404,14 @@ METHODS: dict[str, Method] = {
                 "elect_zero": "global_majority",
                 "denominator": "count",
             },
-            "peft": {**_PEFT_ELECTION, "k_rule": "peft"},
+            "peft": {**PEFT_ELECTION, "k_rule": "peft"},
         },
-        passes=lambda p: _rescaled(_trim_passes(p), p),
-        check=_check_ties,
-        advice=_advise,
+        passes=lambda p: rescaled(trim_passes(p), p),
+        check=trimmable,
+        advice=advise,
         whole_model=lambda p: p["trim_scope"] == "model" or p["elect_zero"] == "global_majority",
         bins=lambda p, models: 0 if p["trim_scope"] == "row" else models,
-        sums=_l1_sums,
+        sums=l1_sums,
     ),
     "dare": Method(
         merge_dare,
@@ -619,7 +422,7 @@ METHODS: dict[str, Method] = {
             DENSITIES,
             LAM,
             SEED,
-            _variant("linear", ELECTS, "linear", "ties"),
+            variant("linear", ELECTS, "linear", "ties"),
             Parameter(
                 "rescale",
                 str,
@@ -627,19 +430,19 @@ METHODS: dict[str, Method] = {
                 "how kept entries are scaled up: by 1/density, to the same L1 norm, or not",
                 choices=RESCALES,
             ),
-            _normalize(False),
-            *ELECTION,
+            normalize(False),
+            *only_with("variant", "ties", ELECTION),
         ),
         profiles={
             "mergekit": {"rescale": "l1", "negative_weights": True},
             "mergekit-0.1.4": {"rescale": "l1", "negative_weights": True},
             "mergekit-0.0.6": {"negative_weights": True},
-            "peft": _PEFT_ELECTION,
+            "peft": PEFT_ELECTION,
         },
-        passes=lambda p: _rescaled(1, p),
-        sums=_l1_sums,
-        check=_check_election,
-        advice=_advise,
+        passes=lambda p: rescaled(1, p),
+        sums=l1_sums,
+        check=electable,
+        advice=advise,
     ),
     "della": Method(
         merge_della,
@@ -659,7 +462,7 @@ METHODS: dict[str, Method] = {
             ),
             LAM,
             SEED,
-            _variant("ties", ELECTS, "ties", "linear"),
+            variant("ties", ELECTS, "ties", "linear"),
             Parameter(
                 "rescale",
                 str,
@@ -673,17 +476,17 @@ METHODS: dict[str, Method] = {
                 None,
                 "divide by the sum of the weights; by default with variant ties",
             ),
-            *ELECTION,
+            *only_with("variant", "ties", ELECTION),
         ),
         profiles={
             "mergekit": {"rescale": "l1", "negative_weights": True},
             "mergekit-0.1.4": {"rescale": "l1", "negative_weights": True},
             "mergekit-0.0.6": {"negative_weights": True},
         },
-        passes=lambda p: _rescaled(1, p),
-        sums=_l1_sums,
+        passes=lambda p: rescaled(1, p),
+        sums=l1_sums,
         check=_check_della,
-        advice=_advise,
+        advice=advise,
     ),
     "breadcrumbs": Method(
         merge_breadcrumbs,
@@ -701,8 +504,8 @@ METHODS: dict[str, Method] = {
                 per_model=True,
             ),
             LAM,
-            _variant("linear", ELECTS, "linear", "ties"),
-            _normalize(False),
+            variant("linear", ELECTS, "linear", "ties"),
+            normalize(False),
             Parameter(
                 "trim_scope",
                 str,
@@ -717,10 +520,10 @@ METHODS: dict[str, Method] = {
                 "where density and gamma do not fit together, remove fewer; else keep fewer",
             ),
             L1_OR_NOT,
-            *ELECTION,
+            *only_with("variant", "ties", ELECTION),
         ),
         profiles={
-            **_ALLOW,
+            **ALLOW,
             "paper": {
                 "trim_scope": "row",
                 "shrink": False,
@@ -729,10 +532,10 @@ METHODS: dict[str, Method] = {
                 "lam": 0.4,
             },
         },
-        passes=lambda p: _rescaled(_trim_passes(p), p),
-        sums=_l1_sums,
-        check=_check_election,
-        advice=_advise,
+        passes=lambda p: rescaled(trim_passes(p), p),
+        sums=l1_sums,
+        check=trimmable,
+        advice=advise,
         bins=lambda p, models: 0 if p["trim_scope"] == "row" else 2 * models,
     ),
     "sce": Method(
@@ -761,15 +564,15 @@ METHODS: dict[str, Method] = {
                 float,
                 0.0,
                 "weights are equal where the mean squares sum to less; mergekit has 1e-6",
-                check_epsilon,
+                _at_least_0("sce_floor"),
             ),
         ),
         profiles={
-            **{name: {"sce_floor": 1e-6} for name in _MERGEKITS},
+            **{name: {"sce_floor": 1e-6} for name in MERGEKITS},
             "paper": {"sce_mask": "weights_only", "select_topk": 0.1},
         },
         passes=lambda p: 4 if 0 < p["select_topk"] < 1 else 2,
-        advice=_advise,
+        advice=advise,
         bins=lambda p, models: int(0 < p["select_topk"] < 1),
         sums=lambda p, models: 2 * models,
     ),
@@ -779,13 +582,23 @@ METHODS: dict[str, Method] = {
         "Reinforced Agent Merging, arXiv:2601.13572; see `ram_utils.ram` and `ramplus`",
         (
             LAM,
-            _variant("ram", "ramplus amplifies what one model alone has changed", "ram", "ramplus"),
-            Parameter("epsilon", float, 1e-5, "changes up to it do not count", check_epsilon),
-            Parameter("r", float, 0.1, "strength of ramplus, at least 0", check_epsilon),
-            Parameter("alpha", float, 0.2, "bound of ramplus, at least 0", check_epsilon),
+            variant("ram", "ramplus amplifies what one model alone has changed", "ram", "ramplus"),
+            Parameter(
+                "epsilon", float, 1e-5, "changes up to it do not count", _at_least_0("epsilon")
+            ),
+            *only_with(
+                "variant",
+                "ramplus",
+                (
+                    Parameter("r", float, 0.1, "strength of ramplus, at least 0", _at_least_0("r")),
+                    Parameter(
+                        "alpha", float, 0.2, "bound of ramplus, at least 0", _at_least_0("alpha")
+                    ),
+                ),
+            ),
         ),
         passes=lambda p: 2 if p["variant"] == "ramplus" else 1,
-        advice=_advise,
+        advice=advise,
     ),
     "consensus": Method(
         merge_consensus,
@@ -803,17 +616,15 @@ METHODS: dict[str, Method] = {
             ),
             Parameter("agreement", int, 2, "models that a change must matter to", check_agreement),
             LAM,
-            _variant(
+            variant(
                 "linear", "what is merged: the sum of the task vectors, or TIES'", "linear", "ties"
             ),
-            DENSITIES,
-            *TRIM,
-            replace(ELECTION[0], default="weight"),
-            *ELECTION[1:],
+            *only_with("variant", "ties", (DENSITIES, *TRIM)),
+            *only_with("variant", "ties", (CONSENSUS_DENOMINATOR, *ELECTION[1:])),
         ),
-        passes=lambda p: _trim_passes(p) if p["variant"] == "ties" else 1,
+        passes=lambda p: trim_passes(p) if p["variant"] == "ties" else 1,
         check=_check_consensus,
-        advice=_advise_on_consensus,
+        advice=advise_on_consensus,
         whole_model=lambda p: p["variant"] == "ties" and p["trim_scope"] == "model",
         bins=lambda p, models: models if p["variant"] == "ties" and p["trim_scope"] != "row" else 0,
     ),

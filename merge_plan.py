@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from merge_findings import observed
-from merge_methods import ALIASES, METHODS, PROFILES, Method, completed
+from merge_methods import ALIASES, METHODS, Method
 from merge_operations import Finish, Operations
+from merge_parameters import PROFILES, settled
 from merge_recipe import (
     Recipe,
     option_problems,
@@ -211,8 +212,9 @@ def _check_recipe(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
         problems.append(f"{recipe.method} takes {_expected(method)} fine-tuned models, got {count}")
     declared = method.parameters_of(recipe.profile)
     parameters, wrong = resolve_parameters(declared, recipe.parameters, count)
+    if not wrong:
+        parameters, wrong = settled(declared, parameters, recipe.parameters)
     if count and not wrong:
-        parameters = completed(parameters)
         try:
             method.check(parameters)
         except ValueError as error:

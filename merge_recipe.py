@@ -5,6 +5,7 @@ rule about parameters is checked here, once, from the declarations in `merge_met
 """
 
 import difflib
+import math
 import numbers
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +19,16 @@ from model_vocabulary import VocabularySettings, vocabulary_settings
 from scalar_utils import check_finish
 
 DEFAULT_SHARD_SIZE = "5GB"
+
+OPTIONS = (
+    "include",
+    "exclude",
+    "merge_embeddings",
+    "merge_lm_head",
+    "weight_decay",
+    "clamp_range",
+)
+"""Fields of a recipe that every method has beside its parameters."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,7 @@ class Parameter:
         choices: the values of a str.
         flag: the command's option, if it is not `--` and the name.
         positional: can be given by its place in the method's functions.
+        only: a parameter and the values of it with which this one has an effect.
     """
 
     name: str
@@ -45,6 +57,11 @@ class Parameter:
     choices: tuple[str, ...] = ()
     flag: str = ""
     positional: bool = False
+    only: tuple[str, tuple[Any, ...]] | None = None
+
+    def applies(self, values: Mapping[str, Any]) -> bool:
+        """Whether it has an effect beside these values of the others."""
+        return self.only is None or values.get(self.only[0]) in self.only[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +111,18 @@ class Recipe:
     clamp_range: tuple[float, float] | None = None
 
     @property
+    def options(self) -> dict[str, Any]:
+        """Which tensors are merged, and what is done to every merged value.
+
+        JSON has no infinity, so a range that is open at one end has None there.
+        """
+        options = {name: getattr(self, name) for name in OPTIONS}
+        bounds = options["clamp_range"]
+        if isinstance(bounds, tuple):
+            options["clamp_range"] = tuple(None if math.isinf(each) else each for each in bounds)
+        return options
+
+    @property
     def names(self) -> tuple[str, ...]:
         """All models, the base (if any) first."""
         return self.models if self.base_model is None else (self.base_model, *self.models)
@@ -107,9 +136,11 @@ def make_recipe(
     *,
     output_dir: str | os.PathLike[str] | None = None,
     vocabulary: str | VocabularySettings = "truncate",
-    include: str | Sequence[str] = (),
-    exclude: str | Sequence[str] = (),
+    include: str | Sequence[str] | None = (),
+    exclude: str | Sequence[str] | None = (),
     clamp_range: Sequence[float] | None = None,
+    weight_decay: float = 0.0,
+    profile: str | None = "default",
     **settings: Any,
 ) -> Recipe:
     """A recipe from what a driver is given: any kind of path, a mode as the vocabulary.
@@ -126,13 +157,26 @@ def make_recipe(
         vocabulary=vocabulary_settings(vocabulary),
         include=_patterns(include),
         exclude=_patterns(exclude),
-        clamp_range=None if clamp_range is None else tuple(clamp_range),  # type: ignore[arg-type]
+        clamp_range=None if clamp_range is None else _plain(clamp_range),
+        weight_decay=_plain(weight_decay),
+        profile="default" if profile is None else profile,
         **settings,
     )
 
 
-def _patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+def _patterns(patterns: str | Sequence[str] | None) -> tuple[str, ...]:
+    if patterns is None or isinstance(patterns, str):
+        return () if patterns is None else (patterns,)
+    return tuple(patterns) if isinstance(patterns, Iterable) else (patterns,)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy and torch as Python's; several as a tuple. What is none stays as it is."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(_plain(each) for each in value)
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return float(value) if is_number else value
 
 
 def model_name(model: str | os.PathLike[str], argument: str = "base_model_path") -> str:
@@ -219,20 +263,31 @@ def option_problems(recipe: Recipe) -> list[str]:
     for name in ("merge_embeddings", "merge_lm_head"):
         if not isinstance(getattr(recipe, name), bool):
             problems.append(f"{name} must be true or false, got {getattr(recipe, name)!r}")
-    numbers_given: tuple[Any, ...] = (recipe.weight_decay, *(recipe.clamp_range or ()))
-    if not all(isinstance(value, numbers.Real) for value in numbers_given):
-        problems.append(
-            f"weight_decay must be a number and clamp_range two, got {recipe.weight_decay!r} and "
-            f"{recipe.clamp_range!r}"
-        )
-    elif len(numbers_given) not in (1, 3):
-        problems.append(f"clamp_range must be two values, got {recipe.clamp_range}")
-    else:
-        try:
-            check_finish(recipe.weight_decay, recipe.clamp_range)
-        except ValueError as error:
-            problems.append(str(error))
+    for name in ("include", "exclude"):
+        wrong = [each for each in getattr(recipe, name) if not isinstance(each, str)]
+        if wrong:
+            problems.append(f"{name} must be patterns of names, got {wrong[0]!r}")
+    decay: Any = recipe.weight_decay
+    if not isinstance(decay, float | int):
+        problems.append(f"weight_decay must be a number, got {decay!r}")
+        return problems
+    bounds: Any = recipe.clamp_range
+    if bounds is not None and not _are_two_numbers(bounds):
+        problems.append(f"clamp_range must be two numbers, got {bounds!r}")
+        return problems
+    try:
+        check_finish(recipe.weight_decay, recipe.clamp_range)
+    except ValueError as error:
+        problems.append(str(error))
     return problems
+
+
+def _are_two_numbers(values: Any) -> bool:
+    return (
+        isinstance(values, tuple)
+        and len(values) == 2
+        and all(isinstance(value, float | int) for value in values)
+    )
 
 
 def output_problems(recipe: Recipe) -> list[str]:

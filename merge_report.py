@@ -6,6 +6,7 @@ from typing import Any
 
 from merge_memory import Fit
 from merge_plan import Plan, free_bytes
+from merge_recipe import Recipe
 from model_checks import EMBEDDING, is_tied
 from model_utils import ModelFolder, format_bytes
 
@@ -47,6 +48,7 @@ class PlanReport:
 
     Attributes:
         method, profile, parameters, output_dir, dtype: as resolved.
+        options: which tensors are merged, and what is done to every merged value.
         models: the inputs, the base (if any) first.
         vocabulary: mode, rows, tokens, the model that gives the tokenizer, tokens added, and by
             model the rows cut, moved and filled.
@@ -67,6 +69,7 @@ class PlanReport:
     method: str
     profile: str
     parameters: Mapping[str, Any]
+    options: Mapping[str, Any]
     models: tuple[ModelSummary, ...]
     output_dir: str | None
     dtype: str
@@ -95,6 +98,7 @@ class PlanReport:
         lines = [f"method      {self.method}, profile {self.profile}"]
         width = max(map(len, self.parameters), default=0)
         lines += [f"  {name:<{width}} {_shown(value)}" for name, value in self.parameters.items()]
+        lines += [f"{name:<18} {_shown(value)}" for name, value in _set(self.options).items()]
         lines += [f"{model.role:<12}{_described(model)}" for model in self.models]
         lines += [
             f"output      {self.output_dir or 'not named'}, {self.dtype}",
@@ -138,6 +142,7 @@ def plan_report(plan: Plan, fit: Fit) -> PlanReport:
         method=recipe.method,
         profile=recipe.profile,
         parameters=plan.parameters,
+        options=plan.recipe.options,
         models=tuple(_summarise(source, plan) for source in plan.sources),
         output_dir=None if recipe.output_dir is None else str(recipe.output_dir),
         dtype=plan.dtype,
@@ -201,6 +206,12 @@ def _rows(count: int, what: str) -> str:
     return f"{count} row{'' if count == 1 else 's'} {what}"
 
 
+def _set(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that are not as they are by themselves."""
+    defaults = Recipe(method="", models=()).options
+    return {name: value for name, value in options.items() if value != defaults[name]}
+
+
 def _shown(value: Any) -> str:
     return ", ".join(str(entry) for entry in value) if isinstance(value, tuple) else str(value)
 
@@ -210,7 +221,7 @@ class MergeReport:
     """What a merge did.
 
     Attributes:
-        method, profile, parameters, base_model, models, output_dir, dtype: as resolved.
+        method, profile, parameters, options, base_model, models, output_dir, dtype: as resolved.
         vocabulary: as in `PlanReport`.
         tensors: tensors in the result.
         bytes_read: from the weights, all passes together.
@@ -226,6 +237,7 @@ class MergeReport:
     method: str
     profile: str
     parameters: Mapping[str, Any]
+    options: Mapping[str, Any]
     base_model: str | None
     models: tuple[str, ...]
     output_dir: str | None
@@ -255,6 +267,9 @@ class MergeReport:
             f"read {format_bytes(self.bytes_read)} in {self.seconds:.1f} s, "
             f"peak memory {format_bytes(self.peak_memory)} with the libraries' files",
         ]
+        changed = [f"{name} {_shown(value)}" for name, value in _set(self.options).items()]
+        if changed:
+            lines.append(f"with {'; '.join(changed)}")
         if self.files_carried:
             lines.append(f"carried over: {', '.join(self.files_carried)}")
         if self.files_left:

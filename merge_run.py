@@ -87,7 +87,8 @@ class RunSettings:
         compiled = plan.method.compiled(plan.parameters)
         package = arithmetic(self.device, compiled=compiled)
         held = anonymous_memory() + beside
-        fit = fit_memory(plan, package, self.threads or usable_cores(), limit, held)
+        threads = self.threads or usable_cores()
+        fit = fit_memory(plan, package, threads, limit, held, findings=self.findings)
         if package == "torch" and self.device == "cpu" and compiled:
             note = (
                 f"numba cannot be imported ({numba_problem()}), so torch computes, many times "
@@ -219,7 +220,7 @@ def merge_to_model(
     settings = RunSettings(device, threads, max_memory, progress=progress)
     with _open_for_merging(replace(recipe, dtype="float32"), settings) as plan:
         fit = settings.fit(plan, beside=_model_bytes(plan))
-        warn_about(plan.alignment, stacklevel=4)
+        warn_about(plan.alignment, stacklevel=5)  # where a driver's function is called
         model = get_llama(plan.template.path)
         resize_vocabulary(model, plan.alignment.vocabulary.rows, tied=plan.alignment.tied)
         set_special_ids(model, plan.alignment.special_ids)
@@ -304,10 +305,12 @@ def analyze_models(
     Of the tensors that the recipe merges. Arguments and errors as `merge_to_folder`; the recipe
     needs no `output_dir`.
     """
-    settings = RunSettings(device, threads, max_memory, progress=progress)
+    settings = RunSettings(device, threads, max_memory, findings=True, progress=progress)
     with _open_for_merging(recipe, settings) as plan:
         fit = settings.fit(plan)
         tasks = [task for task in plan.tasks if not task.copied]
+        if not tasks:
+            raise ValueError("include and exclude leave no tensor to analyze")
         passes = 2 if plan.base is not None else 1
         nbytes = plan.read_bytes_of(tasks, passes)
         with (
@@ -354,6 +357,7 @@ def _report(
         method=recipe.method,
         profile=recipe.profile,
         parameters=plan.parameters,
+        options=recipe.options,
         base_model=recipe.base_model,
         models=recipe.models,
         output_dir=None if recipe.output_dir is None else str(recipe.output_dir),

@@ -5,6 +5,7 @@ Each finds out what to keep, and leaves the rest to `Operations.merge_task_vecto
 
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -165,8 +166,7 @@ def _cut_and_merge(
     parameters, cuts = tasks[0].parameters, cut.cuts
     if parameters.get("rescale") == "l1":
         sums = yield operations.norm_parts(cuts, 1, cut.seen)
-        factors = _l1_factors(sums.totals())
-        cuts = Cuts(cuts.cuts, factors)
+        cuts = replace(cuts, factors=_l1_factors(sums.totals()))
     merge = _merge_of(parameters, cuts)
     merge = yield from _with_majority(merge, parameters, operations, cut.seen)
     return Merge(operations.merge_task_vectors(merge), cut.seen, cut.findings)
@@ -192,12 +192,8 @@ def _with_majority(
     if merge.election is None or parameters.get("elect_zero") != "global_majority":
         return merge
     (total,) = yield operations.sum_signs(merge, seen)
-    election = Election(
-        merge.election.denominator, merge.election.on, merge.election.method, float(np.sign(total))
-    )
-    return TaskVectorMerge(
-        merge.weights, merge.lam, merge.normalize, election, merge.sparsify, merge.consensus
-    )
+    election = replace(merge.election, zero=float(np.sign(total)))
+    return replace(merge, election=election)
 
 
 def _trim_findings(
@@ -358,7 +354,7 @@ def _merge_of(parameters: Mapping[str, Any], sparsify: Sparsify | None = None) -
     consensus = None
     if "mask_lambdas" in parameters:
         consensus = Consensus(parameters["mask_lambdas"], parameters["agreement"])
-    if "denominator" not in parameters or parameters.get("variant") == "linear":
+    if "denominator" not in parameters:
         normalize = parameters.get("normalize", False)
         return TaskVectorMerge(weights, lam, normalize, sparsify=sparsify, consensus=consensus)
     election = Election(

@@ -226,17 +226,11 @@ class TorchOperations:
 
     def column_grams(self, *, deltas: bool) -> Gather:
         """Dot products of the columns of two models, or task vectors: (3, columns)."""
-        torch = self._torch
+        from slerp_utils import column_grams
 
         def found(block: Block, sums: "list[Tensor]") -> "list[Tensor]":
-            a, c = (
-                tensor.double()
-                for tensor in (self._deltas(block)[1] if deltas else self._inputs(block))
-            )
-            products = torch.stack([a * a, a * c, c * c])
-            if sums:  # row by row, in their order, so that it does not depend on the blocks
-                products = torch.cat([sums[0].to(products.device)[:, None], products], dim=1)
-            return [products.cumsum(dim=1)[:, -1]]
+            tensors = self._deltas(block)[1] if deltas else self._inputs(block)
+            return [column_grams(tensors, *sums)]
 
         def take(block: Block, sums: "list[Tensor]", _: object) -> None:
             sums[:] = self._run(lambda: found(block, sums))

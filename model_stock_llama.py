@@ -6,7 +6,7 @@ python model_stock_llama.py BASE --ft_models A B --save OUT
 from merge_driver import make_driver
 
 model_stock_merge_llama, model_stock_merge_llama_to_folder, main = make_driver(
-    "model_stock", __doc__ or ""
+    "model_stock", __name__, __doc__ or ""
 )
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from linear_utils import add_task_vector
-from scalar_utils import check_count, check_epsilon, ramplus_factors
+from scalar_utils import check_at_least_0, check_count, ramplus_factors
 from tensor_utils import check_tensors, select
 
 
 def active(deltas: Sequence[Tensor], epsilon: float) -> list[Tensor]:
     """Which entries each model has changed, by more than `epsilon` (rounded to float32); bool."""
-    check_epsilon(epsilon)
+    check_at_least_0("epsilon", epsilon)
     check_tensors(deltas)
     bound = torch.tensor(epsilon, dtype=torch.float32)
     return [delta.abs() > bound for delta in deltas]

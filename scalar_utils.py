@@ -415,10 +415,16 @@ def sce_weights(squares: Sequence[float], numel: int, floor: float = 0.0) -> lis
     return [max(square / total, SMALLEST) if square else 0.0 for square in squares]
 
 
-def check_epsilon(epsilon: float) -> None:
-    """Raise `ValueError` unless `epsilon` is a magnitude."""
-    if not 0.0 <= epsilon <= LARGEST:
-        raise ValueError(f"epsilon must be at least 0 (a change of a weight), got {epsilon}")
+def check_at_least_0(name: str, value: float) -> None:
+    """Raise `ValueError` unless a value is 0 or more, and finite."""
+    if not 0.0 <= value <= LARGEST:
+        raise ValueError(f"{name} must be at least 0 and at most {LARGEST:g}, got {value}")
+
+
+def check_above_0(name: str, value: float) -> None:
+    """Raise `ValueError` unless a value is more than 0, and finite."""
+    if not 0.0 < value <= LARGEST:
+        raise ValueError(f"{name} must be above 0 and at most {LARGEST:g}, got {value}")
 
 
 def ramplus_factors(
@@ -437,9 +443,8 @@ def ramplus_factors(
     >>> ramplus_factors([1, 1], [10, 0])
     [1.01, 1.02]
     """
-    for name, value in (("r", r), ("alpha", alpha)):
-        if not 0.0 <= value <= LARGEST:
-            raise ValueError(f"{name} must be at least 0, got {value}")
+    check_at_least_0("r", r)
+    check_at_least_0("alpha", alpha)
     ratios = [s / u if u else (alpha if s else 0.0) for s, u in zip(shared, unique, strict=True)]
     return [1.0 + r * min(ratio, alpha) for ratio in ratios]
 
@@ -475,7 +480,7 @@ def check_finish(weight_decay: float, clamp_range: tuple[float, float] | None) -
     if clamp_range is None:
         return
     lowest, highest = clamp_range
-    if not (-LARGEST <= lowest <= highest <= LARGEST):
+    if not lowest <= highest:
         raise ValueError(
             f"clamp_range must be a lowest and a highest value, in this order, got {clamp_range}"
         )

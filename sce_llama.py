@@ -5,7 +5,7 @@ python sce_llama.py BASE --ft_models A B --select_topk 0.1 --save OUT
 
 from merge_driver import make_driver
 
-sce_merge_llama, sce_merge_llama_to_folder, main = make_driver("sce", __doc__ or "")
+sce_merge_llama, sce_merge_llama_to_folder, main = make_driver("sce", __name__, __doc__ or "")
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -66,6 +66,23 @@ def row_grams(tensors: Sequence[Tensor]) -> list[Gram]:
     ]
 
 
+def column_grams(tensors: Sequence[Tensor], before: Tensor | None = None) -> Tensor:
+    """Dot products of the columns of tensors, added row by row, from the first to the last.
+
+    Args:
+        tensors: some rows of each, float32, same shape.
+        before: what this gave for the rows before these.
+
+    Returns:
+        Shape (pairs, columns), float64; pairs as in `gram_utils.gram_pairs`.
+    """
+    wide = [rows_of(tensor).double() for tensor in tensors]
+    products = torch.stack([wide[i] * wide[j] for i, j in gram_pairs(len(wide))])
+    if before is not None:
+        products = torch.cat([before.to(products.device)[:, None], products], dim=1)
+    return products.cumsum(dim=1)[:, -1]
+
+
 def slerp(
     a: Tensor,
     c: Tensor,
@@ -157,8 +174,11 @@ def nuslerp(
         (aa, ac), (_, cc) = gram(pair)
         merged = combine(nuslerp_coefficients(aa, cc, ac, t)[:2], pair)
     elif row_wise:
-        columns = [rows_of(tensor).T.contiguous() for tensor in pair]
-        merged = _by_rows(columns, lambda dots: _nuslerp(dots, t)).T.reshape(a.shape)
+        each = column_grams(pair).T.tolist()
+        multipliers = [_nuslerp(gram_matrix(dots, 2), t) for dots in each]
+        coefficients = torch.tensor(multipliers, dtype=torch.float32, device=a.device)
+        columns = [rows_of(tensor).T for tensor in pair]
+        merged = combine_rows(coefficients, columns).T.reshape(a.shape)
     else:
         merged = _by_rows(pair, lambda dots: _nuslerp(dots, t))
     return merged if base is None else base + merged

@@ -36,7 +36,8 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from merge_methods import ALIASES, METHODS, completed  # noqa: E402
+from merge_methods import ALIASES, METHODS  # noqa: E402
+from merge_parameters import settled  # noqa: E402
 from merge_recipe import make_recipe, resolve_parameters  # noqa: E402
 from merge_run import merge_to_folder  # noqa: E402
 from tests.tiny_checkpoints import make_llama, read_tensors  # noqa: E402
@@ -497,9 +498,10 @@ def resolved(case: Case, profile: str) -> tuple[str, Values]:
     method, fixed = ALIASES.get(case.method, (case.method, {}))
     declared, given = METHODS[method].parameters_of(profile), {**fixed, **case.parameters}
     values, problems = resolve_parameters(declared, given, len(case.models))
-    if problems:
-        raise ValueError(f"{case.group}: {'; '.join(problems)}")
-    return method, completed(values)
+    values, pointless = settled(declared, values, given)
+    if problems or pointless:
+        raise ValueError(f"{case.group}: {'; '.join([*problems, *pointless])}")
+    return method, values
 
 
 def merge_here(

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from merge_command import _parser
-from merge_methods import METHODS, PROFILES
+from merge_methods import METHODS
+from merge_parameters import PROFILES
 from merge_plan import _check_recipe
 from merge_recipe import make_recipe
 

@@ -62,8 +62,8 @@ def saved(*names, paths=None, notes=(), files=("tokenizer.json",), method="ties"
     )
     vocabulary = {"rows": 7, "tokenizer_source": names[0], "rows_changed": {names[-1]: {"cut": 1}}}
     report = MergeReport(
-        method, "default", {"lam": 1.0}, names[0], names[1:], "/home/me/out", "float32", vocabulary,
-        3, 10, 20, 1.5, 2**30, files, (), tuple(notes), {"model.norm.weight": {"kept": 1}},
+        method, "default", {"lam": 1.0}, recipe.options, names[0], names[1:], "/home/me/out",
+        "float32", vocabulary, 3, 10, 20, 1.5, 2**30, files, (), tuple(notes), {"model.norm.weight": {"kept": 1}},
     )  # fmt: skip
     return saved_report(plan, report)
 
@@ -126,6 +126,8 @@ def test_the_report_has_the_recipe_as_it_was_resolved(tmp_path):
             "denominator": "weight", "elect_on": "weighted", "elect_method": "mass",
             "negative_weights": False, "elect_zero": "plus",
         },
+        "include": [], "exclude": [], "merge_embeddings": True, "merge_lm_head": True,
+        "weight_decay": 0.0, "clamp_range": None,
         "dtype": "bfloat16",
         "max_shard_size": "5GB",
         "vocabulary": {

@@ -307,7 +307,9 @@ def test_torch_and_the_kernels_make_the_same_bytes(tmp_path, monkeypatch, method
         for name in ("kernels", "torch"):
             run(method, base, models, tmp_path / f"{name}-{number}", parameters=case)
             monkeypatch.setattr(
-                merge_run, "make_operations", lambda device, compiled: TorchOperations(device)
+                merge_run,
+                "make_operations",
+                lambda device, compiled, finish: TorchOperations(device, finish),
             )
         monkeypatch.undo()
         found = [tensor_hashes(tmp_path / f"{name}-{number}") for name in ("kernels", "torch")]

@@ -94,8 +94,8 @@ def test_identical_models_one_model_and_unchanged_ones():
     [
         (lambda: ram(ZERO, [ONE], epsilon=-1), "epsilon must be at least 0 .* got -1"),
         (lambda: ram(ZERO, [ONE], epsilon=math.nan), "epsilon must be at least 0"),
-        (lambda: ramplus(ZERO, [ONE], r=-0.1), "r must be at least 0, got -0.1"),
-        (lambda: ramplus(ZERO, [ONE], alpha=math.nan), "alpha must be at least 0, got nan"),
+        (lambda: ramplus(ZERO, [ONE], r=-0.1), "r must be at least 0 .*, got -0.1"),
+        (lambda: ramplus(ZERO, [ONE], alpha=math.nan), "alpha must be at least 0 .*, got nan"),
         (lambda: merge_active([ONE, TWO], 0, [1]), "factors must have one entry per model"),
         (lambda: ram(ZERO, []), "at least one entry"),
         (lambda: ram(ZERO, [ONE[:1]]), r"one shape, got \(3,\) and \(1,\)"),

@@ -18,7 +18,6 @@ from linear_utils import (
     sequential_lerp,
     task_arithmetic,
 )
-from merge_methods import completed
 from merge_plan import open_plan
 from model_stock_utils import model_stock
 from ram_utils import ram, ramplus
@@ -66,7 +65,7 @@ def whole(method, p, name, base, models):
             weights,
             base=base,
             flatten=p["nuslerp_flatten"],
-            row_wise=p["nuslerp_row_wise"],
+            row_wise=p.get("nuslerp_row_wise", False),
         ),
         "multislerp": lambda: multislerp(models, weights, base=base),
         "karcher": lambda: karcher(models, weights),
@@ -108,7 +107,7 @@ def test_tensor_by_tensor(tmp_path, case):
     merged, base = read_tensors(tmp_path / "out"), read_tensors(folder)
     recipe = recipe_of(method, parameters, folder, folders)
     with open_plan(recipe) as plan:
-        resolved = completed(plan.parameters)
+        resolved = plan.parameters
     models = [read_tensors(path) for path in folders[: len(recipe.models)]]
     for name, values in merged.items():
         ancestor = base[name].float() if recipe.base_model else None
