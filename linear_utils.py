@@ -186,7 +186,7 @@ def scale(tensor: Tensor, factor: float | None) -> Tensor:
     check_tensors([tensor])
     if factor is None:
         return tensor.clone()
-    check_lam(factor)
+    check_lam(factor, "factor")
     return tensor * factor
 
 

@@ -75,7 +75,6 @@ from merge_task_vectors import (
     merge_ties,
 )
 from scalar_utils import (
-    LARGEST,
     RANK_RESCALES,
     RESCALES,
     SCE_MASKS,
@@ -85,6 +84,7 @@ from scalar_utils import (
     check_della,
     check_distance,
     check_gamma,
+    check_lam,
     check_mask_lambda,
     check_t,
     check_topk,
@@ -164,8 +164,7 @@ def _check_max_iter(max_iter: int) -> None:
 
 
 def _check_scale(scale: float) -> None:
-    if not abs(scale) <= LARGEST:
-        raise ValueError(f"scale must be a number up to {LARGEST:g} in magnitude, got {scale}")
+    check_lam(scale, "scale")
 
 
 def _at_least_0(name: str) -> Callable[[float], None]:

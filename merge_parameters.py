@@ -176,14 +176,16 @@ def settled(
         given: what the user said; None stands for nothing.
 
     Returns:
-        Values by name, and one text per parameter that was given for nothing.
+        Values by name, and one text per parameter that was given for nothing (other than as it is
+        by itself).
     """
     complete, problems = dict(values), []
     for parameter in declared:
         if parameter.only is None or parameter.applies(values):
             continue
-        del complete[parameter.name]
-        if given.get(parameter.name) is not None:
+        value = complete.pop(parameter.name)
+        each = set(value) if parameter.per_model else {value}
+        if given.get(parameter.name) is not None and each != {parameter.default}:
             other, _ = parameter.only
             problems.append(
                 f"{parameter.name} has no effect with {other} {values[other]}. Leave it out"

@@ -102,10 +102,10 @@ def check_count(name: str, values: Sequence[float], models: int) -> None:
         )
 
 
-def check_lam(lam: float) -> None:
-    """Raise `ValueError` unless `lam` is a number of a magnitude in range."""
+def check_lam(lam: float, name: str = "lam") -> None:
+    """Raise `ValueError` unless `lam`, or another factor, is a number of a magnitude in range."""
     if not abs(lam) <= LARGEST:
-        raise ValueError(f"lam must be a number up to {LARGEST:g} in magnitude, got {lam}")
+        raise ValueError(f"{name} must be a number up to {LARGEST:g} in magnitude, got {lam}")
 
 
 def check_t(t: float) -> None:

@@ -225,7 +225,7 @@ def test_inputs_are_unchanged():
         (lambda x: nearswap(x, x, -0.1), "t must be at least 0 .* got -0.1"),
         (lambda x: nearswap(x, x, math.nan), "t must be at least 0 .* got nan"),
         (lambda x: nearswap(x, x[:1], 1), r"one shape, got \(2,\) and \(1,\)"),
-        (lambda x: scale(x, math.inf), "must be 0 or between .* got inf"),
+        (lambda x: scale(x, math.inf), "factor must be a number up to .* got inf"),
         (lambda x: scale(x.half(), 1), "must be float32"),
     ],
 )

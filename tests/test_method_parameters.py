@@ -95,6 +95,11 @@ def test_normalize_and_denominator_say_the_same(models, given, profile, want):
     assert (values["normalize"], values["denominator"]) == want
 
 
+def test_what_has_no_effect_may_be_said_as_it_is_by_itself(models):
+    assert "nuslerp_row_wise" not in resolved("nuslerp", {"nuslerp_row_wise": False})
+    assert "densities" not in resolved("consensus", {"densities": [1.0] * 3})
+
+
 def test_della_divides_with_an_election_and_not_without(models):
     assert resolved("della")["denominator"] == "weight"
     assert resolved("della_linear")["normalize"] is False
@@ -107,7 +112,7 @@ def test_della_divides_with_an_election_and_not_without(models):
         ("ties", {"normalize": True, "denominator": "none"}, "contradicts denominator none"),
         ("dare", {"elect_on": "unweighted"}, "elect_on has no effect with variant linear"),
         ("consensus", {"densities": [0.5] * 3}, "densities has no effect with variant linear"),
-        ("ram", {"r": 0.1}, "r has no effect with variant ram"),
+        ("ram", {"r": 0.3}, "r has no effect with variant ram"),
         ("nuslerp", {"nuslerp_row_wise": True}, "no effect with nuslerp_flatten True"),
         ("ties", {"rescale": "l1", "trim_scope": "row"}, "so trim_scope must not be row"),
         ("breadcrumbs", {"rescale": "l1", "trim_scope": "row"}, "so trim_scope must not be row"),
