@@ -903,7 +903,8 @@ def gram_parts(
     parts: Any, rows: Any, row_length: Any, models: Any, of_deltas: Any, sums: Any
 ) -> None:
     """`slerp_utils.gram_parts` of the first inputs or task vectors: shape (pairs, rows * runs)."""
-    base, values = np.empty(PIECE, np.float32), np.empty((models, PIECE), np.float32)
+    base, values = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
+    wide = np.empty((models, PIECE), np.float64)
     lanes = np.empty((len(sums), LANES), np.float64)
     number = 0
     for row in range(rows):
@@ -917,15 +918,18 @@ def gram_parts(
                     _widen(parts, parts.zero, place, n, base)
                 for i in range(models):
                     if of_deltas:
-                        _subtract(parts, i + 1, place, n, base, values[i])
+                        _subtract(parts, i + 1, place, n, base, values)
                     else:
-                        _widen(parts, i, place, n, values[i])
+                        _widen(parts, i, place, n, values)
+                    double = wide[i]
+                    for j in range(n):
+                        double[j] = np.float64(values[j])
                 lane, pair = (start - run) % LANES, 0
                 for i in range(models):
                     for k in range(i, models):
-                        left, right, sums_of_pair = values[i], values[k], lanes[pair]
+                        left, right, sums_of_pair = wide[i], wide[k], lanes[pair]
                         for j in range(n):
-                            sums_of_pair[lane + j] += np.float64(left[j]) * np.float64(right[j])
+                            sums_of_pair[lane + j] += left[j] * right[j]
                         pair += 1
             for pair in range(len(sums)):
                 sums[pair, number] = _sum_lanes(lanes[pair])
