@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,7 @@ from merge_operations import (
     window,
 )
 from merge_stream import Block, Gather
+from merge_torch import TorchOperations
 from scalar_utils import (
     NO_MAGNITUDE,
     Cut,
@@ -49,15 +50,15 @@ Floats = NDArray[np.float32]
 NOTHING = Finish()
 
 
-class CompiledOperations:
-    """The compiled loops as `merge_operations.Operations`.
+class CompiledOperations(TorchOperations):
+    """The functions of `*_utils` by compiled loops, and by torch where there is none.
 
     Args:
         finish: what is done to every merged value.
     """
 
     def __init__(self, finish: Finish | None = None) -> None:
-        self._finish = finish or NOTHING
+        super().__init__("cpu", finish)
 
     def __enter__(self) -> Self:
         return self
@@ -88,11 +89,11 @@ class CompiledOperations:
     def linear(self, weights: Sequence[float], *, normalize: bool) -> Take:
         """`linear_utils.linear`."""
         divisor = np.float32(float32_sum(weights) if normalize else 1.0)
-        return self._merging(kernels.linear, _floats(weights), divisor)
+        return self._looped(kernels.linear, _floats(weights), divisor)
 
     def combine(self, coefficients: Sequence[float]) -> Take:
         """`linear_utils.combine`."""
-        return self._merging(kernels.combine, _floats(coefficients))
+        return self._looped(kernels.combine, _floats(coefficients))
 
     def combine_rows(
         self, coefficients: Callable[[Gram], Sequence[float]], *, deltas: bool
@@ -109,18 +110,6 @@ class CompiledOperations:
 
         return take
 
-    def combine_columns(self, coefficients: Floats, *, deltas: bool) -> NoReturn:
-        """Not compiled."""
-        raise NotImplementedError
-
-    def column_grams(self, *, deltas: bool) -> NoReturn:
-        """Not compiled."""
-        raise NotImplementedError
-
-    def fuse(self, threshold: float) -> NoReturn:
-        """Not compiled."""
-        raise NotImplementedError
-
     def copy(self) -> Take:
         """The first input as it is, not finished."""
 
@@ -131,15 +120,15 @@ class CompiledOperations:
 
     def scale(self, factor: float | None) -> Take:
         """`linear_utils.scale`."""
-        return self._merging(kernels.scale, np.float32(1.0 if factor is None else factor))
+        return self._looped(kernels.scale, np.float32(1.0 if factor is None else factor))
 
     def nearswap(self, t: float) -> Take:
         """`linear_utils.nearswap`."""
-        return self._merging(kernels.nearswap, np.float32(t))
+        return self._looped(kernels.nearswap, np.float32(t))
 
     def merge_active(self, epsilon: float, factors: Sequence[float], lam: float) -> Take:
         """`ram_utils.merge_active`, scaled and added to the base."""
-        return self._merging(
+        return self._looped(
             kernels.merge_active, np.float32(epsilon), _floats(factors), np.float32(lam)
         )
 
@@ -147,7 +136,7 @@ class CompiledOperations:
         """Sparsify, weight, elect, combine, scale, add the base."""
         combining, sparsify = _combining(merge), merge.sparsify
         if sparsify is None:
-            return self._merging(kernels.merge_whole, combining)
+            return self._looped(kernels.merge_whole, combining)
         if isinstance(sparsify, Drop):
             keys, limits, factors = _random(sparsify)
 
@@ -192,7 +181,7 @@ class CompiledOperations:
         """A block whose merged values are finished."""
         return _parts(block, self._finish)
 
-    def _merging(self, kernel: Callable[..., None], *settings: object) -> Take:
+    def _looped(self, kernel: Callable[..., None], *settings: object) -> Take:
         """A loop over the elements of a block, with its settings bound."""
 
         def take(block: Block, _: object) -> None:
@@ -218,6 +207,8 @@ class CompiledOperations:
         start_segment: Callable[[int], Counts | None] = lambda _: None,
     ) -> Gather:
         """Run sums of |delta| ** power per model, then of what is kept of each."""
+        if isinstance(sparsify, CutRows):
+            return super().norm_parts(sparsify, power, start_segment)
 
         def take(block: Block, sums: RunSums, seen: Counts) -> None:
             found = _room_for_sums(block, 2 * (len(block.layout.dtypes) - 2))
@@ -229,10 +220,8 @@ class CompiledOperations:
                 kernels.norms_dropped(*shaped, block.start, keys, limits, found)
             elif isinstance(sparsify, DropByRank):
                 kernels.norms_ranked(*shaped, *_random_by_rank(sparsify, block), found)
-            elif isinstance(sparsify, Select):
-                kernels.norms_selected(*shaped, np.array(sparsify.cut), seen[0], found)
             else:
-                raise NotImplementedError(sparsify)
+                kernels.norms_selected(*shaped, np.array(sparsify.cut), seen[0], found)
             sums.append(found)
 
         return run_sums_gather(take, start_segment)
@@ -260,7 +249,7 @@ class CompiledOperations:
         """Sum of the elected signs, those that balance counting 0."""
         combining, sparsify = _combining(merge), merge.sparsify
         if not isinstance(sparsify, Cuts | CutRows):
-            raise NotImplementedError(sparsify)
+            return super().sum_signs(merge, start_segment)
 
         def take(block: Block, counts: Counts, seen: Counts) -> None:
             stretches = _stretches(block, sparsify, seen)
@@ -272,6 +261,8 @@ class CompiledOperations:
         self, which: Sequence[int], of: Quantity = "deltas", *, sample: bool = False
     ) -> Gather:
         """`ties_utils.coarse_histogram` of some quantities."""
+        if of == "importance":
+            return super().coarse_histograms(which, of, sample=sample)
         chosen = _which(which, of)
 
         def take(block: Block, counts: Counts, _: object) -> None:
@@ -287,6 +278,8 @@ class CompiledOperations:
         sample: bool = False,
     ) -> Gather:
         """`ties_utils.fine_histogram` of some quantities, around guesses."""
+        if of == "importance":
+            return super().fine_histograms(guesses, of, sample=sample)
         chosen = _which([which for which, _ in guesses], of)
         bits = np.array([guess for _, guess in guesses], dtype=np.int32)
         lowest = np.array([window(guess) for _, guess in guesses], dtype=np.int32)
@@ -301,6 +294,8 @@ class CompiledOperations:
         self, thresholds: Sequence[tuple[int, int]], of: Quantity = "deltas"
     ) -> Gather:
         """How many entries of some quantities lie above a magnitude's bits, and at it."""
+        if of == "importance":
+            return super().count_around(thresholds, of)
         chosen = _which([which for which, _ in thresholds], of)
         bits = np.array([bits for _, bits in thresholds], dtype=np.int32)
 
@@ -362,8 +357,6 @@ def _combining(merge: TaskVectorMerge) -> Combining:
 
 def _which(which: Sequence[int], of: Quantity) -> NDArray[np.int64]:
     """Numbers of quantities, as the loops know them."""
-    if of == "importance":
-        raise NotImplementedError(of)
     return np.array([VARIANCE] * len(which) if of == "variance" else which)
 
 

@@ -1,6 +1,7 @@
 """The arithmetic of the methods on blocks, by the torch functions of `*_utils`, on any device."""
 
 import contextlib
+import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,7 @@ from merge_operations import (
 from merge_stream import Block, Gather
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 State = Counts | None
@@ -58,13 +60,26 @@ class TorchOperations:
     _torch_threads = 1
 
     def __init__(self, device: str = "cpu", finish: Finish | None = None) -> None:
-        import torch
-
-        self._torch = torch
-        self._device = torch.device(device)
-        self._dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        self._device_name = device
         self._local = threading.local()
         self._finish = finish or Finish()
+
+    @functools.cached_property
+    def _torch(self) -> Any:
+        """The package, imported when it is needed: compiled loops can do without."""
+        import torch
+
+        return torch
+
+    @functools.cached_property
+    def _device(self) -> "torch.device":
+        device: torch.device = self._torch.device(self._device_name)
+        return device
+
+    @functools.cached_property
+    def _dtypes(self) -> "dict[str, torch.dtype]":
+        torch = self._torch
+        return {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
     def __enter__(self) -> Self:
         with TorchOperations._lock:  # torch's setting is one for the process, whose merges share it
@@ -478,7 +493,8 @@ class TorchOperations:
     def _stored(self, block: Block, index: int) -> "Tensor":
         """An input (or the result, -1) as torch sees it, in the block's memory."""
         stored = self._torch.from_numpy(block.stored(index).view(np.uint8))
-        return stored.view(self._dtypes[block.layout.dtypes[index]])
+        values: Tensor = stored.view(self._dtypes[block.layout.dtypes[index]])
+        return values
 
     def _inputs(self, block: Block) -> "list[Tensor]":
         """The inputs in float32 on the device."""
@@ -548,7 +564,7 @@ class TorchOperations:
             yield
             return
         if not hasattr(self._local, "stream"):
-            self._local.stream = self._torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            self._local.stream = self._torch.cuda.Stream(self._device)
         with self._torch.cuda.stream(self._local.stream):
             yield
             self._local.stream.synchronize()

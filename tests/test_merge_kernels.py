@@ -388,6 +388,30 @@ def test_rows_are_sorted_by_magnitude_and_equal_ones_by_place(row):
     assert np.array_equal(order, np.argsort(np.abs(row), kind="stable"))
 
 
+def test_what_has_no_loop_is_done_by_torch():
+    pair = make_block(3, 700, ("BF16",) * 3)
+    guesses = [(0, int(np.float32(1e-9).view(np.int32)))]
+    for make in (
+        lambda ops: ops.coarse_histograms([0], "importance"),
+        lambda ops: ops.column_grams(deltas=False),
+    ):
+        kernels, by_torch = gathered(pair, make)
+        assert np.array_equal(np.asarray(kernels[0]), np.asarray(by_torch[0]))
+    kernels, by_torch = gathered(pair, lambda ops: ops.fine_histograms(guesses, "importance"))
+    assert np.array_equal(kernels.bins, by_torch.bins)
+    kernels, by_torch = gathered(pair, lambda ops: ops.count_around(guesses, "importance"))
+    assert np.array_equal(kernels.counts, by_torch.counts)
+    assert_same_bits(pair, lambda ops: ops.fuse(1e-9))
+    block = make_block(3, 700)
+    rows = CutRows(lambda length: [Window(length // 3, 0)] * MODELS)
+    kernels, by_torch = gathered(block, lambda ops: ops.norm_parts(rows, 1))
+    assert kernels.totals() == by_torch.totals()
+    merge = TaskVectorMerge(WEIGHTS[1], election=Election("weight"))
+    assert (
+        len({int(each[0]) for each in gathered(block, lambda ops: ops.sum_signs(merge, None))}) == 1
+    )
+
+
 # Torch, when a GPU's memory runs out
 
 
