@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-PIECE = 512
-"""Elements worked on at once."""
-
 RUN, LANES = 2**14, 2**10
 """As in `scalar_utils`."""
 
-COUNTERS = PIECE // 8
-"""Philox counters of a piece that starts at a multiple of 8; a counter gives 8 draws."""
+PIECE = 2 * LANES
+"""Elements worked on at once: few enough for a core's cache to hold those of every model."""
+
+COUNTERS = 64
+"""Philox counters worked on at once; each gives 8 draws."""
 
 # Histograms of a row: the upper 8 of the 31 bits of a magnitude, the next 8, ...; a row is short,
 # and to look through many bins would take longer than to fill them.
@@ -295,18 +295,22 @@ def _keep_bits(key_0: Any, key_1: Any, first: Any, limit: Any, kept: Any) -> Non
 
 @_kernel()
 def _drop(delta: Any, size: Any, key: Any, limit: Any, start: Any, kept: Any, flags: Any) -> None:
-    """`dare_utils.drop` in place; `start` is the flat index of the first entry."""
+    """`dare_utils.drop` in place; `start` is the flat index of the first entry.
+
+    `kept` has room for a byte per counter of a piece, and `COUNTERS` more; `flags` for 8 times that.
+    """
     if limit > _LOW:  # every draw is below
         return
-    first, skip = np.uint64(start // 8 + 1), start % 8
-    _keep_bits(key[0], key[1], first, limit, kept)
-    if skip > 0:  # the last entries belong to one counter more; their number is a constant
-        _keep_bits(key[0], key[1], first + np.uint64(COUNTERS), limit, kept[COUNTERS:])
+    first, skip = start // 8 + 1, start % 8
+    counters = (skip + size + 7) // 8
+    for counter in range(0, counters, COUNTERS):
+        _keep_bits(key[0], key[1], np.uint64(first + counter), limit, kept[counter:])
     octets = flags.view(np.uint64)
-    for j in range(2 * COUNTERS if skip > 0 else COUNTERS):
+    for j in range(counters):
         octets[j] = np.uint64(kept[j]) * _REPEAT & _BIT_OF_BYTE
+    flags = flags[skip : skip + size]
     for j in range(size):
-        delta[j] = delta[j] if flags[skip + j] != 0 else _ZERO
+        delta[j] = delta[j] if flags[j] != 0 else _ZERO
 
 
 @_kernel()
@@ -325,15 +329,14 @@ def _draws(key_0: Any, key_1: Any, first: Any, words: Any) -> None:
 
 @_kernel()
 def _draw_row(key: Any, first: Any, size: Any, words: Any, draws: Any) -> None:
-    """The draws of `size` elements from a flat index on; `draws` has room for a piece more."""
+    """The draws of `size` elements from a flat index on; `draws` has room for 2**10 more."""
     skip = first % 8
-    for start in range(0, size + skip, PIECE):
+    for start in range(0, size + skip, 8 * COUNTERS):
         _draws(key[0], key[1], np.uint64((first - skip + start) // 8 + 1), words)
+        pairs = draws[start : start + 8 * COUNTERS].view(np.uint64)  # the low half is drawn first
         for j in range(COUNTERS):
             for k in range(4):
-                word = words[k * COUNTERS + j]
-                draws[start + 8 * j + 2 * k] = np.uint32(word & _LOW)
-                draws[start + 8 * j + 2 * k + 1] = np.uint32(word >> _HALF)
+                pairs[4 * j + k] = words[k * COUNTERS + j]
 
 
 @_kernel()
@@ -388,15 +391,15 @@ def _sort_row(row: Any, size: Any, keys: Any, spare: Any, counts: Any) -> Any:
     bins = counts[:_SORT_BINS]
     bins[:] = 0
     for j in range(size):
-        bins[max((_magnitude(row[j]) >> 16) - lowest, 0)] += 1
-    place = np.int32(0)
+        bins[_U32(max((_magnitude(row[j]) >> 16) - lowest, 0))] += 1
+    place = _U32(0)
     for k in range(_SORT_BINS):
         count = bins[k]
         bins[k] = place
         place += count
     for j in range(size):
         magnitude = _magnitude(row[j])
-        k = max((magnitude >> 16) - lowest, 0)
+        k = _U32(max((magnitude >> 16) - lowest, 0))
         keys[bins[k]] = np.uint64(magnitude) << _HALF | np.uint64(j)
         bins[k] += 1
     left = _MOVES * size
@@ -425,7 +428,7 @@ def _sort_digits(keys: Any, size: Any, spare: Any, counts: Any) -> Any:
             places[keys[j] >> upper & _DIGIT] += 1
         if places[keys[0] >> upper & _DIGIT] == size:
             continue
-        place = np.int32(0)
+        place = _U32(0)
         for digit in range(2**8):
             count = places[digit]
             places[digit] = place
@@ -493,14 +496,14 @@ def _vote(deltas: Any, offset: Any, size: Any, combining: Any, total: Any) -> No
     for j in range(size):
         total[j] = _ZERO
     for i in range(len(deltas)):
-        delta, multiplier = deltas[i], combining.votes[i]
+        delta, multiplier = deltas[i][offset : offset + size], combining.votes[i]
         if combining.election == BY_COUNT:
             for j in range(size):
-                vote = delta[offset + j] * multiplier
+                vote = delta[j] * multiplier
                 total[j] += _ONE if vote > _ZERO else (-_ONE if vote < _ZERO else _ZERO)
         else:
             for j in range(size):
-                total[j] += delta[offset + j] * multiplier
+                total[j] += delta[j] * multiplier
 
 
 @_kernel()
@@ -515,10 +518,10 @@ def _elect_and_combine(
         total[j] = _ZERO
         shares[j] = _ZERO
     for i in range(len(deltas)):
-        delta = deltas[i]
+        delta = deltas[i][offset : offset + size]
         multiplier, weight, share = combining.votes[i], combining.weights[i], combining.shares[i]
         for j in range(size):
-            value = delta[offset + j]
+            value = delta[j]
             agrees = value * multiplier * signs[j] > _ZERO
             total[j] += value * weight if agrees else _ZERO
             shares[j] += share if agrees else _ZERO
@@ -571,9 +574,9 @@ def _finish(
         for j in range(size):
             total[j] = _ZERO
         for i in range(len(deltas)):
-            delta, weight = deltas[i], combining.weights[i]
+            delta, weight = deltas[i][offset : offset + size], combining.weights[i]
             for j in range(size):
-                total[j] += delta[offset + j] * weight
+                total[j] += delta[j] * weight
         if combining.divides:
             for j in range(size):
                 total[j] /= combining.divisor
@@ -754,7 +757,8 @@ def merge_dropped(
     """Merge what is kept at random; `first` is the flat index of the block's first element."""
     base, spare = np.empty(PIECE, np.float32), np.empty((3, PIECE), np.float32)
     deltas = np.empty((len(combining.weights), PIECE), np.float32)
-    kept, flags = np.empty(2 * COUNTERS, np.uint8), np.empty(2 * PIECE, np.uint8)
+    kept = np.empty(PIECE // 8 + COUNTERS, np.uint8)
+    flags = np.empty(8 * len(kept), np.uint8)
     for start in range(0, size, PIECE):
         n = min(PIECE, size - start)
         _widen(parts, parts.zero, start, n, base)
@@ -812,8 +816,9 @@ def merge_ranked(
     models = len(combining.weights)
     base, spare = np.empty(row_length, np.float32), np.empty((3, PIECE), np.float32)
     deltas = np.empty((models, row_length), np.float32)
-    sorting, counts = np.empty((2, row_length), np.uint64), np.empty(_SORT_BINS, np.int32)
-    words, draws = np.empty(4 * COUNTERS, np.uint64), np.empty(row_length + 2 * PIECE, np.uint32)
+    sorting, counts = np.empty((2, row_length), np.uint64), np.empty(_SORT_BINS, np.uint32)
+    words = np.empty(4 * COUNTERS, np.uint64)
+    draws = np.empty(row_length + 16 * COUNTERS, np.uint32)
     for row in range(rows):
         for start in range(0, row_length, PIECE):
             n = min(PIECE, row_length - start)
@@ -842,16 +847,22 @@ def _select(
         _subtract(parts, i + 1, start, size, base, deltas[i])
     _variance(deltas, size, spread)
     # A mark tells a selected variance of 0 from one that is not: cuts go by bits, and 0 is least.
-    lower = np.int32(cut[0])
-    first, stop = cut[1] - seen[0], cut[2] - seen[0]
-    number = np.int64(0)
+    lower, equal = np.int32(cut[0]), np.int32(0)
     for j in range(size):
-        bits = _magnitude(spread[j])
-        equal = bits == lower
-        keeps = bits > lower or (equal and first <= number and number < stop)
-        number += np.int64(equal)
-        spread[j] = _ONE if keeps else _ZERO
-    seen[0] += number
+        equal += np.int32(_magnitude(spread[j]) == lower)
+    first, stop = cut[1] - seen[0], cut[2] - seen[0]
+    seen[0] += equal
+    if equal > 0 and first < equal and stop > 0 and not (first <= 0 and equal <= stop):
+        number = np.int64(0)  # some of the equal ones: these are looked at one by one
+        for j in range(size):
+            bits = _magnitude(spread[j])
+            keeps = bits > lower or (bits == lower and first <= number and number < stop)
+            number += np.int64(bits == lower)
+            spread[j] = _ONE if keeps else _ZERO
+    else:
+        lowest = np.int32(lower - 1) if equal > 0 and first <= 0 and equal <= stop else lower
+        for j in range(size):
+            spread[j] = _ONE if _magnitude(spread[j]) > lowest else _ZERO
     for i in range(len(deltas)):
         delta = deltas[i]
         for j in range(size):
@@ -888,14 +899,16 @@ def _sum_lanes(lanes: Any) -> Any:
 
 
 @_kernel()
-def _add_powers(delta: Any, size: Any, power: Any, lanes: Any, lane: Any) -> None:
-    """Add |delta| ** power of a piece to lanes."""
-    if power == 1:
-        for j in range(size):
-            lanes[lane + j] += np.float64(abs(delta[j]))
-        return
-    for j in range(size):
-        lanes[lane + j] += np.float64(delta[j]) * np.float64(delta[j])
+def _add_powers(delta: Any, size: Any, power: Any, lanes: Any) -> None:
+    """Add |delta| ** power of a piece to the lanes, beginning with the first."""
+    for start in range(0, size, LANES):
+        values = delta[start : min(start + LANES, size)]
+        if power == 1:
+            for j in range(len(values)):
+                lanes[j] += np.float64(abs(values[j]))
+        else:
+            for j in range(len(values)):
+                lanes[j] += np.float64(values[j]) * np.float64(values[j])
 
 
 @_kernel()
@@ -903,33 +916,28 @@ def gram_parts(
     parts: Any, rows: Any, row_length: Any, models: Any, of_deltas: Any, sums: Any
 ) -> None:
     """`slerp_utils.gram_parts` of the first inputs or task vectors: shape (pairs, rows * runs)."""
-    base, values = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
-    wide = np.empty((models, PIECE), np.float64)
+    base, values = np.empty(LANES, np.float32), np.empty((models, LANES), np.float32)
     lanes = np.empty((len(sums), LANES), np.float64)
     number = 0
     for row in range(rows):
-        for run in range(0, row_length, RUN):
+        for run in range(row * row_length, (row + 1) * row_length, RUN):
             lanes[:] = 0.0
-            stop = min(run + RUN, row_length)
-            for start in range(run, stop, PIECE):
-                n = min(PIECE, stop - start)
-                place = row * row_length + start
+            stop = min(run + RUN, (row + 1) * row_length)
+            for start in range(run, stop, LANES):
+                n = min(LANES, stop - start)
                 if of_deltas:
-                    _widen(parts, parts.zero, place, n, base)
+                    _widen(parts, parts.zero, start, n, base)
                 for i in range(models):
                     if of_deltas:
-                        _subtract(parts, i + 1, place, n, base, values)
+                        _subtract(parts, i + 1, start, n, base, values[i])
                     else:
-                        _widen(parts, i, place, n, values)
-                    double = wide[i]
-                    for j in range(n):
-                        double[j] = np.float64(values[j])
-                lane, pair = (start - run) % LANES, 0
+                        _widen(parts, i, start, n, values[i])
+                pair = 0
                 for i in range(models):
                     for k in range(i, models):
-                        left, right, sums_of_pair = wide[i], wide[k], lanes[pair]
+                        left, right, sums_of_pair = values[i], values[k], lanes[pair]
                         for j in range(n):
-                            sums_of_pair[lane + j] += left[j] * right[j]
+                            sums_of_pair[j] += np.float64(left[j]) * np.float64(right[j])
                         pair += 1
             for pair in range(len(sums)):
                 sums[pair, number] = _sum_lanes(lanes[pair])
@@ -946,18 +954,17 @@ def norms_cut(
     lanes = np.empty((2 * models, LANES), np.float64)
     number = 0
     for row in range(rows):
-        for run in range(0, row_length, RUN):
+        for run in range(row * row_length, (row + 1) * row_length, RUN):
             lanes[:] = 0.0
-            stop = min(run + RUN, row_length)
+            stop = min(run + RUN, (row + 1) * row_length)
             for start in range(run, stop, PIECE):
                 n = min(PIECE, stop - start)
-                place, lane = row * row_length + start, (start - run) % LANES
-                _widen(parts, parts.zero, place, n, base)
+                _widen(parts, parts.zero, start, n, base)
                 for i in range(models):
-                    _subtract(parts, i + 1, place, n, base, delta)
-                    _add_powers(delta, n, power, lanes[i], lane)
+                    _subtract(parts, i + 1, start, n, base, delta)
+                    _add_powers(delta, n, power, lanes[i])
                     _cut(delta, n, cuts[i], seen[i])
-                    _add_powers(delta, n, power, lanes[models + i], lane)
+                    _add_powers(delta, n, power, lanes[models + i])
             for i in range(2 * models):
                 sums[i, number] = _sum_lanes(lanes[i])
             number += 1
@@ -977,22 +984,22 @@ def norms_dropped(
     """Run sums of |delta| ** power of each task vector, then of what is kept at random."""
     models = len(keys)
     base, delta = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
-    kept, flags = np.empty(2 * COUNTERS, np.uint8), np.empty(2 * PIECE, np.uint8)
+    kept = np.empty(PIECE // 8 + COUNTERS, np.uint8)
+    flags = np.empty(8 * len(kept), np.uint8)
     lanes = np.empty((2 * models, LANES), np.float64)
     number = 0
     for row in range(rows):
-        for run in range(0, row_length, RUN):
+        for run in range(row * row_length, (row + 1) * row_length, RUN):
             lanes[:] = 0.0
-            stop = min(run + RUN, row_length)
+            stop = min(run + RUN, (row + 1) * row_length)
             for start in range(run, stop, PIECE):
                 n = min(PIECE, stop - start)
-                place, lane = row * row_length + start, (start - run) % LANES
-                _widen(parts, parts.zero, place, n, base)
+                _widen(parts, parts.zero, start, n, base)
                 for i in range(models):
-                    _subtract(parts, i + 1, place, n, base, delta)
-                    _add_powers(delta, n, power, lanes[i], lane)
-                    _drop(delta, n, keys[i], limits[i], first + place, kept, flags)
-                    _add_powers(delta, n, power, lanes[models + i], lane)
+                    _subtract(parts, i + 1, start, n, base, delta)
+                    _add_powers(delta, n, power, lanes[i])
+                    _drop(delta, n, keys[i], limits[i], first + start, kept, flags)
+                    _add_powers(delta, n, power, lanes[models + i])
             for i in range(2 * models):
                 sums[i, number] = _sum_lanes(lanes[i])
             number += 1
@@ -1013,8 +1020,9 @@ def norms_ranked(
     """Run sums of |delta| ** power of each task vector, then of what is kept by rank."""
     models = len(keys)
     base, delta = np.empty(row_length, np.float32), np.empty(row_length, np.float32)
-    sorting, counts = np.empty((2, row_length), np.uint64), np.empty(_SORT_BINS, np.int32)
-    words, draws = np.empty(4 * COUNTERS, np.uint64), np.empty(row_length + 2 * PIECE, np.uint32)
+    sorting, counts = np.empty((2, row_length), np.uint64), np.empty(_SORT_BINS, np.uint32)
+    words = np.empty(4 * COUNTERS, np.uint64)
+    draws = np.empty(row_length + 16 * COUNTERS, np.uint32)
     lanes = np.empty(LANES, np.float64)
     runs = -(-row_length // RUN)
     for row in range(rows):
@@ -1038,7 +1046,7 @@ def norms_ranked(
                 stop = min((run + 1) * RUN, row_length)
                 for start in range(run * RUN, stop, PIECE):
                     n = min(PIECE, stop - start)
-                    _add_powers(delta[start:], n, power, lanes, (start - run * RUN) % LANES)
+                    _add_powers(delta[start:], n, power, lanes)
                 sums[i, row * runs + run] = _sum_lanes(lanes)
 
 
@@ -1053,19 +1061,18 @@ def norms_selected(
     lanes = np.empty((2 * models, LANES), np.float64)
     number = 0
     for row in range(rows):
-        for run in range(0, row_length, RUN):
+        for run in range(row * row_length, (row + 1) * row_length, RUN):
             lanes[:] = 0.0
-            stop = min(run + RUN, row_length)
+            stop = min(run + RUN, (row + 1) * row_length)
             for start in range(run, stop, PIECE):
                 n = min(PIECE, stop - start)
-                place, lane = row * row_length + start, (start - run) % LANES
-                _widen(parts, parts.zero, place, n, base)
+                _widen(parts, parts.zero, start, n, base)
                 for i in range(models):
-                    _subtract(parts, i + 1, place, n, base, deltas[i])
-                    _add_powers(deltas[i], n, power, lanes[i], lane)
-                _select(parts, place, n, base, deltas, cut, seen, spread)
+                    _subtract(parts, i + 1, start, n, base, deltas[i])
+                    _add_powers(deltas[i], n, power, lanes[i])
+                _select(parts, start, n, base, deltas, cut, seen, spread)
                 for i in range(models):
-                    _add_powers(deltas[i], n, power, lanes[models + i], lane)
+                    _add_powers(deltas[i], n, power, lanes[models + i])
             for i in range(2 * models):
                 sums[i, number] = _sum_lanes(lanes[i])
             number += 1

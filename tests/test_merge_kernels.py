@@ -383,7 +383,7 @@ def test_what_one_model_alone_has_changed_is_found_alike(dtypes, epsilon):
 def test_rows_are_sorted_by_magnitude_and_equal_ones_by_place(row):
     row = np.array(row, dtype=np.float32)
     keys, spare = np.empty((2, len(row)), np.uint64)
-    counts = np.empty(merge_kernels._SORT_BINS, np.int32)
+    counts = np.empty(merge_kernels._SORT_BINS, np.uint32)
     order = merge_kernels._sort_row(row, len(row), keys, spare, counts) & np.uint64(2**32 - 1)
     assert np.array_equal(order, np.argsort(np.abs(row), kind="stable"))
 
