@@ -194,11 +194,11 @@ class CompiledOperations(TorchOperations):
     def gram_parts(self, *, deltas: bool, first: int | None = None) -> Gather:
         """`slerp_utils.gram_parts` of the inputs, or of the task vectors."""
 
-        def take(block: Block, sums: RunSums, _: object) -> None:
+        def take(block: Block, sums: RunSums, _: object) -> bool:
             models = first or len(block.layout.dtypes) - 1 - deltas
-            sums.append(_gram_parts(block, models, deltas=deltas))
+            return sums.append(_gram_parts(block, models, deltas=deltas))
 
-        return run_sums_gather(take)
+        return run_sums_gather(take, tells_finite=first is None)
 
     def norm_parts(
         self,

@@ -297,7 +297,7 @@ def _keep_bits(key_0: Any, key_1: Any, first: Any, limit: Any, kept: Any) -> Non
 def _drop(delta: Any, size: Any, key: Any, limit: Any, start: Any, kept: Any, flags: Any) -> None:
     """`dare_utils.drop` in place; `start` is the flat index of the first entry.
 
-    `kept` has room for a byte per counter of a piece, and `COUNTERS` more; `flags` for 8 times that.
+    `kept` has room for a byte per counter of a piece and `COUNTERS` more, `flags` for 8 times that.
     """
     if limit > _LOW:  # every draw is below
         return
@@ -399,9 +399,9 @@ def _sort_row(row: Any, size: Any, keys: Any, spare: Any, counts: Any) -> Any:
         place += count
     for j in range(size):
         magnitude = _magnitude(row[j])
-        k = _U32(max((magnitude >> 16) - lowest, 0))
-        keys[bins[k]] = np.uint64(magnitude) << _HALF | np.uint64(j)
-        bins[k] += 1
+        number = _U32(max((magnitude >> 16) - lowest, 0))
+        keys[bins[number]] = np.uint64(magnitude) << _HALF | np.uint64(j)
+        bins[number] += 1
     left = _MOVES * size
     for j in range(1, size):
         key, k = keys[j], j
@@ -893,22 +893,44 @@ def _sum_lanes(lanes: Any) -> Any:
     count = LANES
     while count > 1:
         count //= 2
+        upper = lanes[count:]
         for j in range(count):
-            lanes[j] += lanes[j + count]
+            lanes[j] += upper[j]
     return lanes[0]
+
+
+@_kernel(fastmath={"contract"})  # exact products: fused or not, the sum is the same
+def _add_products(left: Any, right: Any, size: Any, first: Any, lanes: Any) -> None:
+    """Add the products of two pieces to the lanes, or, of a run's first pieces, fill them so."""
+    if size < PIECE:
+        if first:
+            lanes[:] = 0.0
+        for start in range(0, size, LANES):
+            left_part, right_part = left[start:size], right[start:size]
+            for j in range(min(LANES, size - start)):
+                lanes[j] += np.float64(left_part[j]) * np.float64(right_part[j])
+        return
+    left_half, right_half = left[LANES:], right[LANES:]  # twice as many in one go
+    if first:
+        for j in range(LANES):
+            total = 0.0 + np.float64(left[j]) * np.float64(right[j])
+            lanes[j] = total + np.float64(left_half[j]) * np.float64(right_half[j])
+        return
+    for j in range(LANES):
+        total = lanes[j] + np.float64(left[j]) * np.float64(right[j])
+        lanes[j] = total + np.float64(left_half[j]) * np.float64(right_half[j])
 
 
 @_kernel()
 def _add_powers(delta: Any, size: Any, power: Any, lanes: Any) -> None:
-    """Add |delta| ** power of a piece to the lanes, beginning with the first."""
+    """Add |delta| ** power of a piece to the lanes, beginning with the first; power 1 or 2."""
+    if power == 2:
+        _add_products(delta, delta, size, False, lanes)
+        return
     for start in range(0, size, LANES):
-        values = delta[start : min(start + LANES, size)]
-        if power == 1:
-            for j in range(len(values)):
-                lanes[j] += np.float64(abs(values[j]))
-        else:
-            for j in range(len(values)):
-                lanes[j] += np.float64(values[j]) * np.float64(values[j])
+        part = delta[start:size]
+        for j in range(min(LANES, size - start)):
+            lanes[j] += np.float64(abs(part[j]))
 
 
 @_kernel()
@@ -916,15 +938,14 @@ def gram_parts(
     parts: Any, rows: Any, row_length: Any, models: Any, of_deltas: Any, sums: Any
 ) -> None:
     """`slerp_utils.gram_parts` of the first inputs or task vectors: shape (pairs, rows * runs)."""
-    base, values = np.empty(LANES, np.float32), np.empty((models, LANES), np.float32)
+    base, values = np.empty(PIECE, np.float32), np.empty((models, PIECE), np.float32)
     lanes = np.empty((len(sums), LANES), np.float64)
     number = 0
     for row in range(rows):
         for run in range(row * row_length, (row + 1) * row_length, RUN):
-            lanes[:] = 0.0
             stop = min(run + RUN, (row + 1) * row_length)
-            for start in range(run, stop, LANES):
-                n = min(LANES, stop - start)
+            for start in range(run, stop, PIECE):
+                n = min(PIECE, stop - start)
                 if of_deltas:
                     _widen(parts, parts.zero, start, n, base)
                 for i in range(models):
@@ -935,9 +956,7 @@ def gram_parts(
                 pair = 0
                 for i in range(models):
                     for k in range(i, models):
-                        left, right, sums_of_pair = values[i], values[k], lanes[pair]
-                        for j in range(n):
-                            sums_of_pair[j] += np.float64(left[j]) * np.float64(right[j])
+                        _add_products(values[i], values[k], n, start == run, lanes[pair])
                         pair += 1
             for pair in range(len(sums)):
                 sums[pair, number] = _sum_lanes(lanes[pair])

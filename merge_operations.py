@@ -449,9 +449,10 @@ class RunSums:
     def __init__(self) -> None:
         self._parts: list[NDArray[np.float64]] = []
 
-    def append(self, part: "NDArray[np.float64] | list[list[float]]") -> None:
-        """Take in the sums of a block: shape (quantities, runs)."""
+    def append(self, part: "NDArray[np.float64] | list[list[float]]") -> bool:
+        """Take in the sums of a block, shape (quantities, runs); whether all of them are finite."""
         self._parts.append(np.asarray(part))
+        return bool(np.isfinite(self._parts[-1]).all())
 
     def totals(self) -> list[float]:
         """The sum of each quantity, rounded once: it does not depend on the blocks."""
@@ -462,12 +463,39 @@ class RunSums:
         return self
 
 
+class RowValues:
+    """A number for each row of a tensor."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[int, NDArray[np.float32]]] = []
+
+    def append(self, first: int, values: NDArray[np.float32]) -> None:
+        """Take in those of a block, whose first row is given."""
+        self._parts.append((first, values))
+
+    def in_order(self) -> NDArray[np.float32]:
+        """Those of all rows."""
+        return np.concatenate([values for _, values in sorted(self._parts, key=lambda p: p[0])])
+
+    def __iadd__(self, other: Self) -> Self:
+        self._parts += other._parts
+        return self
+
+
 def run_sums_gather(
-    take: Callable[[Block, RunSums, Any], None],
+    take: Callable[[Block, RunSums, Any], bool | None],
     start_segment: Callable[[int], Counts | None] = lambda _: None,
+    *,
+    tells_finite: bool = False,
 ) -> Gather:
-    """A pass that collects `RunSums`."""
-    return Gather(lambda _: RunSums(), take, operator.iadd, start_segment=start_segment)
+    """A pass that collects `RunSums`; see `Gather` for the rest."""
+    return Gather(
+        lambda _: RunSums(),
+        take,
+        operator.iadd,
+        start_segment=start_segment,
+        tells_finite=tells_finite,
+    )
 
 
 def segments_gather(count: int, take: Callable[[Block, Counts], None]) -> Gather:

@@ -47,7 +47,7 @@ LARGEST = {"F32": 3.40282e38, "F16": 65504, "BF16": 3.38953e38}
 """The largest finite value of each dtype."""
 
 READ_AHEAD_SEGMENTS = 64
-"""A group of more segments may not be in memory any more when the pass after a sample comes."""
+"""A group of more segments may not be in memory any more when its next pass comes."""
 
 _ALIGNMENT = 64
 _KINDS = {dtype: kind for kind, dtype in enumerate(FLOAT_DTYPES)}
@@ -189,13 +189,16 @@ class Gather(NamedTuple):
         sample: look at a sample of the rows alone.
         start_segment: from the number of a segment within the group to what its first block is
             given.
+        tells_finite: whether `take` returns True where every input is finite, as far as it can
+            tell; then they are not looked at once more.
     """
 
     start: Callable[[Sequence[str]], Any]
-    take: Callable[[Block, Any, Any], None]
+    take: Callable[[Block, Any, Any], bool | None]
     fold: Callable[[Any, Any], Any]
     sample: bool = False
     start_segment: Callable[[int], Any] = lambda _: None
+    tells_finite: bool = False
 
 
 class Merge(NamedTuple):
@@ -398,9 +401,10 @@ class _GroupWork:
 
     @property
     def reads_ahead(self) -> bool:
-        """Whether the pass under way reads what it is given, or another soon will."""
-        sample = isinstance(self.request, Gather) and self.request.sample
-        return not sample or len(self._segments) <= READ_AHEAD_SEGMENTS
+        """Whether what the pass under way is given will be read from the disk, now or soon."""
+        if len(self._segments) > READ_AHEAD_SEGMENTS:
+            return not (isinstance(self.request, Gather) and self.request.sample)
+        return not self.is_read
 
     def credit(self) -> int:
         """How many of the expected passes the one under way stands for; the last, for the rest."""
@@ -518,9 +522,12 @@ class _Reader:
     def _gather(self, gather: Gather, segment: _Segment, collection: Any, *, check: bool) -> None:
         state = gather.start_segment(segment.number)
         for block in self._blocks(segment, sample=gather.sample):
-            if check and not gather.sample:
+            looks = check and not gather.sample
+            if looks and not gather.tells_finite:
                 self._check_inputs(segment.task, block)
-            gather.take(block, collection, state)
+            finite = gather.take(block, collection, state)
+            if looks and gather.tells_finite and not finite:
+                self._check_inputs(segment.task, block)
 
     def _merge(self, merge: Merge, segment: _Segment, observed: Any = None, *, check: bool) -> None:
         assert merge.take is not None
