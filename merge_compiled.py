@@ -19,6 +19,7 @@ from merge_operations import (
     DropByRank,
     FineCounts,
     Finish,
+    Importance,
     Quantity,
     RunSums,
     Select,
@@ -55,19 +56,24 @@ class CompiledOperations(TorchOperations):
 
     Args:
         finish: what is done to every merged value.
+        with_torch: whether the method needs what there is no loop for.
     """
 
-    def __init__(self, finish: Finish | None = None) -> None:
+    def __init__(self, finish: Finish | None = None, *, with_torch: bool = False) -> None:
         super().__init__("cpu", finish)
+        self._with_torch = with_torch
 
     def __enter__(self) -> Self:
-        return self
+        return super().__enter__() if self._with_torch else self
 
-    def __exit__(self, *_: object) -> None:
-        """Nothing is held."""
+    def __exit__(self, *error: object) -> None:
+        if self._with_torch:
+            super().__exit__(*error)
 
     def start_thread(self) -> None:
-        """Threads need no preparation."""
+        """For loops threads need no preparation."""
+        if self._with_torch:
+            super().start_thread()
 
     def memory(self, size: int) -> NDArray[np.uint8]:
         """Memory for a thread's blocks."""
@@ -125,6 +131,17 @@ class CompiledOperations(TorchOperations):
     def nearswap(self, t: float) -> Take:
         """`linear_utils.nearswap`."""
         return self._looped(kernels.nearswap, np.float32(t))
+
+    def fuse(self, score: Importance, threshold: float) -> Take:
+        """`arcee_fusion_utils.fuse`."""
+
+        def take(block: Block, _: object) -> None:
+            rows = score.divergence[block.first : block.first + block.rows]
+            kernels.fuse(
+                self._parts(block), block.rows, block.layout.row_length, rows, np.float32(threshold)
+            )
+
+        return take
 
     def merge_active(self, epsilon: float, factors: Sequence[float], lam: float) -> Take:
         """`ram_utils.merge_active`, scaled and added to the base."""
@@ -261,12 +278,10 @@ class CompiledOperations(TorchOperations):
         self, which: Sequence[int], of: Quantity = "deltas", *, sample: bool = False
     ) -> Gather:
         """`ties_utils.coarse_histogram` of some quantities."""
-        if of == "importance":
-            return super().coarse_histograms(which, of, sample=sample)
         chosen = _which(which, of)
 
         def take(block: Block, counts: Counts, _: object) -> None:
-            kernels.coarse_histograms(_parts(block), block.size, chosen, counts)
+            kernels.coarse_histograms(*_scaled(block, of), chosen, counts)
 
         return coarse_gather(len(which), take, sample=sample)
 
@@ -278,15 +293,13 @@ class CompiledOperations(TorchOperations):
         sample: bool = False,
     ) -> Gather:
         """`ties_utils.fine_histogram` of some quantities, around guesses."""
-        if of == "importance":
-            return super().fine_histograms(guesses, of, sample=sample)
         chosen = _which([which for which, _ in guesses], of)
         bits = np.array([guess for _, guess in guesses], dtype=np.int32)
         lowest = np.array([window(guess) for _, guess in guesses], dtype=np.int32)
 
         def take(block: Block, gathered: FineCounts, counts: Counts) -> None:
             found = (gathered.bins, gathered.above, counts)
-            kernels.fine_histograms(_parts(block), block.size, chosen, bits, lowest, *found)
+            kernels.fine_histograms(*_scaled(block, of), chosen, bits, lowest, *found)
 
         return fine_gather(len(guesses), take, sample=sample)
 
@@ -294,13 +307,11 @@ class CompiledOperations(TorchOperations):
         self, thresholds: Sequence[tuple[int, int]], of: Quantity = "deltas"
     ) -> Gather:
         """How many entries of some quantities lie above a magnitude's bits, and at it."""
-        if of == "importance":
-            return super().count_around(thresholds, of)
         chosen = _which([which for which, _ in thresholds], of)
         bits = np.array([bits for _, bits in thresholds], dtype=np.int32)
 
         def take(block: Block, counts: Counts) -> None:
-            kernels.count_around(_parts(block), block.size, chosen, bits, counts)
+            kernels.count_around(*_scaled(block, of), chosen, bits, counts)
 
         return segments_gather(len(thresholds), take)
 
@@ -326,6 +337,14 @@ def _parts(block: Block, finish: Finish = NOTHING) -> Parts:
 def _shaped(block: Block) -> tuple[Parts, int, int]:
     """A block for loops that go row by row."""
     return _parts(block), block.rows, block.layout.row_length
+
+
+def _scaled(block: Block, of: Quantity) -> tuple[Parts, int, int, Floats]:
+    """A block, and how long its stretches are and what their task vectors are scaled by."""
+    if isinstance(of, Importance):
+        rows = of.divergence[block.first : block.first + block.rows]
+        return _parts(block), block.size, block.layout.row_length, rows
+    return _parts(block), block.size, block.size, np.ones(1, dtype=np.float32)
 
 
 def _floats(values: Any) -> Floats:

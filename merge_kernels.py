@@ -479,11 +479,14 @@ def _variance(deltas: Any, size: Any, variance: Any) -> None:
 
 @_kernel()
 def _quantity(
-    parts: Any, which: Any, start: Any, size: Any, base: Any, deltas: Any, values: Any
+    parts: Any, which: Any, start: Any, size: Any, base: Any, deltas: Any, scale: Any, values: Any
 ) -> None:
-    """A piece of a model's task vector, or of the variance over all."""
+    """A piece of a model's task vector, scaled, or of the variance over all."""
     if which != VARIANCE:
         _subtract(parts, which + 1, start, size, base, values)
+        if scale != _ONE:
+            for j in range(size):
+                values[j] *= scale
         return
     for i in range(len(deltas)):
         _subtract(parts, i + 1, start, size, base, deltas[i])
@@ -680,6 +683,21 @@ def nearswap(parts: Any, size: Any, t: Any) -> None:
             share = min(_ONE / max(abs(base[j] - values[j]), smallest) * t, _ONE)
             values[j] = share * values[j] + (_ONE - share) * base[j]
         _round(values, parts, start, n)
+
+
+@_kernel()
+def fuse(parts: Any, rows: Any, row_length: Any, divergence: Any, threshold: Any) -> None:
+    """`arcee_fusion_utils.fuse`."""
+    base, values = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
+    for row in range(rows):
+        for start in range(row * row_length, (row + 1) * row_length, PIECE):
+            n = min(PIECE, (row + 1) * row_length - start)
+            _widen(parts, parts.zero, start, n, base)
+            _widen(parts, parts.zero + 1, start, n, values)
+            for j in range(n):
+                score = abs(values[j] - base[j]) * divergence[row]
+                values[j] = values[j] if score >= threshold else base[j]
+            _round(values, parts, start, n)
 
 
 @_kernel()
@@ -922,11 +940,13 @@ def _add_products(left: Any, right: Any, size: Any, first: Any, lanes: Any) -> N
 
 
 @_kernel()
-def _add_powers(delta: Any, size: Any, power: Any, lanes: Any) -> None:
-    """Add |delta| ** power of a piece to the lanes, beginning with the first; power 1 or 2."""
+def _add_powers(delta: Any, size: Any, power: Any, first: Any, lanes: Any) -> None:
+    """As `_add_products`, of |delta| ** power; power 1 or 2."""
     if power == 2:
-        _add_products(delta, delta, size, False, lanes)
+        _add_products(delta, delta, size, first, lanes)
         return
+    if first:
+        lanes[:] = 0.0
     for start in range(0, size, LANES):
         part = delta[start:size]
         for j in range(min(LANES, size - start)):
@@ -974,16 +994,15 @@ def norms_cut(
     number = 0
     for row in range(rows):
         for run in range(row * row_length, (row + 1) * row_length, RUN):
-            lanes[:] = 0.0
             stop = min(run + RUN, (row + 1) * row_length)
             for start in range(run, stop, PIECE):
                 n = min(PIECE, stop - start)
                 _widen(parts, parts.zero, start, n, base)
                 for i in range(models):
                     _subtract(parts, i + 1, start, n, base, delta)
-                    _add_powers(delta, n, power, lanes[i])
+                    _add_powers(delta, n, power, start == run, lanes[i])
                     _cut(delta, n, cuts[i], seen[i])
-                    _add_powers(delta, n, power, lanes[models + i])
+                    _add_powers(delta, n, power, start == run, lanes[models + i])
             for i in range(2 * models):
                 sums[i, number] = _sum_lanes(lanes[i])
             number += 1
@@ -1009,16 +1028,15 @@ def norms_dropped(
     number = 0
     for row in range(rows):
         for run in range(row * row_length, (row + 1) * row_length, RUN):
-            lanes[:] = 0.0
             stop = min(run + RUN, (row + 1) * row_length)
             for start in range(run, stop, PIECE):
                 n = min(PIECE, stop - start)
                 _widen(parts, parts.zero, start, n, base)
                 for i in range(models):
                     _subtract(parts, i + 1, start, n, base, delta)
-                    _add_powers(delta, n, power, lanes[i])
+                    _add_powers(delta, n, power, start == run, lanes[i])
                     _drop(delta, n, keys[i], limits[i], first + start, kept, flags)
-                    _add_powers(delta, n, power, lanes[models + i])
+                    _add_powers(delta, n, power, start == run, lanes[models + i])
             for i in range(2 * models):
                 sums[i, number] = _sum_lanes(lanes[i])
             number += 1
@@ -1061,11 +1079,10 @@ def norms_ranked(
                     rank_factors[model], sorting, counts, words, draws,
                 )  # fmt: skip
             for run in range(runs):
-                lanes[:] = 0.0
                 stop = min((run + 1) * RUN, row_length)
                 for start in range(run * RUN, stop, PIECE):
                     n = min(PIECE, stop - start)
-                    _add_powers(delta[start:], n, power, lanes)
+                    _add_powers(delta[start:], n, power, start == run * RUN, lanes)
                 sums[i, row * runs + run] = _sum_lanes(lanes)
 
 
@@ -1081,17 +1098,16 @@ def norms_selected(
     number = 0
     for row in range(rows):
         for run in range(row * row_length, (row + 1) * row_length, RUN):
-            lanes[:] = 0.0
             stop = min(run + RUN, (row + 1) * row_length)
             for start in range(run, stop, PIECE):
                 n = min(PIECE, stop - start)
                 _widen(parts, parts.zero, start, n, base)
                 for i in range(models):
                     _subtract(parts, i + 1, start, n, base, deltas[i])
-                    _add_powers(deltas[i], n, power, lanes[i])
+                    _add_powers(deltas[i], n, power, start == run, lanes[i])
                 _select(parts, start, n, base, deltas, cut, seen, spread)
                 for i in range(models):
-                    _add_powers(deltas[i], n, power, lanes[models + i])
+                    _add_powers(deltas[i], n, power, start == run, lanes[models + i])
             for i in range(2 * models):
                 sums[i, number] = _sum_lanes(lanes[i])
             number += 1
@@ -1185,24 +1201,32 @@ def sum_signs(parts: Any, size: Any, stretch: Any, cuts: Any, seen: Any, combini
 
 
 @_kernel()
-def coarse_histograms(parts: Any, size: Any, which: Any, counts: Any) -> None:
-    """`ties_utils.coarse_histogram` of some quantities."""
+def coarse_histograms(
+    parts: Any, size: Any, stretch: Any, scales: Any, which: Any, counts: Any
+) -> None:
+    """`ties_utils.coarse_histogram` of some quantities.
+
+    Task vectors are scaled, each stretch of the block by a number of its own.
+    """
     base, values = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
     deltas = np.empty((len(parts.places) - 2, PIECE), np.float32)
-    for start in range(0, size, PIECE):
-        n = min(PIECE, size - start)
-        _widen(parts, parts.zero, start, n, base)
-        for k in range(len(which)):
-            _quantity(parts, which[k], start, n, base, deltas, values)
-            bins = counts[k]
-            for j in range(n):
-                bins[_magnitude(values[j]) >> 16] += 1
+    for number in range(size // stretch):
+        for start in range(number * stretch, (number + 1) * stretch, PIECE):
+            n = min(PIECE, (number + 1) * stretch - start)
+            _widen(parts, parts.zero, start, n, base)
+            for k in range(len(which)):
+                _quantity(parts, which[k], start, n, base, deltas, scales[number], values)
+                bins = counts[k]
+                for j in range(n):
+                    bins[_magnitude(values[j]) >> 16] += 1
 
 
 @_kernel()
 def fine_histograms(
     parts: Any,
     size: Any,
+    stretch: Any,
+    scales: Any,
     which: Any,
     guesses: Any,
     windows: Any,
@@ -1219,46 +1243,50 @@ def fine_histograms(
     deltas = np.empty((len(parts.places) - 2, PIECE), np.float32)
     position = np.empty(PIECE, np.uint32)
     count = _U32(bins.shape[1])
-    for start in range(0, size, PIECE):
-        n = min(PIECE, size - start)
-        _widen(parts, parts.zero, start, n, base)
-        for k in range(len(which)):
-            _quantity(parts, which[k], start, n, base, deltas, values)
-            found, guess, lowest = bins[k], guesses[k], windows[k]
-            guessed, highest = _U32(guess - lowest), np.int32(lowest + count - 1)
-            beyond, over, equal = np.int32(0), np.int32(0), np.int32(0)
-            for j in range(n):
-                magnitude = _magnitude(values[j])
-                beyond += np.int32(magnitude > highest)
-                over += np.int32(magnitude > guess)
-                equal += np.int32(magnitude == guess)
-                place = _U32(magnitude - lowest)  # below the window: a large number
-                position[j] = place if magnitude != guess else count
-            for j in range(n):
-                if position[j] < count:
-                    found[position[j]] += 1
-            found[guessed] += equal
-            above[k] += beyond
-            around[k, 0] += over
-            around[k, 1] += equal
+    for number in range(size // stretch):
+        for start in range(number * stretch, (number + 1) * stretch, PIECE):
+            n = min(PIECE, (number + 1) * stretch - start)
+            _widen(parts, parts.zero, start, n, base)
+            for k in range(len(which)):
+                _quantity(parts, which[k], start, n, base, deltas, scales[number], values)
+                found, guess, lowest = bins[k], guesses[k], windows[k]
+                guessed, highest = _U32(guess - lowest), np.int32(lowest + count - 1)
+                beyond, over, equal = np.int32(0), np.int32(0), np.int32(0)
+                for j in range(n):
+                    magnitude = _magnitude(values[j])
+                    beyond += np.int32(magnitude > highest)
+                    over += np.int32(magnitude > guess)
+                    equal += np.int32(magnitude == guess)
+                    place = _U32(magnitude - lowest)  # below the window: a large number
+                    position[j] = place if magnitude != guess else count
+                for j in range(n):
+                    if position[j] < count:
+                        found[position[j]] += 1
+                found[guessed] += equal
+                above[k] += beyond
+                around[k, 0] += over
+                around[k, 1] += equal
 
 
 @_kernel()
-def count_around(parts: Any, size: Any, which: Any, thresholds: Any, counts: Any) -> None:
+def count_around(
+    parts: Any, size: Any, stretch: Any, scales: Any, which: Any, thresholds: Any, counts: Any
+) -> None:
     """How many entries of some quantities lie above a magnitude's bits, and at it."""
     base, values = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
     deltas = np.empty((len(parts.places) - 2, PIECE), np.float32)
-    for start in range(0, size, PIECE):
-        n = min(PIECE, size - start)
-        _widen(parts, parts.zero, start, n, base)
-        for k in range(len(which)):
-            _quantity(parts, which[k], start, n, base, deltas, values)
-            threshold, above, tied = thresholds[k], np.int32(0), np.int32(0)
-            for j in range(n):
-                above += np.int32(_magnitude(values[j]) > threshold)
-                tied += np.int32(_magnitude(values[j]) == threshold)
-            counts[k, 0] += above
-            counts[k, 1] += tied
+    for number in range(size // stretch):
+        for start in range(number * stretch, (number + 1) * stretch, PIECE):
+            n = min(PIECE, (number + 1) * stretch - start)
+            _widen(parts, parts.zero, start, n, base)
+            for k in range(len(which)):
+                _quantity(parts, which[k], start, n, base, deltas, scales[number], values)
+                threshold, above, tied = thresholds[k], np.int32(0), np.int32(0)
+                for j in range(n):
+                    above += np.int32(_magnitude(values[j]) > threshold)
+                    tied += np.int32(_magnitude(values[j]) == threshold)
+                counts[k, 0] += above
+                counts[k, 1] += tied
 
 
 @_kernel()

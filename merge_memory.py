@@ -9,6 +9,7 @@ system caches are not counted; it gives them up when others need memory.
 import math
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -56,7 +57,7 @@ class Fit:
 
 def fit_memory(
     plan: Plan,
-    arithmetic: str,
+    packages: Sequence[str],
     threads: int,
     limit: int | None,
     held: int,
@@ -67,7 +68,7 @@ def fit_memory(
 
     Args:
         plan: what is merged.
-        arithmetic: "numba" or "torch".
+        packages: those that compute; see `merge_operations.arithmetic`.
         threads: segments to work on at once, at most.
         limit: most memory of the process in bytes; None for no limit.
         held: what it holds before the merge and will hold beside it, in bytes.
@@ -79,7 +80,7 @@ def fit_memory(
     needs: dict[int, _Need] = {}
     block_bytes = BLOCK_BYTES
     while not needs or (limit is not None and block_bytes >= SMALLEST_BLOCK_BYTES):
-        needs[block_bytes] = _needed(plan, arithmetic, block_bytes, findings)
+        needs[block_bytes] = _needed(plan, packages, block_bytes, findings)
         block_bytes //= 2
     useful = min(threads, needs[BLOCK_BYTES].segments)
     for used in range(useful, 0, -1):
@@ -97,9 +98,9 @@ def fit_memory(
     )
 
 
-def remember_compiled(plan: Plan, arithmetic: str) -> None:
+def remember_compiled(plan: Plan, packages: Sequence[str]) -> None:
     """The next merge of this kind compiles nothing."""
-    if arithmetic == "numba":
+    if "numba" in packages:
         _compiled.add(_kind(plan))
 
 
@@ -122,10 +123,10 @@ class _Need(NamedTuple):
     segments: int
 
 
-def _needed(plan: Plan, arithmetic: str, block_bytes: int, findings: bool) -> _Need:
+def _needed(plan: Plan, packages: Sequence[str], block_bytes: int, findings: bool) -> _Need:
     layouts = [_layout(plan, task, block_bytes) for task in plan.tasks]
     blocks = (
-        _block_bytes(plan, arithmetic, task, layout)
+        _block_bytes(plan, packages, task, layout)
         for task, layout in zip(plan.tasks, layouts, strict=True)
     )
     models = len(plan.models)
@@ -141,8 +142,8 @@ def _needed(plan: Plan, arithmetic: str, block_bytes: int, findings: bool) -> _N
     if findings:
         sums += models * (models + 1) // 2 + 1
     fixed = group * SEGMENT_OBJECT_BYTES + 3 * sums * runs * 8
-    if arithmetic != "numba" or _kind(plan) not in _compiled:
-        fixed += ARITHMETIC_BYTES[arithmetic]
+    compiles = _kind(plan) not in _compiled
+    fixed += sum(ARITHMETIC_BYTES[each] for each in packages if each != "numba" or compiles)
     histograms = plan.method.bins(plan.parameters, models)
     counts = 8 * histograms * (FINE_BINS + 2 * group)
     return _Need(fixed, max(blocks) + COLLECTIONS * counts, max(1, sum(segments)))
@@ -155,11 +156,11 @@ def _layout(plan: Plan, task: TensorTask, block_bytes: int) -> Layout:
     return Layout(task, stored, block_bytes)
 
 
-def _block_bytes(plan: Plan, arithmetic: str, task: TensorTask, layout: Layout) -> int:
+def _block_bytes(plan: Plan, packages: Sequence[str], task: TensorTask, layout: Layout) -> int:
     """What a thread takes for a block."""
     elements = layout.rows * layout.row_length
     mapped = 10 * elements if task.row_map is not None else 0  # a model's own rows, widened
-    copies = plan.method.copies * len(task.sources) + 4 if arithmetic == "torch" else 0
+    copies = plan.method.copies * len(task.sources) + 4 if "torch" in packages else 0
     return layout.nbytes + mapped + 4 * elements * copies
 
 

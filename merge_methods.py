@@ -28,7 +28,7 @@ from merge_gram import (
     merge_sequential,
     merge_slerp,
 )
-from merge_operations import Operations
+from merge_operations import Loops, Operations
 from merge_parameters import (
     ALLOW,
     DENSITIES,
@@ -110,7 +110,7 @@ class Method:
         remarks: what is worth saying about the findings of all tensors.
         whole_model: whether all tensors are one group; else each is one.
         in_order: whether one thread works through all rows of a tensor, in their order.
-        compiled: whether there are loops for it in `merge_kernels`.
+        loops: how much of its arithmetic there are compiled loops for.
         bins: histograms of `FINE_BINS` that a pass fills, from the number of models, for the
             memory plan.
         sums: sums that are gathered for each run of a row, from the number of models, for the
@@ -132,7 +132,7 @@ class Method:
     remarks: Callable[[Mapping[str, Values]], Iterable[str]] = lambda _: ()
     whole_model: Callable[[Values], bool] = lambda _: False
     in_order: Callable[[Values], bool] = lambda _: False
-    compiled: Callable[[Values], bool] = lambda _: True
+    loops: Callable[[Values], Loops] = lambda _: "all"
     bins: Callable[[Values, int], int] = lambda _, models: 0
     sums: Callable[[Values, int], int] = lambda _, models: 0
     copies: int = 7
@@ -249,7 +249,7 @@ METHODS: dict[str, Method] = {
         most=2,
         check=lambda p: check_nuslerp(p["weights"]),
         in_order=lambda p: bool(p.get("nuslerp_row_wise")),
-        compiled=lambda p: not p.get("nuslerp_row_wise"),
+        loops=lambda p: "none" if p.get("nuslerp_row_wise") else "all",
         sums=gram_sums,
         remarks=remark_on_arcs,
     ),
@@ -631,9 +631,9 @@ METHODS: dict[str, Method] = {
         merge_arcee_fusion,
         "Arcee Fusion",
         "mergekit's Arcee Fusion; see `arcee_fusion_utils.arcee_fusion`",
-        passes=lambda _: 2,
+        passes=lambda _: 4,
         most=1,
-        compiled=lambda _: False,
+        loops=lambda _: "some",
         bins=lambda p, models: 3,
         copies=24,
     ),

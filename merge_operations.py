@@ -29,13 +29,28 @@ from scalar_utils import (
 
 COARSE_BINS, FINE_BINS = 2**15, 2**16
 
+Loops = Literal["all", "some", "none"]
+"""How much of a method's arithmetic there are compiled loops for."""
+
 Counts = NDArray[np.int64]
 Take = Callable[[Block, Any], None]
 """What `merge_stream.Merge.take` is: fills a block's result."""
 
-Quantity = Literal["deltas", "variance", "importance"]
+
+@dataclass(frozen=True)
+class Importance:
+    """The score of Arcee Fusion; see `arcee_fusion_utils.importance`.
+
+    Attributes:
+        divergence: of each row of the tensor; float32.
+    """
+
+    divergence: NDArray[np.float32]
+
+
+Quantity = Literal["deltas", "variance"] | Importance
 """What is counted and compared: the magnitude of each task vector, their variance, the score of
-Arcee Fusion. Of the last two there is one, number 0."""
+the one model. Of the last two there is one, number 0."""
 
 
 @dataclass(frozen=True)
@@ -202,8 +217,8 @@ class Operations(Arithmetic, Protocol):
     def nearswap(self, t: float) -> Take:
         """`linear_utils.nearswap`."""
 
-    def fuse(self, threshold: float) -> Take:
-        """`arcee_fusion_utils.arcee_fusion` with its threshold."""
+    def fuse(self, score: Importance, threshold: float) -> Take:
+        """`arcee_fusion_utils.fuse`."""
 
     def merge_active(self, epsilon: float, factors: Sequence[float], lam: float) -> Take:
         """`ram_utils.merge_active`, scaled and added to the base."""
@@ -220,6 +235,9 @@ class Operations(Arithmetic, Protocol):
             deltas: of the task vectors.
             first: of so many of them alone.
         """
+
+    def row_divergence(self) -> Gather:
+        """`arcee_fusion_utils.row_divergence`: `RowValues`."""
 
     def column_grams(self, *, deltas: bool) -> Gather:
         """Dot products of the columns of two models, or task vectors: (3, columns), float64.
@@ -287,29 +305,31 @@ def numba_problem() -> str:
     return ""
 
 
-def arithmetic(device: str, *, compiled: bool = True) -> str:
-    """The package that computes, imported: "numba" on a CPU, where that works, else "torch".
+def arithmetic(device: str, loops: Loops = "all") -> tuple[str, ...]:
+    """The packages that compute, imported: "numba" on a CPU, where that works, else "torch".
 
     Args:
         device: such as "cpu" or "cuda".
-        compiled: whether there are kernels for the method.
+        loops: of how much of the method's arithmetic there are; of "some", both compute.
     """
-    if compiled and device == "cpu" and not numba_problem():
-        return "numba"
-    import torch  # noqa: F401
-
-    return "torch"
+    packages: tuple[str, ...] = ("torch",)
+    if loops != "none" and device == "cpu" and not numba_problem():
+        packages = ("numba",) if loops == "all" else ("numba", "torch")
+    if "torch" in packages:
+        import torch  # noqa: F401
+    return packages
 
 
 def make_operations(
-    device: str, *, compiled: bool = True, finish: Finish | None = None
+    device: str, loops: Loops = "all", *, finish: Finish | None = None
 ) -> Operations:
     """The fastest arithmetic there is for a device; see `arithmetic`."""
     finish = finish or Finish()
-    if arithmetic(device, compiled=compiled) == "numba":
+    packages = arithmetic(device, loops)
+    if "numba" in packages:
         from merge_compiled import CompiledOperations
 
-        return CompiledOperations(finish)
+        return CompiledOperations(finish, with_torch="torch" in packages)
     from merge_torch import TorchOperations
 
     return TorchOperations(device, finish)

@@ -84,12 +84,12 @@ class RunSettings:
             ValueError: nothing does.
         """
         limit = None if self.max_memory is None else parse_size(self.max_memory)
-        compiled = plan.method.compiled(plan.parameters)
-        package = arithmetic(self.device, compiled=compiled)
+        loops = plan.method.loops(plan.parameters)
+        packages = arithmetic(self.device, loops)
         held = anonymous_memory() + beside
         threads = self.threads or usable_cores()
-        fit = fit_memory(plan, package, threads, limit, held, findings=self.findings)
-        if package == "torch" and self.device == "cpu" and compiled:
+        fit = fit_memory(plan, packages, threads, limit, held, findings=self.findings)
+        if "numba" not in packages and self.device == "cpu" and loops != "none":
             note = (
                 f"numba cannot be imported ({numba_problem()}), so torch computes, many times "
                 "slower"
@@ -272,10 +272,10 @@ class ModelSink:
 def _stream(
     plan: Plan, fit: Fit, sink: Sink, run_settings: RunSettings
 ) -> dict[str, Mapping[str, Any]]:
-    compiled = plan.method.compiled(plan.parameters)
+    loops = plan.method.loops(plan.parameters)
     merge_group = plan.observe if run_settings.findings else plan.merge
     with (
-        make_operations(run_settings.device, compiled=compiled, finish=plan.finish) as operations,
+        make_operations(run_settings.device, loops, finish=plan.finish) as operations,
         progress_bar(plan.read_bytes, plan.recipe.method, show=run_settings.progress) as on_bytes,
     ):
         settings = StreamSettings(fit.threads, fit.block_bytes, on_bytes)
@@ -288,7 +288,7 @@ def _stream(
             sink,
             settings,
         )
-        remember_compiled(plan, arithmetic(run_settings.device, compiled=compiled))
+        remember_compiled(plan, arithmetic(run_settings.device, loops))
         return {task.name: findings[task.name] for task in plan.tasks if task.name in findings}
 
 

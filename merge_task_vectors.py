@@ -18,6 +18,7 @@ from merge_operations import (
     Drop,
     DropByRank,
     Election,
+    Importance,
     Operations,
     SegmentCounts,
     Select,
@@ -337,10 +338,12 @@ def merge_arcee_fusion(tasks: Sequence[TensorTask], operations: Operations) -> P
     """`arcee_fusion_utils.arcee_fusion`."""
     (task,) = tasks
     ranks = [Rank(0, rank) for rank in quartile_ranks(task.info.numel)]
-    thresholds = yield from find_thresholds(ranks, task.info.numel, operations, "importance")
+    rows = yield operations.row_divergence()
+    score = Importance(rows.in_order())
+    thresholds = yield from find_thresholds(ranks, task.info.numel, operations, score)
     first, median, third = (_reached(each) for each in thresholds.chosen)
     threshold = median + 1.5 * (third - first)
-    return Merge(operations.fuse(threshold), findings={task.name: {"threshold": threshold}})
+    return Merge(operations.fuse(score, threshold), findings={task.name: {"threshold": threshold}})
 
 
 def _reached(threshold: TrimThreshold) -> float:

@@ -1,9 +1,10 @@
 """The k-th largest magnitude of a large tensor, exactly, from a few passes and without a sort.
 
-A sample says about where it will lie. One pass over everything counts every magnitude in a window
-around that place, and what lies above: this proves the guess, or shows on which side the right one
-is. Then the sample is asked for a place safely on that side, and after that a pass over everything
-that counts coarsely says which window is right.
+A sample of the rows says about where it will lie. One pass over everything counts every magnitude
+in a window around that place, and what lies above: this proves the guess, or shows on which side
+the right one is. Then the sample is asked for a place safely on that side, and after that a pass
+over everything that counts coarsely says which window is right. Where rows differ too much for a
+sample of them to say anything, that comes first.
 """
 
 import math
@@ -16,6 +17,7 @@ import numpy as np
 from merge_operations import (
     FINE_BINS,
     Counts,
+    Importance,
     Operations,
     Quantity,
     SegmentCounts,
@@ -75,9 +77,14 @@ class _Search(NamedTuple):
     of: Quantity
     operations: Operations
 
-    def coarse_histograms(self, missing: Sequence[int], *, sample: bool) -> Gather:
-        which = [self.ranks[number].which for number in missing]
-        return self.operations.coarse_histograms(which, self.of, sample=sample)
+    def coarse_histograms(
+        self, missing: Sequence[int], *, sample: bool
+    ) -> Generator[Gather, Any, list[Counts]]:
+        """One for each missing rank; ranks of the same quantity share theirs."""
+        each = [self.ranks[number].which for number in missing]
+        which = sorted(set(each))
+        counts = yield self.operations.coarse_histograms(which, self.of, sample=sample)
+        return [counts[which.index(one)] for one in each]
 
     def fine_histograms(self, guesses: Mapping[int, int], *, sample: bool = False) -> Gather:
         pairs = [(self.ranks[number].which, guess) for number, guess in guesses.items()]
@@ -101,13 +108,14 @@ def find_thresholds(
             trimmed a rank of all entries keeps everything, whatever the smallest is.
     """
     search = _Search(ranks, numel, of, operations)
-    last = numel if of == "importance" else numel - 1
+    last = numel if isinstance(of, Importance) else numel - 1
     chosen = [KEEP_ALL if rank else KEEP_NONE for _, rank in ranks]
     tied = [0] * len(ranks)
     counted: dict[int, Counts] = {}
     missing = [number for number, (_, rank) in enumerate(ranks) if 0 < rank <= last]
     sides: dict[int, int] = {}
-    for find_windows in (_guess, _guess_on_the_other_side, _find_windows):
+    by_sample = () if isinstance(of, Importance) else (_guess, _guess_on_the_other_side)
+    for find_windows in (*by_sample, _find_windows):
         if not missing:
             break
         guesses = yield from find_windows(missing, search, sides)
@@ -144,7 +152,7 @@ def _guess(
         missing: numbers of the ranks.
         deviations: so many standard deviations of the sample away from the rank.
     """
-    coarse = yield search.coarse_histograms(missing, sample=True)
+    coarse = yield from search.coarse_histograms(missing, sample=True)
     sampled = int(coarse[0].sum())
     wanted, above, middles = {}, {}, {}
     for number, counts in zip(missing, coarse, strict=True):
@@ -173,7 +181,7 @@ def _guess_on_the_other_side(
 
 def _find_windows(missing: Sequence[int], search: _Search, _: Mapping[int, int]) -> Guesses:
     """A guess in whose window the magnitude is, from all coarse bins."""
-    coarse = yield search.coarse_histograms(missing, sample=False)
+    coarse = yield from search.coarse_histograms(missing, sample=False)
     return {
         number: _middle(search.operations.select_bin(counts, search.ranks[number].rank)[0])
         for number, counts in zip(missing, coarse, strict=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import operator
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,9 @@ from merge_operations import (
     DropByRank,
     FineCounts,
     Finish,
+    Importance,
     Quantity,
+    RowValues,
     RunSums,
     Select,
     Sparsify,
@@ -175,11 +178,18 @@ class TorchOperations:
 
         return self._merging(lambda inputs: nearswap(inputs[0], inputs[1], t))
 
-    def fuse(self, threshold: float) -> Take:
-        """`arcee_fusion_utils.arcee_fusion` with its threshold."""
+    def fuse(self, score: Importance, threshold: float) -> Take:
+        """`arcee_fusion_utils.fuse`."""
         from arcee_fusion_utils import fuse
 
-        return self._merging(lambda inputs: fuse(inputs[0], inputs[1], threshold))
+        def work(block: Block) -> None:
+            base, tensor = self._inputs(block)
+            self._put(block, fuse(base, tensor, self._divergence(block, score), threshold))
+
+        def take(block: Block, _: object) -> None:
+            self._run(lambda: work(block))
+
+        return take
 
     def merge_active(self, epsilon: float, factors: Sequence[float], lam: float) -> Take:
         """`ram_utils.merge_active`, scaled and added to the base."""
@@ -234,10 +244,22 @@ class TorchOperations:
             tensors = self._deltas(block)[1] if deltas else self._inputs(block)
             return gram_parts(tensors[:first])
 
-        def take(block: Block, sums: RunSums, _: object) -> None:
-            sums.append(self._run(lambda: found(block)))
+        def take(block: Block, sums: RunSums, _: object) -> bool:
+            return sums.append(self._run(lambda: found(block)))
 
-        return run_sums_gather(take)
+        return run_sums_gather(take, tells_finite=first is None)
+
+    def row_divergence(self) -> Gather:
+        """`arcee_fusion_utils.row_divergence`: `RowValues`."""
+        from arcee_fusion_utils import row_divergence
+
+        def take(block: Block, found: RowValues, _: object) -> None:
+            found.append(
+                block.first,
+                self._run(lambda: row_divergence(*self._inputs(block)).cpu().numpy()),
+            )
+
+        return Gather(lambda _: RowValues(), take, operator.iadd)
 
     def column_grams(self, *, deltas: bool) -> Gather:
         """Dot products of the columns of two models, or task vectors: (3, columns)."""
@@ -390,11 +412,17 @@ class TorchOperations:
         from arcee_fusion_utils import importance
         from sce_utils import variance
 
-        if of == "importance":
+        if isinstance(of, Importance):
             base, tensor = self._inputs(block)
-            return [importance(base, tensor)]
+            return [importance(base, tensor, self._divergence(block, of))]
         _, deltas = self._deltas(block)
         return deltas if of == "deltas" else [variance(deltas)]
+
+    def _divergence(self, block: Block, score: Importance) -> "Tensor":
+        """Of the block's rows."""
+        rows = score.divergence[block.first : block.first + block.rows]
+        divergence: Tensor = self._torch.from_numpy(rows).to(self._device)
+        return divergence
 
     def _sparsify(
         self, block: Block, deltas: "list[Tensor]", sparsify: Sparsify | None, state: State

@@ -6,15 +6,25 @@ import torch
 from hypothesis import assume, given
 from strategies import families
 
-from arcee_fusion_utils import arcee_fusion, fuse, fusion_threshold, importance
+from arcee_fusion_utils import (
+    arcee_fusion,
+    fuse,
+    fusion_threshold,
+    importance,
+    row_divergence,
+)
 from scalar_utils import quartile_ranks
+
+
+def score_of(base, tensor):
+    return importance(base, tensor, row_divergence(base, tensor))
 
 
 def test_importance_is_the_change_times_the_divergence_of_the_row():
     base, tensor = torch.zeros(2, 2), torch.tensor([[0.0, math.log(3)], [1.0, 1.0]])
     divergence = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
     wanted = torch.tensor([[0, math.log(3) * divergence], [0, 0]])
-    torch.testing.assert_close(importance(base, tensor), wanted, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(score_of(base, tensor), wanted, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -44,16 +54,18 @@ def test_quartiles_are_ranks_from_the_top(numel, ranks):
 def test_what_stands_out_is_taken():
     base = torch.zeros(2, 5)
     tensor = torch.tensor([[0, 0.1, 0.2, 0.3, 3], [0.1, 0.1, 0.1, 0.1, 0.1]])
-    score = importance(base, tensor)[0]
-    assert fusion_threshold(importance(base, tensor)) == pytest.approx(1.5 * float(score[1]))
+    score = score_of(base, tensor)[0]
+    assert fusion_threshold(score_of(base, tensor)) == pytest.approx(1.5 * float(score[1]))
     assert arcee_fusion(base, tensor).nonzero().tolist() == [[0, 2], [0, 3], [0, 4]]
 
 
 def test_a_score_at_the_threshold_is_taken():
     base, tensor = torch.zeros(3), torch.tensor([0.0, 0.5, 1.0])
-    score = importance(base, tensor)
-    assert torch.equal(fuse(base, tensor, float(score[1])), tensor)
-    assert fuse(base, tensor, math.nextafter(float(score[2]), 0) + 1e-6).tolist() == [0, 0, 0]
+    divergence = row_divergence(base, tensor)
+    score = importance(base, tensor, divergence)
+    assert torch.equal(fuse(base, tensor, divergence, float(score[1])), tensor)
+    beyond = math.nextafter(float(score[2]), 0) + 1e-6
+    assert fuse(base, tensor, divergence, beyond).tolist() == [0, 0, 0]
 
 
 @given(families(max_models=1))
@@ -66,7 +78,7 @@ def test_agrees_with_the_reference(family):
     wanted = torch.from_numpy(reference.arcee_fusion(array, other)).float()
     assert torch.equal(arcee_fusion(family.base, family.models[0]), wanted)
     torch.testing.assert_close(
-        importance(family.base, family.models[0]).double(),
+        score_of(family.base, family.models[0]).double(),
         torch.from_numpy(score),
         rtol=1e-6,
         atol=1e-12,
@@ -83,14 +95,17 @@ def test_every_entry_is_one_of_the_two(family):
 def test_a_constant_added_to_a_row_changes_no_divergence():
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(3, 8, generator=generator)
-    assert float(importance(base, base + 2).abs().max()) < 1e-12
+    assert float(score_of(base, base + 2).abs().max()) < 1e-12
 
 
 def test_rows_are_independent_but_for_the_threshold():
     generator = torch.Generator().manual_seed(1)
     base, tensor = (torch.randn(6, 9, generator=generator) for _ in range(2))
-    threshold = fusion_threshold(importance(base, tensor))
-    pieces = [fuse(base[row : row + 2], tensor[row : row + 2], threshold) for row in (0, 2, 4)]
+    threshold = fusion_threshold(score_of(base, tensor))
+    pieces = [
+        fuse(base[rows], tensor[rows], row_divergence(base[rows], tensor[rows]), threshold)
+        for rows in (slice(0, 2), slice(2, 3), slice(3, 6))
+    ]
     assert torch.equal(torch.cat(pieces), arcee_fusion(base, tensor))
 
 

@@ -538,7 +538,7 @@ def test_less_memory_means_smaller_blocks_then_fewer_threads(models, monkeypatch
     def fit(limit):
         recipe = make_recipe("ties", "base", ["a", "b"], {"densities": [0.5, 0.5]})
         with open_plan(recipe) as plan:
-            return fit_memory(plan, "numba", 8, limit, 50 * 10**6)
+            return fit_memory(plan, ("numba",), 8, limit, 50 * 10**6)
 
     free = fit(None)
     assert (free.threads, free.notes) == (8, ())
@@ -548,7 +548,7 @@ def test_less_memory_means_smaller_blocks_then_fewer_threads(models, monkeypatch
     assert tight.memory_bytes <= free.memory_bytes - 10**7
     assert tight.notes == (f"{tight.threads} of 8 threads are used, to stay within max_memory",)
     with open_plan(make_recipe("linear", None, ["a", "b"], {})) as plan:
-        useful = fit_memory(plan, "numba", 10**5, None, 0)
+        useful = fit_memory(plan, ("numba",), 10**5, None, 0)
         assert useful.threads == len(plan.tasks)
     with pytest.raises(ValueError, match=r"max_memory 60\.00 MB is too little"):
         fit(60 * 10**6)

@@ -22,6 +22,7 @@ from merge_operations import (
     Drop,
     DropByRank,
     Election,
+    Importance,
     Select,
     TaskVectorMerge,
     window,
@@ -388,20 +389,35 @@ def test_rows_are_sorted_by_magnitude_and_equal_ones_by_place(row):
     assert np.array_equal(order, np.argsort(np.abs(row), kind="stable"))
 
 
+@pytest.mark.parametrize("rows", [(1, 700), (3, 700), (2, 5000)])
+def test_arcee_fusion(rows):
+    pair = make_block(*rows, ("BF16",) * 3)
+    found, by_torch = gathered(pair, lambda ops: ops.row_divergence())
+    divergence = found.in_order()
+    assert np.array_equal(divergence, by_torch.in_order())
+    assert len(divergence) == rows[0]
+    assert (divergence > 0).all()
+    score = Importance(np.concatenate([np.zeros(pair.first, np.float32), divergence]))
+    scores = np.abs(pair.values(1) - pair.values(0)) * divergence[:, None]
+    middle = np.sort(scores, axis=None)[scores.size // 2]
+    guesses = [(0, int(middle.view(np.int32)))]
+    kernels, by_torch = gathered(pair, lambda ops: ops.coarse_histograms([0], score))
+    assert np.array_equal(kernels, by_torch)
+    assert kernels.sum() == pair.size
+    kernels, by_torch = gathered(pair, lambda ops: ops.fine_histograms(guesses, score))
+    assert np.array_equal(kernels.bins, by_torch.bins)
+    assert kernels.bins.sum() > 0
+    assert np.array_equal(kernels.above, by_torch.above)
+    kernels, by_torch = gathered(pair, lambda ops: ops.count_around(guesses, score))
+    assert np.array_equal(kernels.counts, by_torch.counts)
+    assert kernels.counts.sum() > 0
+    assert_same_bits(pair, lambda ops: ops.fuse(score, float(middle)))
+
+
 def test_what_has_no_loop_is_done_by_torch():
     pair = make_block(3, 700, ("BF16",) * 3)
-    guesses = [(0, int(np.float32(1e-9).view(np.int32)))]
-    for make in (
-        lambda ops: ops.coarse_histograms([0], "importance"),
-        lambda ops: ops.column_grams(deltas=False),
-    ):
-        kernels, by_torch = gathered(pair, make)
-        assert np.array_equal(np.asarray(kernels[0]), np.asarray(by_torch[0]))
-    kernels, by_torch = gathered(pair, lambda ops: ops.fine_histograms(guesses, "importance"))
-    assert np.array_equal(kernels.bins, by_torch.bins)
-    kernels, by_torch = gathered(pair, lambda ops: ops.count_around(guesses, "importance"))
-    assert np.array_equal(kernels.counts, by_torch.counts)
-    assert_same_bits(pair, lambda ops: ops.fuse(1e-9))
+    kernels, by_torch = gathered(pair, lambda ops: ops.column_grams(deltas=False))
+    assert np.array_equal(np.asarray(kernels[0]), np.asarray(by_torch[0]))
     block = make_block(3, 700)
     rows = CutRows(lambda length: [Window(length // 3, 0)] * MODELS)
     kernels, by_torch = gathered(block, lambda ops: ops.norm_parts(rows, 1))

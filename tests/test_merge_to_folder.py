@@ -309,7 +309,7 @@ def test_torch_and_the_kernels_make_the_same_bytes(tmp_path, monkeypatch, method
             monkeypatch.setattr(
                 merge_run,
                 "make_operations",
-                lambda device, compiled, finish: TorchOperations(device, finish),
+                lambda device, loops, finish: TorchOperations(device, finish),
             )
         monkeypatch.undo()
         found = [tensor_hashes(tmp_path / f"{name}-{number}") for name in ("kernels", "torch")]
@@ -540,7 +540,7 @@ def test_the_plan_says_how_many_bytes_will_be_read(tmp_path, method, parameters)
     counts = []
     with open_plan(recipe) as plan:
         settings = StreamSettings(block_bytes=5000, on_bytes=counts.append)
-        operations = make_operations("cpu", compiled=plan.method.compiled(plan.parameters))
+        operations = make_operations("cpu", plan.method.loops(plan.parameters))
         stream(
             plan.groups,
             lambda tasks: plan.merge(tasks, operations),
