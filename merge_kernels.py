@@ -1,13 +1,15 @@
 """Compiled loops over blocks of rows: what `merge_compiled` calls, and nothing else.
 
 Every loop gives the bits that the torch functions of `*_utils` give; the tests compare them. A
-loop takes a block as it is stored and works in pieces of 512 elements, which stay in a core's
-first cache from the first conversion to the last rounding. No loop holds the interpreter's
-lock, so threads run them side by side; none has threads of its own.
+loop takes a block as it is stored and works in pieces of 2048 elements, which stay in a core's
+caches from the first conversion to the last rounding. No loop holds the interpreter's lock, so
+threads run them side by side; none has threads of its own.
 
 They are written so that the compiler can make vector instructions of them: one simple thing
-per loop, no branch inside but choices between values. Each way to thin out task vectors has
-loops of its own, so that a merge compiles what it needs and no more.
+per loop, no branch inside but choices between values, and indices that are the loop's own: one
+that is a sum could be negative for all that the compiler knows, which means from the end, so
+slices are taken before the loop. Each way to thin out task vectors has loops of its own, so that
+a merge compiles what it needs and no more.
 
 Compiled code is kept in `__pycache__`, or in the user's cache folder where that cannot be
 written, or for the process alone. It is kept until this file changes, so all loops, and all that
@@ -37,9 +39,9 @@ COUNTERS = 64
 _ROW_SHIFTS = (23, 15, 7, 0)
 _ROW_BINS = 2**8
 
-# A row is sorted by the upper half of its magnitudes, 16 powers of 2 deep, and then by moving
+# A row is sorted by the upper half of its magnitudes, 8 powers of 2 deep, and then by moving
 # entries past their neighbours, at most so often per entry; else digit by digit, 8 bits each.
-_SORT_BINS = 2**11
+_SORT_BINS = 2**10
 _MOVES = 8
 _DIGITS = (0, 8, 16, 24)
 _DIGIT = np.uint64(2**8 - 1)
@@ -157,10 +159,11 @@ def _widen(parts: Any, index: Any, start: Any, size: Any, values: Any) -> None:
             values[j] = _float(_U32(half[j]) << _U32(16))
         return
     for j in range(size):
-        # float16: move exponent and mantissa into place and change the exponent's bias; below
-        # the normal range, let a subtraction find the exponent.
+        # float16: move exponent and mantissa into place and change the exponent's bias, twice as
+        # much for infinity and NaN; below the normal range, let a subtraction find the exponent.
         moved = (_U32(half[j]) & _U32(0x7FFF)) << _U32(13)
-        normal = _float(moved + _U32(112 << 23))
+        bias = _U32(112 << 23) if moved < _U32(0x7C00 << 13) else _U32(224 << 23)
+        normal = _float(moved + bias)
         subnormal = _float(moved + _U32(113 << 23)) - np.float32(2.0**-14)
         value = normal if moved >= _U32(0x400 << 13) else subnormal
         values[j] = _float(_bits(value) | ((_U32(half[j]) & _U32(0x8000)) << _U32(16)))
@@ -405,6 +408,8 @@ def _sort_row(row: Any, size: Any, keys: Any, spare: Any, counts: Any) -> Any:
     left = _MOVES * size
     for j in range(1, size):
         key, k = keys[j], j
+        if keys[j - 1] <= key:
+            continue
         while k > 0 and keys[k - 1] > key:
             keys[k] = keys[k - 1]
             k -= 1
@@ -570,7 +575,7 @@ def _finish(
 ) -> None:
     """Combine a piece of sparse task vectors, scale it, add the base, write the result.
 
-    `deltas` hold the piece from `offset` on; `spare` is room for four pieces.
+    `deltas` hold the piece from `offset` on; `spare` is room for three pieces.
     """
     total = spare[0]
     if combining.election == NO_ELECTION:

@@ -635,7 +635,7 @@ METHODS: dict[str, Method] = {
         most=1,
         loops=lambda _: "some",
         bins=lambda p, models: 3,
-        copies=24,
+        copies=4,
     ),
 }
 

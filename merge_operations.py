@@ -236,8 +236,8 @@ class Operations(Arithmetic, Protocol):
             first: of so many of them alone.
         """
 
-    def row_divergence(self) -> Gather:
-        """`arcee_fusion_utils.row_divergence`: `RowValues`."""
+    def row_divergence(self, rows: int) -> Gather:
+        """`arcee_fusion_utils.row_divergence` of all rows of a tensor: float32, shape (rows,)."""
 
     def column_grams(self, *, deltas: bool) -> Gather:
         """Dot products of the columns of two models, or task vectors: (3, columns), float64.
@@ -477,25 +477,6 @@ class RunSums:
     def totals(self) -> list[float]:
         """The sum of each quantity, rounded once: it does not depend on the blocks."""
         return [math.fsum(sums) for sums in np.concatenate(self._parts, axis=1)]
-
-    def __iadd__(self, other: Self) -> Self:
-        self._parts += other._parts
-        return self
-
-
-class RowValues:
-    """A number for each row of a tensor."""
-
-    def __init__(self) -> None:
-        self._parts: list[tuple[int, NDArray[np.float32]]] = []
-
-    def append(self, first: int, values: NDArray[np.float32]) -> None:
-        """Take in those of a block, whose first row is given."""
-        self._parts.append((first, values))
-
-    def in_order(self) -> NDArray[np.float32]:
-        """Those of all rows."""
-        return np.concatenate([values for _, values in sorted(self._parts, key=lambda p: p[0])])
 
     def __iadd__(self, other: Self) -> Self:
         self._parts += other._parts

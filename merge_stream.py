@@ -46,8 +46,8 @@ UNDER_WAY = 3
 LARGEST = {"F32": 3.40282e38, "F16": 65504, "BF16": 3.38953e38}
 """The largest finite value of each dtype."""
 
-READ_AHEAD_SEGMENTS = 64
-"""A group of more segments may not be in memory any more when its next pass comes."""
+READ_AHEAD_BYTES = 64 * SEGMENT_BYTES
+"""Inputs of a group that are larger may not be in memory any more when its next pass comes."""
 
 _ALIGNMENT = 64
 _KINDS = {dtype: kind for kind, dtype in enumerate(FLOAT_DTYPES)}
@@ -189,8 +189,8 @@ class Gather(NamedTuple):
         sample: look at a sample of the rows alone.
         start_segment: from the number of a segment within the group to what its first block is
             given.
-        tells_finite: whether `take` returns True where every input is finite, as far as it can
-            tell; then they are not looked at once more.
+        tells_finite: whether `take` returns True where every input is certainly finite; else they
+            are looked at. What goes through `together` or `by_tensor` is looked at first.
     """
 
     start: Callable[[Sequence[str]], Any]
@@ -381,6 +381,7 @@ class _GroupWork:
     def __init__(self, passes: Passes | Merge, segments: Sequence[_Segment], expected: int) -> None:
         self._passes = passes
         self._segments = segments
+        self._nbytes = sum(segment.nbytes for segment in segments)
         self._to_credit = expected
         self.is_read = False
         self.left: deque[_Segment] = deque()
@@ -402,7 +403,7 @@ class _GroupWork:
     @property
     def reads_ahead(self) -> bool:
         """Whether what the pass under way is given will be read from the disk, now or soon."""
-        if len(self._segments) > READ_AHEAD_SEGMENTS:
+        if self._nbytes > READ_AHEAD_BYTES:
             return not (isinstance(self.request, Gather) and self.request.sample)
         return not self.is_read
 

@@ -28,6 +28,7 @@ from merge_operations import (
 )
 from merge_stream import Gather, Merge, Passes, TensorTask
 from merge_thresholds import Rank, Thresholds, find_thresholds
+from model_utils import rows_of
 from scalar_utils import (
     TrimThreshold,
     Window,
@@ -338,8 +339,8 @@ def merge_arcee_fusion(tasks: Sequence[TensorTask], operations: Operations) -> P
     """`arcee_fusion_utils.arcee_fusion`."""
     (task,) = tasks
     ranks = [Rank(0, rank) for rank in quartile_ranks(task.info.numel)]
-    rows = yield operations.row_divergence()
-    score = Importance(rows.in_order())
+    rows, _ = rows_of(task.info.shape)
+    score = Importance((yield operations.row_divergence(rows)))
     thresholds = yield from find_thresholds(ranks, task.info.numel, operations, score)
     first, median, third = (_reached(each) for each in thresholds.chosen)
     threshold = median + 1.5 * (third - first)

@@ -3,8 +3,8 @@
 A sample of the rows says about where it will lie. One pass over everything counts every magnitude
 in a window around that place, and what lies above: this proves the guess, or shows on which side
 the right one is. Then the sample is asked for a place safely on that side, and after that a pass
-over everything that counts coarsely says which window is right. Where rows differ too much for a
-sample of them to say anything, that comes first.
+over everything that counts coarsely says which window is right. Of scores that differ too much
+from row to row for a sample of rows to say anything, the coarse count comes first.
 """
 
 import math

@@ -24,7 +24,6 @@ from merge_operations import (
     Finish,
     Importance,
     Quantity,
-    RowValues,
     RunSums,
     Select,
     Sparsify,
@@ -249,17 +248,15 @@ class TorchOperations:
 
         return run_sums_gather(take, tells_finite=first is None)
 
-    def row_divergence(self) -> Gather:
-        """`arcee_fusion_utils.row_divergence`: `RowValues`."""
+    def row_divergence(self, rows: int) -> Gather:
+        """`arcee_fusion_utils.row_divergence` of all rows of a tensor."""
         from arcee_fusion_utils import row_divergence
 
-        def take(block: Block, found: RowValues, _: object) -> None:
-            found.append(
-                block.first,
-                self._run(lambda: row_divergence(*self._inputs(block)).cpu().numpy()),
-            )
+        def take(block: Block, found: NDArray[np.float32], _: object) -> None:
+            divergence = self._run(lambda: row_divergence(*self._inputs(block)).cpu().numpy())
+            found[block.first : block.first + block.rows] = divergence
 
-        return Gather(lambda _: RowValues(), take, operator.iadd)
+        return Gather(lambda _: np.zeros(rows, dtype=np.float32), take, operator.iadd)
 
     def column_grams(self, *, deltas: bool) -> Gather:
         """Dot products of the columns of two models, or task vectors: (3, columns)."""

@@ -424,6 +424,38 @@ def test_weights_that_are_not_numbers_are_refused_by_place(tmp_path, value, show
     assert sorted(os.listdir(tmp_path)) == ["base", "model-2", "model-3", "model-4"]
 
 
+@pytest.mark.parametrize(("method", "parameters"), EVERY_CASE.values(), ids=EVERY_CASE)
+@pytest.mark.parametrize("arithmetic", ["kernels", "torch"])
+def test_every_method_refuses_them(tmp_path, monkeypatch, method, parameters, arithmetic):
+    if arithmetic == "torch":
+        monkeypatch.setattr("merge_operations.numba_problem", lambda: "not wanted")
+    name = "model.layers.0.mlp.down_proj.weight"
+    for dtype, value in (("float32", math.nan), ("float16", -math.inf), ("bfloat16", math.inf)):
+        base, models = make_family(tmp_path / dtype, (dtype,) * 4)
+        needs_base = METHODS[method].base == "required"
+        for broken in (models[0], base) if needs_base else models[:1]:
+            plain = read_tensors(broken)
+            tensors = {key: tensor.clone() for key, tensor in plain.items()}
+            tensors[name][-1, 0] = value
+            save_tensors(broken, tensors, 1)
+            with pytest.raises(ModelCompatibilityError, match=rf"row 15, column 0 \({value};"):
+                run(method, base, models, tmp_path / "out", parameters=parameters)
+            save_tensors(broken, plain, 1)
+
+
+def test_a_difference_that_overflows_is_no_broken_input(tmp_path):
+    base, models = make_family(tmp_path)
+    for folder, value in ((base, -3e38), (models[0], 3e38)):
+        tensors = read_tensors(folder)
+        tensors["lm_head.weight"][3, 5] = value
+        save_tensors(folder, tensors, 1)
+    with pytest.raises(ModelCompatibilityError, match="does not fit float32"):
+        run("task_arithmetic", base, models, tmp_path / "out")
+    with pytest.raises(ModelCompatibilityError) as caught:
+        run("model_stock", base, models, tmp_path / "out")
+    assert "infinite weights" not in str(caught.value)
+
+
 def test_every_block_is_checked_and_large_sums_are_no_infinities(tmp_path, monkeypatch):
     monkeypatch.setattr(merge_memory, "BLOCK_BYTES", 500)
     base, models = make_family(tmp_path)
@@ -482,13 +514,20 @@ def test_histograms_count_as_memory_where_something_is_counted():
     assert merge_memory.anonymous_memory() - before > left.nbytes / 2
 
 
-def test_merges_at_the_same_time_leave_torchs_threads_as_they_were(tmp_path):
+@pytest.mark.parametrize(
+    ("method", "arithmetic"), [("ties", "kernels"), ("ties", "torch"), ("arcee_fusion", "both")]
+)
+def test_merges_at_the_same_time_leave_torchs_threads_as_they_were(
+    tmp_path, monkeypatch, method, arithmetic
+):
+    if arithmetic == "torch":
+        monkeypatch.setattr("merge_operations.numba_problem", lambda: "not wanted")
     base, models = make_family(tmp_path)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda n: run("ties", base, models, tmp_path / f"{n}"), range(8)))
+            list(pool.map(lambda n: run(method, base, models, tmp_path / f"{n}"), range(8)))
         with ThreadPoolExecutor(1) as pool:
             assert pool.submit(torch.get_num_threads).result() == 2
         assert len({str(tensor_hashes(tmp_path / f"{n}")) for n in range(8)}) == 1
