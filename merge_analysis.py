@@ -99,13 +99,15 @@ def _advice(
 ) -> Iterator[str]:
     pairs = pairs_of(len(models))
     if "base_norm" in whole:
-        for model, norm, densities in zip(
-            models, whole["relative_norms"], whole["densities"], strict=True
+        for k, (model, norm, densities) in enumerate(
+            zip(models, whole["relative_norms"], whole["densities"], strict=True)
         ):
+            each = sorted(found["densities"][k]["0.9"] for found in tensors.values())
             yield (
-                f"{model}: changed by {norm:.2%} of the base's norm; density "
+                f"{model}: changed by {norm:.2%} of the base's norm; trimmed at once, density "
                 f"{densities['0.9']:.2g} keeps 90% of its squared change, "
-                f"{densities['0.5']:.2g} half of it"
+                f"{densities['0.5']:.2g} half of it; tensor by tensor, 90% takes from "
+                f"{each[0]:.2g} to {each[-1]:.2g}, {each[len(each) // 2]:.2g} in the middle"
             )
     for (i, j), cosine in zip(pairs, whole["cosines"], strict=True):
         yield f"{models[i]} and {models[j]}: cosine {cosine:.3f}"
@@ -242,7 +244,10 @@ def _sections(analysis: Analysis) -> Iterator[str]:
         highest = max(max(found["relative_norms"]) for found in analysis.tensors.values())
         yield _section("How much has changed", text, analysis, measures, _blues(highest or 1.0))
     if "densities" in whole:
-        text = "The least density that keeps 90% of the squared change."
+        text = (
+            "The least density that keeps 90% of the squared change: of each projection of each "
+            "layer, and, where several are taken together, of all of them trimmed at once."
+        )
         measures = {model: _value("densities", k, "0.9") for k, model in enumerate(models)}
         yield _section("Densities to try", text, analysis, measures, _blues(1.0))
 

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import json
+import os
 import signal
 import sys
 import threading
@@ -108,7 +109,10 @@ def _reported(work: Callable[[], str], *, last: bool = False) -> int:
     except KeyboardInterrupt as error:
         print("error: interrupted; nothing has been written", file=sys.stderr)
         return 128 + (error.args[0] if error.args else SIGINT)
-    print(text)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # whoever reads has seen enough; nothing is to be said at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_OK
 
 

@@ -186,9 +186,10 @@ def settled(
         value = complete.pop(parameter.name)
         each = set(value) if parameter.per_model else {value}
         if given.get(parameter.name) is not None and each != {parameter.default}:
-            other, _ = parameter.only
+            other, needed = parameter.only
             problems.append(
-                f"{parameter.name} has no effect with {other} {values[other]}. Leave it out"
+                f"{parameter.name} has no effect with {other} {values[other]}. Leave it out, or "
+                f"give {other} {' or '.join(map(str, needed))}"
             )
     if "normalize" in complete and complete["normalize"] is None:
         complete["normalize"] = complete["variant"] == "ties"
@@ -198,14 +199,12 @@ def settled(
 
 
 def _settle_denominator(values: dict[str, Any], given: Values) -> list[str]:
-    """Bring `normalize` and `denominator` into line; whichever was given wins."""
+    """Bring `normalize` and `denominator` into line; what was given wins over a profile."""
     normalize, denominator = given.get("normalize"), given.get("denominator")
     if normalize is not None and denominator is not None and normalize == (denominator == "none"):
         return [f"normalize {normalize} contradicts denominator {denominator}. Leave one out"]
-    if values["denominator"] is None or (normalize and values["denominator"] == "none"):
+    if denominator is None and (normalize is not None or values["denominator"] is None):
         values["denominator"] = "weight" if values["normalize"] else "none"
-    if normalize is False:
-        values["denominator"] = "none"
     values["normalize"] = values["denominator"] != "none"
     return []
 

@@ -209,7 +209,7 @@ def _check_recipe(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
         problems.append(f"{recipe.method} takes no base_model, got {recipe.base_model}")
     count = len(recipe.models)
     if count < method.fewest or (method.most is not None and count > method.most):
-        problems.append(f"{recipe.method} takes {_expected(method)} fine-tuned models, got {count}")
+        problems.append(f"{recipe.method} takes {_expected(method)}, got {count}")
     declared = method.parameters_of(recipe.profile)
     parameters, wrong = resolve_parameters(declared, recipe.parameters, count)
     if not wrong:
@@ -228,11 +228,12 @@ def _check_recipe(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
 
 def _expected(method: Method) -> str:
     """How many models a method takes."""
+    noun = "fine-tuned model" if (method.most or method.fewest) == 1 else "fine-tuned models"
     if method.most is None:
-        return f"at least {method.fewest}"
+        return f"at least {method.fewest} {noun}"
     if method.fewest == method.most:
-        return f"exactly {method.most}"
-    return f"{method.fewest} to {method.most}"
+        return f"exactly {method.most} {noun}"
+    return f"{method.fewest} to {method.most} {noun}"
 
 
 def canonical(recipe: Recipe) -> Recipe:
@@ -317,7 +318,8 @@ def _copied(recipe: Recipe, alignment: Alignment) -> list[str]:
     """The tensors that are not to be merged.
 
     Raises:
-        ValueError: a pattern fits no tensor, or the head is not to be merged but is the embedding.
+        ValueError: a pattern fits no tensor, no tensor is left, or the head is not to be merged
+            but is the embedding.
     """
     names, problems = list(alignment.tensors), []
     for option in ("include", "exclude"):
@@ -337,12 +339,18 @@ def _copied(recipe: Recipe, alignment: Alignment) -> list[str]:
     left = [*recipe.exclude]
     left += [] if recipe.merge_embeddings else [EMBEDDING]
     left += [] if recipe.merge_lm_head else [HEAD]
-    return [
+    copied = [
         name
         for name in names
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in left)
         or not any(fnmatch.fnmatchcase(name, pattern) for pattern in recipe.include or ("*",))
     ]
+    if len(copied) == len(names):
+        raise ValueError(
+            "include, exclude, merge_embeddings and merge_lm_head leave none of the "
+            f"{len(names)} tensors to be merged. Leave some in"
+        )
+    return copied
 
 
 def _config_text(template: ModelFolder, dtype: str, alignment: Alignment) -> str:

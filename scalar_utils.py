@@ -196,7 +196,8 @@ def check_ties_weights(weights: Sequence[float], *, normalize: bool) -> None:
     if normalize and min(weights) < 0:
         raise ValueError(
             f"weights must not be negative when normalize is on, got {list(weights)}. "
-            "Turn normalize off to subtract a model"
+            "To subtract a model, turn normalize off, turn negative_weights on, or take "
+            "task_arithmetic"
         )
 
 

@@ -88,7 +88,7 @@ def command(*arguments, cwd):
         ({"threads": 0}, "threads must be a whole number of at least 1, got 0"),
         ({"device": "nowhere"}, "device 'nowhere' cannot be used here"),
         ({"output_dir": "a"}, "a: the output exists already"),
-        ({"ft_model_paths": []}, "ties takes at least 1 fine-tuned models, got 0"),
+        ({"ft_model_paths": []}, "ties takes at least 1 fine-tuned model, got 0"),
     ],
 )
 def test_parameters_out_of_range_are_refused(models, options, text):
@@ -456,6 +456,18 @@ def test_a_streamed_merge_imports_neither_transformers_nor_torch(models):
         [sys.executable, "-c", code], cwd=models, capture_output=True, text=True, env=environment
     )
     assert result.stdout.endswith("0 set()\n"), result.stderr
+
+
+def test_a_reader_that_has_left_makes_no_failure_of_a_merge(models):
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(
+        [sys.executable, ROOT / "ties_llama.py", "base", "--ft_models", "a", "b", "--save", "o"],
+        cwd=models, stdout=writer, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(writer)
+    assert (result.returncode, "Traceback" in result.stderr) == (0, False)
+    assert (models / "o" / "config.json").exists()
 
 
 def test_without_a_terminal_progress_is_plain_lines(models, monkeypatch, capsys):

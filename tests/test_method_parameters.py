@@ -85,7 +85,8 @@ def test_a_profile_changes_defaults_and_what_is_given_wins(models):
         ({"denominator": "count"}, "default", (True, "count")),
         ({"denominator": "none"}, "default", (False, "none")),
         ({}, "peft", (True, "count")),
-        ({"normalize": True}, "peft", (True, "count")),
+        ({"normalize": True}, "peft", (True, "weight")),
+        ({"normalize": True, "denominator": "count"}, "default", (True, "count")),
         ({"normalize": False}, "peft", (False, "none")),
         ({"normalize": False}, "paper", (False, "none")),
     ],
@@ -110,7 +111,11 @@ def test_della_divides_with_an_election_and_not_without(models):
     [
         ("ties", {"normalize": False, "denominator": "count"}, "contradicts denominator count"),
         ("ties", {"normalize": True, "denominator": "none"}, "contradicts denominator none"),
-        ("dare", {"elect_on": "unweighted"}, "elect_on has no effect with variant linear"),
+        (
+            "dare",
+            {"elect_on": "unweighted"},
+            "with variant linear. Leave it out, or give variant ties",
+        ),
         ("consensus", {"densities": [0.5] * 3}, "densities has no effect with variant linear"),
         ("ram", {"r": 0.3}, "r has no effect with variant ram"),
         ("nuslerp", {"nuslerp_row_wise": True}, "no effect with nuslerp_flatten True"),

@@ -128,6 +128,8 @@ def test_a_plan_says_what_is_read(models):
     [
         ({"include": ["*.mpl.*"]}, r"include '\*\.mpl\.\*' fits none of the 21 tensors; they are"),
         ({"exclude": "nothing"}, "exclude 'nothing' fits none of the 21 tensors"),
+        ({"exclude": "*"}, "leave none of the 21 tensors to be merged"),
+        ({"include": "lm_head*", "merge_lm_head": False}, "leave none of the 21 tensors"),
         ({"weight_decay": 1.0}, r"weight_decay must be in \[0, 1\), got 1.0"),
         ({"weight_decay": "x"}, "weight_decay must be a number, got 'x'"),
         ({"clamp_range": (1.0, -1.0)}, "clamp_range must be a lowest and a highest value"),
