@@ -98,6 +98,15 @@ def test_a_constant_added_to_a_row_changes_no_divergence():
     assert float(score_of(base, base + 2).abs().max()) < 1e-12
 
 
+@pytest.mark.parametrize("shape", [(150, 1003), (3, 70_000)])
+def test_a_row_diverges_alike_however_rows_are_put_together(shape):
+    generator = torch.Generator().manual_seed(2)
+    base, tensor = (torch.randn(shape, generator=generator) for _ in range(2))
+    whole = row_divergence(base, tensor)
+    each = [row_divergence(base[row : row + 1], tensor[row : row + 1]) for row in range(shape[0])]
+    assert torch.equal(whole, torch.cat(each))
+
+
 def test_rows_are_independent_but_for_the_threshold():
     generator = torch.Generator().manual_seed(1)
     base, tensor = (torch.randn(6, 9, generator=generator) for _ in range(2))
