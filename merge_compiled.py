@@ -153,7 +153,8 @@ class CompiledOperations(TorchOperations):
         """Sparsify, weight, elect, combine, scale, add the base."""
         combining, sparsify = _combining(merge), merge.sparsify
         if sparsify is None:
-            return self._looped(kernels.merge_whole, combining)
+            kernel = kernels.merge_sum if merge.election is None else kernels.merge_whole
+            return self._looped(kernel, combining)
         if isinstance(sparsify, Drop):
             keys, limits, factors = _random(sparsify)
 

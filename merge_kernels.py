@@ -25,10 +25,13 @@ from numpy.typing import NDArray
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-RUN, LANES = 2**14, 2**10
+RUN, LANES = 2**14, 2**8
 """As in `scalar_utils`."""
 
-PIECE = 2 * LANES
+STRIDE = 4 * LANES
+"""Elements that are added to the lanes in one go."""
+
+PIECE = 2 * STRIDE
 """Elements worked on at once: few enough for a core's cache to hold those of every model."""
 
 COUNTERS = 64
@@ -585,11 +588,25 @@ def _finish(
             delta, weight = deltas[i][offset : offset + size], combining.weights[i]
             for j in range(size):
                 total[j] += delta[j] * weight
-        if combining.divides:
-            for j in range(size):
-                total[j] /= combining.divisor
+        _divide(total, size, combining)
     else:
         _elect_and_combine(deltas, offset, size, combining, total, spare[1], spare[2])
+    _add(parts, start, size, base, total, combining, spare)
+
+
+@_kernel()
+def _divide(total: Any, size: Any, combining: Any) -> None:
+    """Divide a sum of task vectors by that of the weights, if that is wanted."""
+    if combining.divides:
+        for j in range(size):
+            total[j] /= combining.divisor
+
+
+@_kernel()
+def _add(
+    parts: Any, start: Any, size: Any, base: Any, total: Any, combining: Any, spare: Any
+) -> None:
+    """Keep the consensus of a piece's merged task vector, scale it, add the base, write it."""
     if len(combining.mask_lambdas) > 0:
         _keep_consensus(parts, start, size, base, combining, total, spare[1], spare[2])
     lam = combining.lam
@@ -733,6 +750,38 @@ def merge_active(parts: Any, size: Any, epsilon: Any, factors: Any, lam: Any) ->
             for j in range(n):
                 base[j] += total[j] * lam
         _round(base, parts, start, n)
+
+
+@_kernel()
+def _add_delta(
+    parts: Any, index: Any, start: Any, size: Any, base: Any, weight: Any, total: Any, delta: Any
+) -> None:
+    """Add a piece of an input's task vector to the total."""
+    memory, place, kind = parts.memory, parts.places[index], parts.kinds[index]
+    if kind == 2:
+        half = memory[place + 2 * start : place + 2 * (start + size)].view(np.uint16)
+        for j in range(size):
+            total[j] += (_float(_U32(half[j]) << _U32(16)) - base[j]) * weight
+        return
+    _subtract(parts, index, start, size, base, delta)
+    for j in range(size):
+        total[j] += delta[j] * weight
+
+
+@_kernel()
+def merge_sum(parts: Any, size: Any, combining: Any) -> None:
+    """Add up task vectors as they are, without an election."""
+    base, spare = np.empty(PIECE, np.float32), np.empty((3, PIECE), np.float32)
+    total = spare[0]
+    for start in range(0, size, PIECE):
+        n = min(PIECE, size - start)
+        _widen(parts, parts.zero, start, n, base)
+        for j in range(n):
+            total[j] = _ZERO
+        for i in range(len(combining.weights)):
+            _add_delta(parts, i + 1, start, n, base, combining.weights[i], total, spare[1])
+        _divide(total, n, combining)
+        _add(parts, start, n, base, total, combining, spare)
 
 
 @_kernel()
@@ -922,36 +971,36 @@ def _sum_lanes(lanes: Any) -> Any:
     return lanes[0]
 
 
-@_kernel(fastmath={"contract"})  # exact products: fused or not, the sum is the same
-def _add_products(left: Any, right: Any, size: Any, first: Any, lanes: Any) -> None:
-    """Add the products of two pieces to the lanes, or, of a run's first pieces, fill them so."""
-    if size < PIECE:
-        if first:
-            lanes[:] = 0.0
-        for start in range(0, size, LANES):
-            left_part, right_part = left[start:size], right[start:size]
-            for j in range(min(LANES, size - start)):
-                lanes[j] += np.float64(left_part[j]) * np.float64(right_part[j])
-        return
-    left_half, right_half = left[LANES:], right[LANES:]  # twice as many in one go
-    if first:
-        for j in range(LANES):
-            total = 0.0 + np.float64(left[j]) * np.float64(right[j])
-            lanes[j] = total + np.float64(left_half[j]) * np.float64(right_half[j])
-        return
+@_kernel(fastmath={"contract"}, forceinline=True)  # exact products: fused or not, the same sum
+def _add_stride(left: Any, right: Any, lanes: Any) -> None:
+    """Add the products of two strides to the lanes."""
+    left_1, left_2, left_3 = left[LANES:], left[2 * LANES :], left[3 * LANES :]
+    right_1, right_2, right_3 = right[LANES:], right[2 * LANES :], right[3 * LANES :]
     for j in range(LANES):
         total = lanes[j] + np.float64(left[j]) * np.float64(right[j])
-        lanes[j] = total + np.float64(left_half[j]) * np.float64(right_half[j])
+        total += np.float64(left_1[j]) * np.float64(right_1[j])
+        total += np.float64(left_2[j]) * np.float64(right_2[j])
+        lanes[j] = total + np.float64(left_3[j]) * np.float64(right_3[j])
+
+
+@_kernel(fastmath={"contract"}, forceinline=True)  # as above
+def _add_products(left: Any, right: Any, size: Any, lanes: Any) -> None:
+    """Add the products of two pieces to the lanes."""
+    whole = size - size % STRIDE
+    for start in range(0, whole, STRIDE):
+        _add_stride(left[start:], right[start:], lanes)
+    for start in range(whole, size, LANES):
+        left_part, right_part = left[start:size], right[start:size]
+        for j in range(min(LANES, size - start)):
+            lanes[j] += np.float64(left_part[j]) * np.float64(right_part[j])
 
 
 @_kernel()
-def _add_powers(delta: Any, size: Any, power: Any, first: Any, lanes: Any) -> None:
+def _add_powers(delta: Any, size: Any, power: Any, lanes: Any) -> None:
     """As `_add_products`, of |delta| ** power; power 1 or 2."""
     if power == 2:
-        _add_products(delta, delta, size, first, lanes)
+        _add_products(delta, delta, size, lanes)
         return
-    if first:
-        lanes[:] = 0.0
     for start in range(0, size, LANES):
         part = delta[start:size]
         for j in range(min(LANES, size - start)):
@@ -969,6 +1018,7 @@ def gram_parts(
     for row in range(rows):
         for run in range(row * row_length, (row + 1) * row_length, RUN):
             stop = min(run + RUN, (row + 1) * row_length)
+            lanes[:] = 0.0
             for start in range(run, stop, PIECE):
                 n = min(PIECE, stop - start)
                 if of_deltas:
@@ -981,7 +1031,7 @@ def gram_parts(
                 pair = 0
                 for i in range(models):
                     for k in range(i, models):
-                        _add_products(values[i], values[k], n, start == run, lanes[pair])
+                        _add_products(values[i], values[k], n, lanes[pair])
                         pair += 1
             for pair in range(len(sums)):
                 sums[pair, number] = _sum_lanes(lanes[pair])
@@ -1000,14 +1050,15 @@ def norms_cut(
     for row in range(rows):
         for run in range(row * row_length, (row + 1) * row_length, RUN):
             stop = min(run + RUN, (row + 1) * row_length)
+            lanes[:] = 0.0
             for start in range(run, stop, PIECE):
                 n = min(PIECE, stop - start)
                 _widen(parts, parts.zero, start, n, base)
                 for i in range(models):
                     _subtract(parts, i + 1, start, n, base, delta)
-                    _add_powers(delta, n, power, start == run, lanes[i])
+                    _add_powers(delta, n, power, lanes[i])
                     _cut(delta, n, cuts[i], seen[i])
-                    _add_powers(delta, n, power, start == run, lanes[models + i])
+                    _add_powers(delta, n, power, lanes[models + i])
             for i in range(2 * models):
                 sums[i, number] = _sum_lanes(lanes[i])
             number += 1
@@ -1034,14 +1085,15 @@ def norms_dropped(
     for row in range(rows):
         for run in range(row * row_length, (row + 1) * row_length, RUN):
             stop = min(run + RUN, (row + 1) * row_length)
+            lanes[:] = 0.0
             for start in range(run, stop, PIECE):
                 n = min(PIECE, stop - start)
                 _widen(parts, parts.zero, start, n, base)
                 for i in range(models):
                     _subtract(parts, i + 1, start, n, base, delta)
-                    _add_powers(delta, n, power, start == run, lanes[i])
+                    _add_powers(delta, n, power, lanes[i])
                     _drop(delta, n, keys[i], limits[i], first + start, kept, flags)
-                    _add_powers(delta, n, power, start == run, lanes[models + i])
+                    _add_powers(delta, n, power, lanes[models + i])
             for i in range(2 * models):
                 sums[i, number] = _sum_lanes(lanes[i])
             number += 1
@@ -1085,9 +1137,10 @@ def norms_ranked(
                 )  # fmt: skip
             for run in range(runs):
                 stop = min((run + 1) * RUN, row_length)
+                lanes[:] = 0.0
                 for start in range(run * RUN, stop, PIECE):
                     n = min(PIECE, stop - start)
-                    _add_powers(delta[start:], n, power, start == run * RUN, lanes)
+                    _add_powers(delta[start:], n, power, lanes)
                 sums[i, row * runs + run] = _sum_lanes(lanes)
 
 
@@ -1104,15 +1157,16 @@ def norms_selected(
     for row in range(rows):
         for run in range(row * row_length, (row + 1) * row_length, RUN):
             stop = min(run + RUN, (row + 1) * row_length)
+            lanes[:] = 0.0
             for start in range(run, stop, PIECE):
                 n = min(PIECE, stop - start)
                 _widen(parts, parts.zero, start, n, base)
                 for i in range(models):
                     _subtract(parts, i + 1, start, n, base, deltas[i])
-                    _add_powers(deltas[i], n, power, start == run, lanes[i])
+                    _add_powers(deltas[i], n, power, lanes[i])
                 _select(parts, start, n, base, deltas, cut, seen, spread)
                 for i in range(models):
-                    _add_powers(deltas[i], n, power, start == run, lanes[models + i])
+                    _add_powers(deltas[i], n, power, lanes[models + i])
             for i in range(2 * models):
                 sums[i, number] = _sum_lanes(lanes[i])
             number += 1

@@ -37,7 +37,7 @@ RUN = 2**14
 """Elements of a row that are summed to one number. Runs never cross a row, so their sums do not
 depend on how the rows of a tensor are grouped into blocks."""
 
-LANES = 2**10
+LANES = 2**8
 """Sums that a run is added up in, side by side, before they are added to each other."""
 
 SMALLEST, LARGEST = 1e-30, 1e30
