@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from model_utils import format_bytes
 
@@ -25,7 +26,7 @@ def progress_bar(total: int, description: str, *, show: bool) -> Iterator[Callab
         from tqdm.auto import tqdm
 
         with tqdm(total=total, desc=description, unit="B", unit_scale=True, mininterval=0.5) as bar:
-            yield bar.update
+            yield _Bar(bar).update
     else:
         yield _Lines(total, description).update
 
@@ -35,24 +36,41 @@ def _in_notebook() -> bool:
     return "ipykernel" in sys.modules
 
 
+class _Bar:
+    """A bar whose clock starts with the first bytes: before them, loops may have been compiled."""
+
+    def __init__(self, bar: Any) -> None:
+        self.bar = bar
+        self.has_begun = False
+
+    def update(self, count: int) -> None:
+        if count and not self.has_begun:
+            self.has_begun = True
+            self.bar.reset()
+        self.bar.update(count)
+
+
 class _Lines:
     """A line at the start of every ten seconds, for logs."""
 
     def __init__(self, total: int, description: str) -> None:
         self.total = total
         self.description = description
-        self.done = 0
+        self.done = self.first = 0
         self.started = self.printed = time.monotonic()
 
     def update(self, count: int) -> None:
-        self.done += count
         now = time.monotonic()
+        if not self.first:  # until now, loops may have been compiled
+            self.first, self.started = count, now
+        self.done += count
         if now - self.printed < SECONDS_BETWEEN_LINES:
             return
         self.printed = now
         left = ""
-        if self.done:  # a first look at a sample counts for nothing
-            seconds = (now - self.started) * (self.total - self.done) / self.done
+        if self.done > self.first:  # a first look at a sample counts for nothing
+            since = self.done - self.first
+            seconds = (now - self.started) * (self.total - self.done) / since
             left = f", about {seconds:.0f} s left"
         print(
             f"{self.description}: {format_bytes(self.done)} of {format_bytes(self.total)} "
