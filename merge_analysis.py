@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_card import public_names
-from merge_findings import LARGEST_SHARE, TensorSums, grouped, layer_of, pairs_of
+from merge_findings import LARGEST_SHARE, TensorSums, groups, layer_of, pairs_of
 from merge_plan import Plan
 
 PARALLEL = 0.9995
@@ -66,22 +66,17 @@ class Analysis:
 def make_analysis(plan: Plan, findings: Mapping[str, Mapping[str, Any]]) -> Analysis:
     """What was gathered by `merge_findings.analyze`, put in order."""
     sums: dict[str, TensorSums] = {name: found["sums"] for name, found in findings.items()}
-    groups: dict[str, dict[str, dict[str, Any]]] = {"layers": {}, "projections": {}, "whole": {}}
-    for kind, name, each in grouped(sums):
-        groups[kind][name] = each.to_dict()
     names = public_names(plan.recipe.names)
     models = tuple(_numbered([names[model] for model in plan.recipe.models]))
     tensors = {name: each.to_dict() for name, each in sums.items()}
-    whole = groups["whole"][""]
+    of = groups(sums)
     base = plan.recipe.base_model
     return Analysis(
         models=models,
         base_model=None if base is None else names[base],
         tensors=tensors,
-        layers=dict(sorted(groups["layers"].items(), key=lambda item: int(item[0]))),
-        projections=groups["projections"],
-        whole=whole,
-        advice=tuple(_advice(models, tensors, whole)),
+        **of,
+        advice=tuple(_advice(models, tensors, of["layers"], of["whole"])),
     )
 
 
@@ -95,25 +90,30 @@ def _numbered(names: Sequence[str]) -> Iterator[str]:
 def _advice(
     models: Sequence[str],
     tensors: Mapping[str, Mapping[str, Any]],
+    layers: Mapping[str, Mapping[str, Any]],
     whole: Mapping[str, Any],
 ) -> Iterator[str]:
     pairs = pairs_of(len(models))
     if "base_norm" in whole:
-        for k, (model, norm, densities) in enumerate(
-            zip(models, whole["relative_norms"], whole["densities"], strict=True)
+        densities = zip(whole["tensor_densities"], whole["densities"], strict=True)
+        for model, norm, (each, at_once) in zip(
+            models, whole["relative_norms"], densities, strict=True
         ):
-            each = sorted(found["densities"][k]["0.9"] for found in tensors.values())
             yield (
-                f"{model}: changed by {norm:.2%} of the base's norm; trimmed at once, density "
-                f"{densities['0.9']:.2g} keeps 90% of its squared change, "
-                f"{densities['0.5']:.2g} half of it; tensor by tensor, 90% takes from "
-                f"{each[0]:.2g} to {each[-1]:.2g}, {each[len(each) // 2]:.2g} in the middle"
+                f"{model}: changed by {norm:.2%} of the base's norm; density {each['0.9']:.2g} of "
+                f"each tensor keeps 90% of its squared change, {each['0.5']:.2g} half of it; of "
+                f"the whole model (trim_scope model), {at_once['0.9']:.2g} and "
+                f"{at_once['0.5']:.2g} do"
             )
     for (i, j), cosine in zip(pairs, whole["cosines"], strict=True):
         yield f"{models[i]} and {models[j]}: cosine {cosine:.3f}"
     if "sign_conflict" in whole and len(models) > 1:
-        rate = whole["sign_conflict"]
-        yield f"{rate:.0%} of the changed entries are raised by some and lowered by others"
+        rates = {layer: found["sign_conflict"] for layer, found in layers.items()}
+        worst = max(rates, key=lambda layer: rates[layer], default="")
+        yield (
+            f"{whole['sign_conflict']:.0%} of the changed entries are raised by some and lowered "
+            "by others" + (f"; most in layer {worst}, {rates[worst]:.0%}" if rates else "")
+        )
     for k, (i, j) in enumerate(pairs if "sign_conflict" in whole else ()):
         rate = whole["largest_pair_conflicts"][k]
         yield (

@@ -32,7 +32,8 @@ def saved_report(plan: Plan, report: MergeReport) -> dict[str, Any]:
 
     Returns:
         "recipe" (resolved), "base_models" (Hub ids among the inputs), "revisions" (their commits,
-        where known), "versions", "result", "notes", and "findings" per tensor.
+        where known), "versions", "result", "notes", "findings" per tensor, and what the models
+        have changed, "task_vectors", empty unless it was asked for.
     """
     names = plan.recipe.names
     content = {
@@ -58,6 +59,7 @@ def saved_report(plan: Plan, report: MergeReport) -> dict[str, Any]:
         },
         "notes": list(report.notes),
         "findings": report.findings,
+        "task_vectors": report.task_vectors,
     }
     public: dict[str, Any] = publish(json.loads(json.dumps(content)), public_names(names))
     return public

@@ -7,11 +7,12 @@ a layer or of the whole model is exact as well, and not a mean of means.
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gram_utils import Gram, gram_matrix, gram_pairs
 from merge_operations import Counts, Operations, by_tensor, together
@@ -23,6 +24,12 @@ LARGEST_SHARE = 0.2
 
 ENERGY_SHARES = (0.5, 0.9, 0.99)
 """Shares of a task vector's squared norm for which the least density is told."""
+
+TASK_VECTORS = "task_vectors"
+"""The finding on a tensor that tells what its models have changed."""
+
+DENSITY_STEP = 1e-6
+"""How near a density is told."""
 
 LAYER = re.compile(r"\.layers\.(\d+)\.(.+?)(?:\.weight)?$")
 
@@ -95,10 +102,7 @@ class TensorSums:
                 found[f"{key}conflict" if key else "sign_conflict"] = _ratio(mixed, some)
                 found[f"{key}pair_conflicts"] = _pair_conflicts(counts, len(norms))
         if self.histogram is not None:
-            found["densities"] = [
-                {f"{share:g}": density_for(counts, share) for share in ENERGY_SHARES}
-                for counts in self.histogram
-            ]
+            found["densities"] = [least_densities([counts]) for counts in self.histogram]
         return found
 
 
@@ -117,37 +121,48 @@ def _pair_conflicts(counts: Counts, models: int) -> list[float]:
     return [_ratio(by_pair[pair][1], by_pair[pair][0]) for pair in pairs_of(models)]
 
 
-def density_for(histogram: Counts, share: float) -> float:
-    """The least density that keeps a share of a task vector's squared norm.
+def least_density(histograms: Sequence[Counts], share: float) -> float:
+    """The least density that, taken of each tensor, keeps a share of the squared norm of all.
 
     As near as the bins tell, each of which spans an eighth of a power of 2.
 
     Args:
-        histogram: entries by the upper 11 bits of their magnitude.
+        histograms: of the tensors: entries by the upper 11 bits of their magnitude.
         share: in (0, 1].
 
-    >>> counts = np.zeros(2048, dtype=np.int64)
-    >>> counts[[0, 1016]] = 90, 10  # 90 unchanged entries, and 10 by about as much
-    >>> density_for(counts, 0.5)
-    0.05
+    >>> changed, same = np.zeros((2, 2048), dtype=np.int64)
+    >>> changed[[0, 1016]], same[0] = (90, 10), 100  # 10 entries changed, all by about as much
+    >>> round(least_density([changed], 0.5), 4), round(least_density([changed, same], 1.0), 4)
+    (0.05, 0.1)
     """
+    curves = [_kept(histogram) for histogram in histograms if histogram.any()]
+    wanted = share * sum(squares[-1] for _, squares in curves)
+    low, high = 0.0, 1.0 if wanted else 0.0
+    while high - low > DENSITY_STEP:
+        middle = (low + high) / 2
+        kept = sum(np.interp(middle, densities, squares) for densities, squares in curves)
+        low, high = (low, middle) if kept >= wanted else (middle, high)
+    return high
+
+
+def least_densities(histograms: Sequence[Counts]) -> dict[str, float]:
+    """`least_density` for each of `ENERGY_SHARES`."""
+    return {f"{share:g}": least_density(histograms, share) for share in ENERGY_SHARES}
+
+
+def _kept(histogram: Counts) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Shares of the entries, the largest first, and the sum of their squares; both from 0."""
     bins = np.flatnonzero(histogram)[::-1]
     counts = histogram[bins]
     middles = np.array([magnitude_of((int(each) << 20) + 2**19) if each else 0.0 for each in bins])
-    squares = (counts * middles**2).cumsum()
-    if not len(bins) or squares[-1] == 0:
-        return 0.0
-    wanted = share * squares[-1]
-    place = int(np.searchsorted(squares, wanted))
-    before = squares[place - 1] if place else 0.0
-    kept = counts[:place].sum() + counts[place] * (wanted - before) / (squares[place] - before)
-    return float(kept / counts.sum())
+    shares = counts.cumsum() / counts.sum()
+    return np.append(0.0, shares), np.append(0.0, (counts * middles**2).cumsum())
 
 
 def observed(
     merge: Merge, tasks: Sequence[TensorTask], operations: Operations, *, has_base: bool
 ) -> Merge:
-    """A merge whose last pass also gathers what its findings are to hold.
+    """A merge whose last pass also gathers `TensorSums`, its findings under `TASK_VECTORS`.
 
     Args:
         merge: the merge.
@@ -158,7 +173,7 @@ def observed(
     gather, conclude = _gather(tasks, operations, has_base)
 
     def findings(collected: Any) -> dict[str, Mapping[str, Any]]:
-        return {name: {"task_vectors": s.to_dict()} for name, s in conclude(collected).items()}
+        return {name: {TASK_VECTORS: sums} for name, sums in conclude(collected).items()}
 
     return merge._replace(observe=gather, conclude=findings)
 
@@ -221,15 +236,38 @@ def layer_of(name: str) -> tuple[int, str] | None:
     return None if found is None else (int(found.group(1)), found.group(2))
 
 
-def grouped(sums: Mapping[str, TensorSums]) -> Iterator[tuple[str, str, TensorSums]]:
-    """Sums over layers, over projections, over everything: kind, name and sums."""
-    groups: dict[tuple[str, str], TensorSums] = {}
+def told(
+    findings: Mapping[str, Mapping[str, Any]],
+) -> tuple[dict[str, Mapping[str, Any]], dict[str, Any]]:
+    """Findings as JSON can hold them, and what they come to by `groups`, if sums were gathered."""
+    sums = {name: found[TASK_VECTORS] for name, found in findings.items() if TASK_VECTORS in found}
+    each = {name: {**findings[name], TASK_VECTORS: sums[name].to_dict()} for name in sums}
+    return {**findings, **each}, groups(sums) if sums else {}
+
+
+def groups(sums: Mapping[str, TensorSums]) -> dict[str, Any]:
+    """What sums come to: "layers" and "projections" by name, and "whole".
+
+    With histograms, "whole" also has "tensor_densities", as "densities" but taken of each tensor.
+    """
+    layers: dict[str, TensorSums] = {}
+    projections: dict[str, TensorSums] = {}
+    whole: dict[str, TensorSums] = {}
     for name, each in sums.items():
         place = layer_of(name)
-        keys = [("whole", "")]
+        keys = [(whole, "")]
         if place is not None:
-            keys += [("layers", str(place[0])), ("projections", place[1])]
-        for key in keys:
-            groups[key] = groups[key] + each if key in groups else each
-    for (kind, name), each in groups.items():
-        yield kind, name, each
+            keys += [(layers, str(place[0])), (projections, place[1])]
+        for group, key in keys:
+            group[key] = group[key] + each if key in group else each
+    found = {
+        "layers": {key: layers[key].to_dict() for key in sorted(layers, key=int)},
+        "projections": {key: each.to_dict() for key, each in projections.items()},
+        "whole": whole[""].to_dict(),
+    }
+    histograms = [each.histogram for each in sums.values() if each.histogram is not None]
+    if histograms:
+        found["whole"]["tensor_densities"] = [
+            least_densities(of_model) for of_model in zip(*histograms, strict=True)
+        ]
+    return found

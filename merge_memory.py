@@ -177,6 +177,11 @@ def anonymous_memory() -> int:
     return _status("RssAnon") + _status("RssShmem") if STATUS.exists() else peak_memory()
 
 
+def mapped_memory() -> int:
+    """What of this process's memory are mapped files, such as libraries, in bytes; 0 if unknown."""
+    return _status("RssFile") if STATUS.exists() else 0
+
+
 def _status(entry: str) -> int:
     """An entry of what Linux knows about this process, in bytes."""
     lines = STATUS.read_text().splitlines()

@@ -228,10 +228,13 @@ class MergeReport:
         bytes_written: tensors of the result.
         seconds: wall time.
         peak_memory: highest resident memory of the whole process so far, in bytes.
+        mapped_memory: what of it are files that the system caches, such as libraries; 0 if unknown.
         files_carried, files_left: other files that the result has, and those of the first model
             that were left behind.
         notes: what the user should know.
-        findings: per tensor, what the method found out.
+        findings: per tensor, what the method found out; with `findings` asked for, "task_vectors"
+            as well: see `merge_findings.TensorSums.to_dict`.
+        task_vectors: the same by layer, by projection and of the whole, if asked for.
     """
 
     method: str
@@ -248,10 +251,12 @@ class MergeReport:
     bytes_written: int
     seconds: float
     peak_memory: int
+    mapped_memory: int
     files_carried: tuple[str, ...]
     files_left: tuple[str, ...]
     notes: tuple[str, ...]
     findings: Mapping[str, Mapping[str, Any]] = field(repr=False)
+    task_vectors: Mapping[str, Any] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON can hold it."""
@@ -259,17 +264,23 @@ class MergeReport:
 
     def summary(self) -> str:
         """The report in a few lines."""
-        count = len(self.models)
+        count, mapped = len(self.models), self.mapped_memory
         lines = [
             f"merged {count} model{'s' if count > 1 else ''} by {self.method} into "
             f"{self.output_dir or 'memory'}: {self.tensors} tensors, {self.dtype}, "
             f"{format_bytes(self.bytes_written)}",
             f"read {format_bytes(self.bytes_read)} in {self.seconds:.1f} s, "
-            f"peak memory {format_bytes(self.peak_memory)} with the libraries' files",
+            f"peak memory {format_bytes(self.peak_memory)}"
+            + (f", {format_bytes(mapped)} of it libraries' files" if mapped else ""),
         ]
         changed = [f"{name} {_shown(value)}" for name, value in _set(self.options).items()]
         if changed:
             lines.append(f"with {'; '.join(changed)}")
+        if self.task_vectors:
+            lines.append(
+                "what the models have changed: task_vectors (by layer and projection) and "
+                f"findings (by tensor) in {self.output_dir}/{REPORT_FILE}"
+            )
         if self.files_carried:
             lines.append(f"carried over: {', '.join(self.files_carried)}")
         if self.files_left:

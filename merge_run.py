@@ -15,8 +15,15 @@ from numpy.typing import NDArray
 
 from merge_analysis import Analysis, make_analysis
 from merge_card import model_card, saved_report
-from merge_findings import analyze
-from merge_memory import Fit, anonymous_memory, fit_memory, peak_memory, remember_compiled
+from merge_findings import analyze, told
+from merge_memory import (
+    Fit,
+    anonymous_memory,
+    fit_memory,
+    mapped_memory,
+    peak_memory,
+    remember_compiled,
+)
 from merge_operations import arithmetic, make_operations, numba_problem
 from merge_plan import Plan, free_bytes, open_plan, usable_cores
 from merge_progress import progress_bar
@@ -353,6 +360,7 @@ def _report(
     plan: Plan, fit: Fit, findings: Mapping[str, Mapping[str, Any]], started: float
 ) -> MergeReport:
     recipe = plan.recipe
+    by_tensor, groups = told(findings)
     return MergeReport(
         method=recipe.method,
         profile=recipe.profile,
@@ -368,8 +376,10 @@ def _report(
         bytes_written=plan.write_bytes,
         seconds=time.monotonic() - started,
         peak_memory=peak_memory(),
+        mapped_memory=mapped_memory(),
         files_carried=plan.carried.names,
         files_left=plan.carried.left,
         notes=(*plan.notes, *fit.notes, *plan.method.remarks(findings)),
-        findings=findings,
+        findings=by_tensor,
+        task_vectors=groups,
     )

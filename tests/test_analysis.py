@@ -12,7 +12,7 @@ from tiny_checkpoints import make_llama, read_tensors, save_tensors, tensor_hash
 
 import merge_operations
 import merge_stream
-from merge_findings import density_for, layer_of
+from merge_findings import layer_of, least_density
 from merge_recipe import make_recipe
 from merge_run import analyze_models, merge_to_folder
 from slerp_llama import main as slerp_main
@@ -109,8 +109,22 @@ def test_the_density_that_keeps_a_share_of_the_change(share):
     squares = (delta.double() ** 2).sort(descending=True).values.cumsum(0)
     exact = int((squares < share * squares[-1]).sum() + 1) / len(delta)
     histogram = coarse_histogram(delta).reshape(-1, 16).sum(dim=1).numpy()
-    assert density_for(histogram, share) == pytest.approx(exact, rel=0.02)
-    assert density_for(np.zeros(2048, dtype=np.int64), share) == 0
+    assert least_density([histogram], share) == pytest.approx(exact, rel=0.02)
+    assert least_density([np.zeros(2048, dtype=np.int64)], share) == 0
+
+
+def test_the_density_of_each_tensor_that_keeps_a_share_of_all_their_changes():
+    """Tensors of different scale: the same density of each keeps different shares of it."""
+    generator = torch.Generator().manual_seed(0)
+    deltas = [torch.randn(5000, generator=generator) ** k * s for k, s in ((1, 1e-3), (3, 2e-3))]
+    squares = [(d.double() ** 2).sort(descending=True).values.cumsum(0) for d in deltas]
+    total = sum(each[-1] for each in squares)
+    kept = sum(each / total for each in squares)  # by the entries kept of each
+    exact = int((kept < 0.9).sum() + 1) / 5000
+    histograms = [coarse_histogram(d).reshape(-1, 16).sum(dim=1).numpy() for d in deltas]
+    alone = [least_density([each], 0.9) for each in histograms]
+    assert least_density(histograms, 0.9) == pytest.approx(exact, rel=0.02)
+    assert min(alone) < exact < max(alone)
 
 
 def test_blocks_threads_and_torch_find_the_same(models, monkeypatch):
@@ -145,9 +159,18 @@ def test_a_merge_finds_the_same_in_its_last_pass(models, method, parameters):
             "densities",
         }
         assert mine == {key: counted[key] for key in mine}
+    for group in ("layers", "projections"):
+        told = getattr(analysis, group)
+        assert list(report.task_vectors[group]) == list(told)
+        for key, mine in report.task_vectors[group].items():
+            assert mine == {each: told[key][each] for each in mine}
+    saved = json.loads((models / "out/merge_report.json").read_text())
+    assert saved["task_vectors"] == report.task_vectors
+    assert "task_vectors (by layer and projection)" in report.summary()
     plain = make_recipe(method, "base", NAMES, parameters, output_dir="plain")
     report = merge_to_folder(plain, progress=False)
     assert not any("task_vectors" in found for found in report.findings.values())
+    assert report.task_vectors == {}
     assert tensor_hashes(models / "out") == tensor_hashes(models / "plain")
 
 
