@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from merge_command import _parser
+from merge_arguments import command_parser
 from merge_methods import METHODS
 from merge_parameters import PROFILES
 from merge_plan import _check_recipe
@@ -86,7 +86,7 @@ def problems(method: str, base, models, given, **settings) -> list[str]:
 
 
 def options_of(method: str):
-    return _parser(method, "")._option_string_actions
+    return command_parser(method, "")._option_string_actions
 
 
 def test_every_method_has_a_page_and_there_are_no_others():
@@ -132,7 +132,7 @@ def test_examples_of_the_command_would_run(method, tmp_path, monkeypatch):
         module, function = SCRIPTS[command].split(":")
         assert module == f"{method}_llama"
         assert hasattr(importlib.import_module(module), function)
-        parsed = vars(_parser(method, "").parse_args(arguments))
+        parsed = vars(command_parser(method, "").parse_args(arguments))
         assert parsed["save"], "an example that merges says where to"
         given = {each.name: parsed[each.name] for each in METHODS[method].parameters}
         profile = parsed["profile"]

@@ -1,0 +1,379 @@
+"""The arguments of every driver's command: what can be given, and the recipe that they make."""
+
+import argparse
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from merge_methods import METHODS
+from merge_parameters import PROFILES
+from merge_recipe import DEFAULT_SHARD_SIZE, Parameter, Recipe
+from model_companions import AUTO_TEMPLATE
+from model_safetensors import DTYPE_NAMES
+from model_tokenizer import read_object
+from model_vocabulary import CHOICES, VocabularySettings, token_source
+
+EXIT_USAGE = 2
+
+DEFAULT_VOCABULARY = VocabularySettings()
+CHECK_HELP = "check a finished model folder, all its weights included; takes no other arguments"
+JSON_HELP = "print the report, plan or check as JSON"
+
+EXIT_CODES = """exit status:
+  0 merged; 2 wrong arguments; 3 models that cannot be merged; 5 disk full;
+  6 other trouble with files; 129, 130, 143 interrupted. Unless it is 0, there is no
+  output folder."""
+
+
+_PLACE_OF_BASE = {
+    "required": "The base is the first argument, without an option",
+    "optional": "The base is given as --base BASE",
+    "none": "This method takes no base",
+}
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser that says what is wrong in a line, without two screens of usage before it.
+
+    Attributes:
+        shortest: the arguments that are needed.
+    """
+
+    def __init__(self, shortest: str, **settings: Any) -> None:
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings
+        )
+        self.shortest = shortest
+
+    def error(self, message: str) -> NoReturn:
+        """Print every line of a message as an error, and exit."""
+        lines = [f"error: {line}" for line in message.splitlines()]
+        lines += [f"usage: {self.prog} {self.shortest}", f"{self.prog} --help says more"]
+        self.exit(EXIT_USAGE, "\n".join(lines) + "\n")
+
+    def nearest(self, option: str) -> str:
+        """The option that is spelled most like one that does not exist; empty if none is."""
+        near = difflib.get_close_matches(option, self._option_string_actions, n=1)
+        return near[0] if near else ""
+
+
+def parse_arguments(
+    method: str, description: str, argv: Sequence[str]
+) -> tuple[CommandParser, argparse.Namespace]:
+    """The arguments of a method's command; exits with a text where they are wrong.
+
+    Args:
+        method: a name from `METHODS`.
+        description: the driver's docstring; shown by `--help` as it stands.
+        argv: arguments.
+    """
+    parser = command_parser(method, description)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error("\n".join(_unknown(method, parser, unknown)))
+    return parser, arguments
+
+
+def _unknown(method: str, parser: CommandParser, unknown: Sequence[str]) -> Iterator[str]:
+    """What is wrong with arguments that a command does not know."""
+    options = [each.split("=")[0] for each in unknown if each.startswith("--")]
+    for option in options:
+        name = option[2:].replace("-", "_")
+        owners = [other for other in METHODS if name in map(_name, METHODS[other].parameters)]
+        near = parser.nearest(option)
+        if owners:
+            yield f"{option} is an option of {', '.join(owners)}, not of {method}"
+        elif name in ("base", "base_model"):
+            yield f"{option}: {_PLACE_OF_BASE[METHODS[method].base]}"
+        else:
+            yield f"unknown option {option}" + (f". Did you mean {near}?" if near else "")
+    if not options:
+        yield (
+            f"not expected: {' '.join(unknown)}. {_PLACE_OF_BASE[METHODS[method].base]}; the "
+            "fine-tuned models follow --ft_models"
+        )
+
+
+def _name(parameter: Parameter) -> str:
+    return parameter.name
+
+
+def command_parser(method: str, description: str) -> CommandParser:
+    """The parser of a method's command."""
+    of_base = "BASE " if METHODS[method].base == "required" else ""
+    parser = CommandParser(
+        f"{of_base}--ft_models MODEL ... --save OUT", description=description, epilog=EXIT_CODES
+    )
+    ancestor = "the common ancestor: a model folder or Hub id"
+    if METHODS[method].base == "required":
+        parser.add_argument("base", metavar="BASE", help=ancestor)
+    elif METHODS[method].base == "optional":
+        parser.add_argument("--base", metavar="BASE", help=f"{ancestor} (default: none)")
+    parser.add_argument(
+        *_spellings("--ft_models"),
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="MODEL",
+        help="the fine-tuned models: folders or Hub ids",
+    )
+    for parameter in METHODS[method].parameters:
+        _add_parameter(parser, parameter)
+    parser.add_argument(
+        "--profile",
+        choices=PROFILES,
+        default="default",
+        help="whose conventions the defaults of the options above follow; mergekit is 0.1.5 "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--save", type=Path, metavar="OUT", help="the folder to make")
+    parser.add_argument(
+        "--plan", action="store_true", help="only say what would be done, and read no weights"
+    )
+    parser.add_argument(
+        "--analyze",
+        type=Path,
+        metavar="NAME",
+        help="merge nothing, but write NAME.json and NAME.html: what each model has changed, and "
+        "where they disagree; the method's options do not matter to it",
+    )
+    parser.add_argument(
+        "--findings",
+        action="store_true",
+        help="also put into merge_report.json what each model has changed, and where they "
+        "disagree, by tensor, layer and projection; a short merge takes up to twice as long",
+    )
+    parser.add_argument("--check", metavar="FOLDER", help=CHECK_HELP)
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
+    _add_tensors(parser)
+    _add_vocabulary(parser)
+    _add_settings(parser)
+    return parser
+
+
+def _add_tensors(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "tensors", "what is not merged is the base's (without one, the first model's)"
+    )
+    for name, text in (
+        ("include", 'merge only tensors whose names fit one of these, such as "*.mlp.*"'),
+        ("exclude", "do not merge tensors whose names fit one of these"),
+    ):
+        group.add_argument(
+            f"--{name}", nargs="+", action="extend", default=[], metavar="PATTERN", help=text
+        )
+    for name, what in (("merge_embeddings", "the embedding"), ("merge_lm_head", "the head")):
+        group.add_argument(
+            *_spellings(f"--{name}"),
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help=f"merge {what} (default: on)",
+        )
+    group.add_argument(
+        *_spellings("--weight_decay"),
+        type=_number(float),
+        default=0.0,
+        metavar="FLOAT",
+        help="multiply merged values by 1 minus this (default: 0)",
+    )
+    group.add_argument(
+        *_spellings("--clamp_range"),
+        type=_number(float),
+        nargs=2,
+        metavar=("LOWEST", "HIGHEST"),
+        help="keep merged values in this range (default: no bounds)",
+    )
+
+
+def _add_parameter(parser: argparse.ArgumentParser, parameter: Parameter) -> None:
+    flags = [*_spellings(parameter.flag), *_spellings(f"--{parameter.name}")]
+    if parameter.kind is bool:
+        on_or_off = {None: "", True: " (default: on)", False: " (default: off)"}
+        parser.add_argument(
+            *flags,
+            dest=parameter.name,
+            action=argparse.BooleanOptionalAction,
+            help=f"{parameter.help}{on_or_off[parameter.default]}",
+        )
+        return
+    each = " for each" if parameter.per_model else ""
+    default = "" if parameter.default is None else f" (default: {parameter.default}{each})"
+    parser.add_argument(
+        *flags,
+        dest=parameter.name,
+        type=_number(parameter.kind) if parameter.kind in (float, int) else str,
+        nargs="+" if parameter.per_model else None,
+        action="extend" if parameter.per_model else "store",
+        choices=parameter.choices or None,
+        metavar=None if parameter.choices else parameter.kind.__name__.upper(),
+        help=f"{parameter.help}{default}",
+    )
+
+
+def _number(kind: type) -> Callable[[str], Any]:
+    """Converts an argument to a number."""
+
+    def convert(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            what = "a whole number" if kind is int else "a number"
+            hint = ". Put spaces between several: 0.5 0.5" if "," in text else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}{hint}") from None
+
+    return convert
+
+
+def _add_vocabulary(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("vocabulary and tokenizer")
+    group.add_argument(
+        "--vocabulary",
+        default="min",
+        metavar="MODE",
+        help="min (or truncate): rows that all models have; max (or pad): rows that any has; both "
+        "where token ids agree. "
+        "union: the base's tokens and those that others added; base or model:NAME: the tokens of "
+        "one model; all matched by their strings. error: no difference (default: %(default)s)",
+    )
+    group.add_argument(
+        *_spellings("--tokenizer_source"),
+        metavar="MODEL",
+        help="whose tokenizer, chat template, generation config and special tokens the result has "
+        "(default: the base's, or the first model's; with max, of the one with the most tokens)",
+    )
+    group.add_argument(
+        *_spellings("--chat_template"),
+        default=AUTO_TEMPLATE,
+        metavar="MODEL",
+        help="auto (the tokenizer's model's, or the only one there is), none, or the model that "
+        "gives it (default: %(default)s)",
+    )
+    group.add_argument(
+        *_spellings("--pad_to_multiple_of"),
+        type=_number(int),
+        metavar="INT",
+        help="round the number of rows up to a multiple of this",
+    )
+    helps = {
+        "union_tokens": "which tokens a union adds",
+        "missing_row": "a row that no model has: the mean of a model's rows, or zeros",
+        "new_row": "a token that the base lacks arrives as its owners have it, or scaled",
+        "linear_missing": "in a linear merge, a model without a token takes another's row, or has "
+        "no part in it",
+        "tie": "tie the head if all models do, or if the base does",
+    }
+    for name, text in helps.items():
+        default = getattr(DEFAULT_VOCABULARY, name)
+        group.add_argument(
+            *_spellings(f"--{name}"),
+            choices=CHOICES[name],
+            default=default,
+            help=f"{text} (default: {default})",
+        )
+    group.add_argument(
+        *_spellings("--id_alias"),
+        type=_number(int),
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="ID",
+        help="ids that mean the same in all models although their strings differ",
+    )
+    group.add_argument(
+        "--tokens",
+        type=Path,
+        metavar="FILE",
+        help='JSON: where the rows of single tokens come from: {"<token>": {"source": "MODEL"}}, '
+        "as in mergekit's tokenizer.tokens",
+    )
+
+
+def recipe_of(method: str, arguments: argparse.Namespace) -> Recipe:
+    """The recipe that a method's arguments make.
+
+    Raises:
+        ValueError: the file with tokens cannot be read.
+    """
+    return Recipe(
+        method=method,
+        base_model=getattr(arguments, "base", None),
+        models=tuple(arguments.ft_models),
+        parameters={
+            parameter.name: getattr(arguments, parameter.name)
+            for parameter in METHODS[method].parameters
+        },
+        output_dir=arguments.save,
+        dtype=arguments.dtype,
+        max_shard_size=arguments.max_shard_size,
+        vocabulary=_vocabulary(arguments),
+        tokenizer_source=arguments.tokenizer_source,
+        chat_template=arguments.chat_template,
+        profile=arguments.profile,
+        include=tuple(arguments.include),
+        exclude=tuple(arguments.exclude),
+        merge_embeddings=arguments.merge_embeddings,
+        merge_lm_head=arguments.merge_lm_head,
+        weight_decay=arguments.weight_decay,
+        clamp_range=None if arguments.clamp_range is None else tuple(arguments.clamp_range),
+    )
+
+
+def _vocabulary(arguments: argparse.Namespace) -> VocabularySettings:
+    content = {} if arguments.tokens is None else _token_sources(arguments.tokens)
+    return VocabularySettings(
+        mode=arguments.vocabulary,
+        tokens={token: token_source(token, entry) for token, entry in content.items()},
+        pad_to_multiple_of=arguments.pad_to_multiple_of,
+        id_alias=tuple(arguments.id_alias),
+        **{name: getattr(arguments, name) for name in CHOICES},
+    )
+
+
+def _token_sources(path: Path) -> dict[str, Any]:
+    try:
+        return read_object(path)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(
+            f"--tokens {path}: {reason}. Expected a JSON object such as "
+            '{"<token>": {"source": "MODEL"}}'
+        ) from error
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(DTYPE_NAMES),
+        help="of the result (default: as the base, or the first model where there is no base)",
+    )
+    parser.add_argument(
+        *_spellings("--max_shard_size"),
+        default=DEFAULT_SHARD_SIZE,
+        metavar="SIZE",
+        help="weights per file, such as 5GB or 500MB (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where to compute (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=_number(int),
+        metavar="INT",
+        help="parts of tensors worked on at once; each takes some memory (default: one per core)",
+    )
+    parser.add_argument(
+        *_spellings("--max_memory"),
+        metavar="SIZE",
+        help="most memory of the process, such as 2GB, without files that the system caches "
+        "(default: no limit; a merge takes about 130 MB, and --plan says how much)",
+    )
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def _spellings(flag: str) -> list[str]:
+    """An option with underscores, and with hyphens."""
+    return [] if not flag else list(dict.fromkeys((flag, "--" + flag[2:].replace("_", "-"))))
