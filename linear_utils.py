@@ -16,12 +16,13 @@ from torch import Tensor
 
 from gram_utils import lerp_coefficients, sequential_steps
 from scalar_utils import (
+    check_clamp_range,
     check_count,
     check_distance,
-    check_finish,
     check_lam,
     check_normalizable,
     check_t,
+    check_weight_decay,
     check_weights,
     float32_sum,
 )
@@ -207,7 +208,8 @@ def finish(
     tensor([ 0.5000, -1.0000])
     """
     check_tensors([tensor])
-    check_finish(weight_decay, clamp_range)
+    check_weight_decay(weight_decay)
+    check_clamp_range(clamp_range)
     shrunk = tensor * (1.0 - weight_decay) if weight_decay else tensor.clone()
     return shrunk if clamp_range is None else shrunk.clamp(*clamp_range)
 

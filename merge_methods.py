@@ -6,7 +6,7 @@ A method is a few lines over the functions that `merge_operations` gives it: a g
 vectors. To add one: its functions in a `*_utils` module, an entry in `METHODS`, a driver, a test.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -54,7 +54,7 @@ from merge_parameters import (
     trimmable,
     variant,
 )
-from merge_recipe import Parameter
+from merge_recipe import Parameter, said
 from merge_remarks import (
     advise,
     advise_on_consensus,
@@ -105,7 +105,7 @@ class Method:
         passes: how often the inputs are read, from the resolved parameters.
         base: whether the method uses the models' common ancestor.
         fewest, most: number of fine-tuned models; None for any.
-        check: raises `ValueError` for parameters that do not go together.
+        problems: what is wrong with parameters that do not go together.
         advice: remarks on parameters that are allowed and seldom meant.
         remarks: what is worth saying about the findings of all tensors.
         whole_model: whether all tensors are one group; else each is one.
@@ -127,7 +127,7 @@ class Method:
     base: Literal["required", "optional", "none"] = "required"
     fewest: int = 1
     most: int | None = None
-    check: Callable[[Values], None] = lambda _: None
+    problems: Callable[[Values], Iterable[str]] = lambda _: ()
     advice: Callable[[Values], Iterable[str]] = lambda _: ()
     remarks: Callable[[Mapping[str, Values]], Iterable[str]] = lambda _: ()
     whole_model: Callable[[Values], bool] = lambda _: False
@@ -146,16 +146,18 @@ class Method:
         )
 
 
-def _check_della(values: Values) -> None:
-    electable(values)
-    for density, epsilon in zip(values["densities"], values["epsilons"], strict=True):
-        check_della(density, epsilon)
+def _della_problems(values: Values) -> Iterator[str]:
+    yield from electable(values)
+    shares = zip(values["densities"], values["epsilons"], strict=True)
+    for model, (density, epsilon) in enumerate(shares, 1):
+        for problem in said(check_della, density, epsilon):
+            yield f"{problem} (model {model})"
 
 
-def _check_consensus(values: Values) -> None:
-    check_weights(values["weights"])
-    if values["variant"] == "ties":
-        electable(values)
+def _consensus_problems(values: Values) -> Iterable[str]:
+    return (
+        electable(values) if values["variant"] == "ties" else said(check_weights, values["weights"])
+    )
 
 
 def _check_max_iter(max_iter: int) -> None:
@@ -189,7 +191,7 @@ METHODS: dict[str, Method] = {
         "model soups, arXiv:2203.05482, and WiSE-FT, arXiv:2109.01903; see `linear_utils.linear`",
         (WEIGHTS, normalize(True)),
         base="none",
-        check=normalizable,
+        problems=normalizable,
         copies=2,
     ),
     "slerp": Method(
@@ -247,7 +249,7 @@ METHODS: dict[str, Method] = {
         base="optional",
         fewest=2,
         most=2,
-        check=lambda p: check_nuslerp(p["weights"]),
+        problems=lambda p: said(check_nuslerp, p["weights"]),
         in_order=lambda p: bool(p.get("nuslerp_row_wise")),
         loops=lambda p: "none" if p.get("nuslerp_row_wise") else "all",
         sums=gram_sums,
@@ -266,7 +268,7 @@ METHODS: dict[str, Method] = {
         ),
         passes=lambda _: 2,
         base="optional",
-        check=lambda p: check_multislerp(p["weights"]),
+        problems=lambda p: said(check_multislerp, p["weights"]),
         sums=gram_sums,
     ),
     "karcher": Method(
@@ -286,7 +288,7 @@ METHODS: dict[str, Method] = {
         ),
         passes=lambda _: 2,
         base="none",
-        check=lambda p: check_karcher(p["weights"]),
+        problems=lambda p: said(check_karcher, p["weights"]),
         sums=gram_sums,
         remarks=remark_on_karcher,
     ),
@@ -301,7 +303,7 @@ METHODS: dict[str, Method] = {
         ),
         passes=lambda p: 2 if p["variant"] == "slerp" else 1,
         base="none",
-        check=lambda p: check_sequential(p["weights"]),
+        problems=lambda p: said(check_sequential, p["weights"]),
         sums=gram_sums,
     ),
     "nearswap": Method(
@@ -369,7 +371,7 @@ METHODS: dict[str, Method] = {
         "task arithmetic",
         "task arithmetic, arXiv:2212.04089; see `linear_utils.task_arithmetic`",
         (WEIGHTS, LAM, normalize(False)),
-        check=normalizable,
+        problems=normalizable,
         advice=advise,
     ),
     "ties": Method(
@@ -406,7 +408,7 @@ METHODS: dict[str, Method] = {
             "peft": {**PEFT_ELECTION, "k_rule": "peft"},
         },
         passes=lambda p: rescaled(trim_passes(p), p),
-        check=trimmable,
+        problems=trimmable,
         advice=advise,
         whole_model=lambda p: p["trim_scope"] == "model" or p["elect_zero"] == "global_majority",
         bins=lambda p, models: 0 if p["trim_scope"] == "row" else models,
@@ -440,7 +442,7 @@ METHODS: dict[str, Method] = {
         },
         passes=lambda p: rescaled(1, p),
         sums=l1_sums,
-        check=electable,
+        problems=electable,
         advice=advise,
     ),
     "della": Method(
@@ -484,7 +486,7 @@ METHODS: dict[str, Method] = {
         },
         passes=lambda p: rescaled(1, p),
         sums=l1_sums,
-        check=_check_della,
+        problems=_della_problems,
         advice=advise,
     ),
     "breadcrumbs": Method(
@@ -533,7 +535,7 @@ METHODS: dict[str, Method] = {
         },
         passes=lambda p: rescaled(trim_passes(p), p),
         sums=l1_sums,
-        check=trimmable,
+        problems=trimmable,
         advice=advise,
         bins=lambda p, models: 0 if p["trim_scope"] == "row" else 2 * models,
     ),
@@ -622,7 +624,7 @@ METHODS: dict[str, Method] = {
             *only_with("variant", "ties", (CONSENSUS_DENOMINATOR, *ELECTION[1:])),
         ),
         passes=lambda p: trim_passes(p) if p["variant"] == "ties" else 1,
-        check=_check_consensus,
+        problems=_consensus_problems,
         advice=advise_on_consensus,
         whole_model=lambda p: p["variant"] == "ties" and p["trim_scope"] == "model",
         bins=lambda p, models: models if p["variant"] == "ties" and p["trim_scope"] != "row" else 0,

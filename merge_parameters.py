@@ -1,10 +1,10 @@
 """What methods' parameters are: declarations that several share, and what goes together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from merge_recipe import Parameter
+from merge_recipe import Parameter, said
 from scalar_utils import (
     DENOMINATORS,
     ELECT_METHODS,
@@ -135,34 +135,34 @@ PEFT_ELECTION = {"elect_on": "unweighted", "denominator": "count"}
 ALLOW = {name: {"negative_weights": True} for name in MERGEKITS}
 
 
-def normalizable(values: Values) -> None:
-    """Weights that can be divided by their sum, if they are to be."""
-    check_weights(values["weights"])
-    if values["normalize"]:
-        check_normalizable(values["weights"])
+def normalizable(values: Values) -> Iterator[str]:
+    """Weights that cannot be used, or not be divided by their sum, if they are to be."""
+    weights = values["weights"]
+    wrong = list(said(check_weights, weights))
+    yield from wrong
+    if values["normalize"] and not wrong:
+        yield from said(check_normalizable, weights)
 
 
-def electable(values: Values) -> None:
-    """Weights that fit how a method with an election, or its variant without, divides."""
+def electable(values: Values) -> Iterator[str]:
+    """Weights that do not fit how a method with an election, or its variant without, divides."""
     if "denominator" not in values:
-        normalizable(values)
+        yield from normalizable(values)
         return
     divides = values["denominator"] == "weight" and not values["negative_weights"]
-    check_ties_weights(values["weights"], normalize=divides)
+    yield from said(check_ties_weights, values["weights"], normalize=divides)
 
 
-def trimmable(values: Values) -> None:
-    """As `electable`, with a trim whose parts go together."""
-    electable(values)
+def trimmable(values: Values) -> Iterator[str]:
+    """As `electable`, and parts of a trim that do not go together."""
+    yield from electable(values)
     if values.get("elect_zero") == "global_majority" and values["trim_scope"] == "tensor":
-        raise ValueError(
+        yield (
             "elect_zero global_majority (the default of profile paper) looks at the whole model, "
             "so trim_scope must be model or row, got tensor"
         )
     if values["rescale"] == "l1" and values["trim_scope"] == "row":
-        raise ValueError(
-            "rescale l1 keeps the norm of what is trimmed as one, so trim_scope must not be row"
-        )
+        yield ("rescale l1 keeps the norm of what is trimmed as one, so trim_scope must not be row")
 
 
 def settled(

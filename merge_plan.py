@@ -7,7 +7,7 @@ import fnmatch
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -168,7 +168,10 @@ def open_plan(
         parameters, usage = _check_recipe(recipe)
         usage += other_problems
         sources, broken = _open_all(recipe.names, stack, weights)
+        usage += _place_problems(recipe, sources)
         if usage or len(sources) < len(recipe.names):
+            names = [name for source in sources for name in source.tensors]
+            usage += _pattern_problems(recipe, names) if names else []
             broken += fit_problems(sources)
             if usage:
                 raise ValueError("\n".join([*usage, *broken]))
@@ -197,12 +200,13 @@ def _align(
 
 def _check_recipe(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
     """Resolved parameters, and everything wrong with them, the models' number or the output."""
+    others = option_problems(recipe) + output_problems(recipe) + _vocabulary_problems(recipe)
     method = METHODS.get(recipe.method)
     if method is None:
-        return {}, [unknown_name("method", recipe.method, [*METHODS, *ALIASES])]
+        return {}, [unknown_name("method", recipe.method, [*METHODS, *ALIASES]), *others]
     problems = []
     if recipe.profile not in PROFILES:
-        return {}, [unknown_name("profile", recipe.profile, PROFILES)]
+        problems.append(unknown_name("profile", recipe.profile, PROFILES))
     if method.base == "required" and recipe.base_model is None:
         problems.append(f"{recipe.method} needs a base_model, the common ancestor of the models")
     if method.base == "none" and recipe.base_model is not None:
@@ -214,16 +218,15 @@ def _check_recipe(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
     parameters, wrong = resolve_parameters(declared, recipe.parameters, count)
     if not wrong:
         parameters, wrong = settled(declared, parameters, recipe.parameters)
-    if count and not wrong:
-        try:
-            method.check(parameters)
-        except ValueError as error:
-            wrong.append(str(error))
-    problems += wrong + option_problems(recipe) + output_problems(recipe)
-    vocabulary = settings_problems(recipe.vocabulary)
-    if not vocabulary:
-        _, vocabulary = chosen_donor(recipe.names, recipe.vocabulary, recipe.tokenizer_source)
-    return parameters, problems + vocabulary
+        wrong += method.problems(parameters) if count else []
+    return parameters, [*problems, *wrong, *others]
+
+
+def _vocabulary_problems(recipe: Recipe) -> list[str]:
+    problems = settings_problems(recipe.vocabulary)
+    if not problems:
+        _, problems = chosen_donor(recipe.names, recipe.vocabulary, recipe.tokenizer_source)
+    return problems
 
 
 def _expected(method: Method) -> str:
@@ -321,14 +324,8 @@ def _copied(recipe: Recipe, alignment: Alignment) -> list[str]:
         ValueError: a pattern fits no tensor, no tensor is left, or the head is not to be merged
             but is the embedding.
     """
-    names, problems = list(alignment.tensors), []
-    for option in ("include", "exclude"):
-        for pattern in getattr(recipe, option):
-            if not fnmatch.filter(names, pattern):
-                problems.append(
-                    f"{option} {pattern!r} fits none of the {len(names)} tensors; they are named "
-                    f"like {names[0]} and {names[-1]}. * stands for anything"
-                )
+    names = list(alignment.tensors)
+    problems = _pattern_problems(recipe, names)
     if alignment.tied and recipe.merge_embeddings and not recipe.merge_lm_head:
         problems.append(
             "merge_lm_head false: the head of these models is their embedding. Turn "
@@ -351,6 +348,31 @@ def _copied(recipe: Recipe, alignment: Alignment) -> list[str]:
             f"{len(names)} tensors to be merged. Leave some in"
         )
     return copied
+
+
+def _pattern_problems(recipe: Recipe, names: Iterable[str]) -> list[str]:
+    """Patterns that fit no tensor."""
+    known = list(dict.fromkeys(names))
+    return [
+        f"{option} {pattern!r} fits none of the {len(known)} tensors; they are named like "
+        f"{known[0]} and {known[-1]}. * stands for anything"
+        for option in ("include", "exclude")
+        for pattern in getattr(recipe, option)
+        if isinstance(pattern, str) and not fnmatch.filter(known, pattern)
+    ]
+
+
+def _place_problems(recipe: Recipe, sources: Sequence[ModelFolder]) -> list[str]:
+    """An output that would lie inside one of the models."""
+    if recipe.output_dir is None:
+        return []
+    place = recipe.output_dir.resolve()
+    return [
+        f"{recipe.output_dir}: the output lies inside the model {source.label}. Choose a place "
+        "of its own"
+        for source in sources
+        if source.path.resolve() in place.parents
+    ]
 
 
 def _config_text(template: ModelFolder, dtype: str, alignment: Alignment) -> str:

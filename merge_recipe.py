@@ -8,7 +8,7 @@ import difflib
 import math
 import numbers
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from model_safetensors import DTYPE_NAMES
 from model_utils import check_output_dir, parse_size
 from model_vocabulary import VocabularySettings, vocabulary_settings
-from scalar_utils import check_finish
+from scalar_utils import check_clamp_range, check_weight_decay
 
 DEFAULT_SHARD_SIZE = "5GB"
 
@@ -219,39 +219,55 @@ def resolve_parameters(
     problems = [unknown_name("parameter", name, known) for name in given if name not in known]
     values: dict[str, Any] = {}
     for name, parameter in known.items():
-        try:
-            values[name] = _resolve(parameter, given.get(name), model_count)
-        except ValueError as error:
-            problems.append(str(error))
+        value, wrong = _resolve(parameter, given.get(name), model_count)
+        problems += wrong
+        if not wrong:
+            values[name] = value
     return values, problems
 
 
-def _resolve(parameter: Parameter, value: Any, model_count: int) -> Any:
+def _resolve(parameter: Parameter, value: Any, model_count: int) -> tuple[Any, list[str]]:
+    """A value, or that of each model, and what is wrong with it."""
     if value is None:
-        return (parameter.default,) * model_count if parameter.per_model else parameter.default
+        default = parameter.default
+        return ((default,) * model_count if parameter.per_model else default), []
     if not parameter.per_model:
-        return _convert(parameter, value)
+        return _converted(parameter, value)
     value = value.tolist() if hasattr(value, "tolist") else value  # numpy, torch
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise ValueError(f"{parameter.name} must be a list with one entry per model, got {value!r}")
+        return None, [f"{parameter.name} must be a list with one entry per model, got {value!r}"]
     if len(value) != model_count:
-        raise ValueError(
+        return None, [
             f"{parameter.name} must have one entry per model: got {len(value)} "
             f"({', '.join(str(entry) for entry in value)}) for {model_count} models"
-        )
-    return tuple(_convert(parameter, entry) for entry in value)
+        ]
+    each = [_converted(parameter, entry) for entry in value]
+    problems = [
+        f"{problem} (model {model})"
+        for model, (_, wrong) in enumerate(each, 1)
+        for problem in wrong
+    ]
+    return tuple(entry for entry, _ in each), problems
+
+
+def _converted(parameter: Parameter, value: Any) -> tuple[Any, list[str]]:
+    """One value in the kind that is declared, and what is wrong with it."""
+    try:
+        return _convert(parameter, value), []
+    except ValueError as error:
+        return None, [str(error)]
 
 
 def _convert(parameter: Parameter, value: Any) -> Any:
     """One value in the kind that is declared; an int is a float, a bool is neither."""
+    if parameter.choices and value not in parameter.choices:
+        raise ValueError(
+            f"{parameter.name} must be one of {', '.join(parameter.choices)}, got {value!r}"
+        )
     accepted = {float: numbers.Real, int: numbers.Integral}.get(parameter.kind, parameter.kind)
     if not isinstance(value, accepted) or (isinstance(value, bool) and parameter.kind is not bool):
         raise ValueError(
             f"{parameter.name} must be of type {parameter.kind.__name__}, got {value!r}"
-        )
-    if parameter.choices and value not in parameter.choices:
-        raise ValueError(
-            f"{parameter.name} must be one of {', '.join(parameter.choices)}, got {value!r}"
         )
     parameter.check(value)
     return parameter.kind(value)
@@ -270,16 +286,20 @@ def option_problems(recipe: Recipe) -> list[str]:
     decay: Any = recipe.weight_decay
     if not isinstance(decay, float | int):
         problems.append(f"weight_decay must be a number, got {decay!r}")
-        return problems
+        decay = 0.0
     bounds: Any = recipe.clamp_range
     if bounds is not None and not _are_two_numbers(bounds):
         problems.append(f"clamp_range must be two numbers, got {bounds!r}")
-        return problems
+        bounds = None
+    return [*problems, *said(check_weight_decay, decay), *said(check_clamp_range, bounds)]
+
+
+def said(check: Callable[..., None], *values: Any, **settings: Any) -> Iterator[str]:
+    """What a check that raises `ValueError` says against values."""
     try:
-        check_finish(recipe.weight_decay, recipe.clamp_range)
+        check(*values, **settings)
     except ValueError as error:
-        problems.append(str(error))
-    return problems
+        yield str(error)
 
 
 def _are_two_numbers(values: Any) -> bool:

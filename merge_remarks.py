@@ -7,10 +7,13 @@ from merge_parameters import Values
 
 def advise(values: Values) -> Iterator[str]:
     """On task vectors: densities, weights and lambda that make a result no one wants."""
-    densities = values.get("densities", ())
-    removes = any(values.get("gammas", ())) and not values["shrink"]
+    densities, gammas = values.get("densities", ()), values.get("gammas", ())
+    removes = any(gammas) and not values["shrink"]
     if densities and all(density == 1 for density in densities) and not removes:
-        yield "every density is 1.0, so nothing is trimmed or dropped; 0.2 to 0.5 is usual"
+        others = "gammas" if any(gammas) else "epsilons" if any(values.get("epsilons", ())) else ""
+        so = f" and {others} have no effect" if others else ""
+        usual = "" if gammas else "; 0.2 to 0.5 is usual"
+        yield f"every density is 1.0, so nothing is trimmed or dropped{so}{usual}"
     for model, density in enumerate(densities, 1):
         if density == 0:
             yield f"density 0 leaves nothing of model {model}"
@@ -18,6 +21,8 @@ def advise(values: Values) -> Iterator[str]:
         yield "lambda is 0, so the result is the base"
     if "weights" not in values:
         return
+    if not any(values["weights"]):
+        yield "all weights are 0, so the result is the base"
     reach = abs(values["lam"]) * sum(abs(weight) for weight in values["weights"])
     divides = values.get("normalize") or values.get("denominator") in ("weight", "count")
     if not divides and reach > ADVISED_REACH * len(values["weights"]):

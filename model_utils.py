@@ -41,6 +41,9 @@ FLUSH_BYTES = 2**27
 
 _FLUSH = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
+SMALLEST_PLAIN = 1000
+"""Sizes without a unit are bytes; smaller ones were meant otherwise."""
+
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -541,6 +544,8 @@ def parse_size(size: str | int, name: str = "size") -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]B)?", str(size).strip().upper())
     if match is None or float(match[1]) <= 0:
         raise ValueError(f"{name} must be a size such as 5GB or 500MB, got {size!r}")
+    if match[2] is None and float(match[1]) < SMALLEST_PLAIN:
+        raise ValueError(f"{name} {size} would be bytes. Say the unit, as in {size}GB")
     return max(1, int(float(match[1]) * _UNITS.get(match[2] or "", 1)))
 
 

@@ -474,14 +474,15 @@ def check_agreement(agreement: int) -> None:
         raise ValueError(f"agreement must be at least 0 (a number of models), got {agreement}")
 
 
-def check_finish(weight_decay: float, clamp_range: tuple[float, float] | None) -> None:
-    """Raise `ValueError` unless merged values can be shrunk and clamped so."""
+def check_weight_decay(weight_decay: float) -> None:
+    """Raise `ValueError` unless merged values can be shrunk by it."""
     if not 0.0 <= weight_decay < 1.0:
         raise ValueError(f"weight_decay must be in [0, 1), got {weight_decay}")
-    if clamp_range is None:
-        return
-    lowest, highest = clamp_range
-    if not lowest <= highest:
+
+
+def check_clamp_range(clamp_range: tuple[float, float] | None) -> None:
+    """Raise `ValueError` unless merged values can be clamped to it; None is no bounds."""
+    if clamp_range is not None and not clamp_range[0] <= clamp_range[1]:
         raise ValueError(
             f"clamp_range must be a lowest and a highest value, in this order, got {clamp_range}"
         )

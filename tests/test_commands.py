@@ -21,11 +21,13 @@ import merge_memory
 import merge_progress
 import merge_run
 from dare_llama import dare_merge_llama_to_folder
+from della_llama import della_merge_llama_to_folder
 from linear_llama import linear_merge_llama_to_folder
 from merge_memory import fit_memory
 from merge_methods import METHODS
 from merge_plan import open_plan
 from merge_recipe import make_recipe
+from merge_run import plan
 from model_errors import ModelCompatibilityError
 from slerp_llama import slerp_merge_llama_to_folder
 from task_arithmetic_llama import task_arithmetic_merge_llama_to_folder
@@ -85,6 +87,9 @@ def command(*arguments, cwd):
         ({"normalize": "yes"}, "normalize must be of type bool, got 'yes'"),
         ({"dtype": "fp16"}, "dtype must be one of float32, float16, bfloat16, got 'fp16'"),
         ({"max_shard_size": "5 apples"}, "max_shard_size must be a size such as 5GB"),
+        ({"max_shard_size": 5}, "max_shard_size 5 would be bytes. Say the unit, as in 5GB"),
+        ({"output_dir": "a/merged"}, "a/merged: the output lies inside the model a. Choose"),
+        ({"rescale": True}, "rescale must be one of l1, none, got True"),
         ({"threads": 0}, "threads must be a whole number of at least 1, got 0"),
         ({"device": "nowhere"}, "device 'nowhere' cannot be used here"),
         ({"output_dir": "a"}, "a: the output exists already"),
@@ -188,6 +193,73 @@ def test_everything_wrong_is_said_at_once(models, capsys):
         strict=True,
     ):
         assert line.startswith(start)
+
+
+def test_so_is_everything_wrong_with_the_parameters(models):
+    with pytest.raises(ValueError, match="unknown profile") as caught:
+        ties_merge_llama_to_folder(
+            "base",
+            ["a", "b"],
+            [1.0, "x"],
+            [2.0, -1.0],
+            k_rule="peft2",
+            profile="papr",
+            weight_decay=2,
+            clamp_range=(3, 1),
+            include=["nothing.*", "model.*"],
+            output_dir="out",
+        )
+    assert str(caught.value).splitlines() == [
+        "unknown profile 'papr'; there are: default, mergekit, mergekit-0.1.4, mergekit-0.0.6, "
+        "paper, peft. Did you mean 'paper'?",
+        "weights must be of type float, got 'x' (model 2)",
+        "densities must be in [0, 1] (the share of each task vector kept), got 2.0; for 2 percent "
+        "write 0.02 (model 1)",
+        "densities must be in [0, 1] (the share of each task vector kept), got -1.0 (model 2)",
+        "k_rule must be one of floor, paper, peft, got 'peft2'",
+        "weight_decay must be in [0, 1), got 2.0",
+        "clamp_range must be a lowest and a highest value, in this order, got (3.0, 1.0)",
+        "include 'nothing.*' fits none of the 12 tensors; they are named like "
+        "lm_head.weight and model.norm.weight. * stands for anything",
+    ]
+
+
+def test_parts_that_do_not_go_together_are_all_named(models):
+    with pytest.raises(ValueError, match="weights") as caught:
+        ties_merge_llama_to_folder(
+            "base", ["a", "b"], [1.0, -1.0], trim_scope="row", rescale="l1", output_dir="out"
+        )
+    assert [line.split(",")[0] for line in str(caught.value).splitlines()] == [
+        "weights must not be negative when normalize is on",
+        "rescale l1 keeps the norm of what is trimmed as one",
+    ]
+    with pytest.raises(ValueError, match="epsilons") as caught:
+        della_merge_llama_to_folder("base", ["a", "b"], densities=[0.1, 0.9], output_dir="out")
+    assert [line[-9:] for line in str(caught.value).splitlines()] == ["(model 1)", "(model 2)"]
+
+
+@pytest.mark.parametrize(
+    ("driver", "options", "note"),
+    [
+        ("ties", {}, "every density is 1.0, so nothing is trimmed or dropped; 0.2 to 0.5 is usual"),
+        ("ties", {"weights": [0.0, 0.0]}, "all weights are 0, so the result is the base"),
+        ("breadcrumbs", {"gammas": [0.1, 0.1]}, "dropped and gammas have no effect"),
+        ("della", {"epsilons": [0.2, 0.2]}, "dropped and epsilons have no effect; 0.2 to 0.5"),
+    ],
+)
+def test_what_comes_to_nothing_is_noted(models, driver, options, note):
+    recipe = make_recipe(driver, "base", ["a", "b"], options)
+    assert any(note in each for each in plan(recipe).notes)
+
+
+def test_the_time_left_is_reckoned_from_the_first_bytes(monkeypatch, capsys):
+    """Before them, loops may have been compiled."""
+    clock = iter([0.0, 100.0, 110.0, 120.0])
+    monkeypatch.setattr("merge_progress.time.monotonic", lambda: next(clock))
+    with merge_progress.progress_bar(4000, "ties", show=True) as on_bytes:
+        for _ in range(3):
+            on_bytes(1000)
+    assert capsys.readouterr().err.splitlines()[-1].endswith("(75 %), about 10 s left")
 
 
 def quantize(config):
@@ -320,20 +392,31 @@ def test_help_of_ties(capsys):
     assert "--ft_models MODEL [MODEL ...], --ft-models" in text
 
 
+COMPLETE = ["base", "--ft_models", "a", "--save", "o"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
         (["base", "--ft_models", "a"], "--save OUT is required"),
         (["base", "--save", "out"], "the following arguments are required: --ft_models"),
-        (["base", "--ft_models", "a", "--save", "o", "--t", "0.5"], "unrecognized arguments: --t"),
-        (["base", "--ft_models", "a", "--save", "o", "--lambda", "x"], "invalid float value: 'x'"),
+        ([*COMPLETE, "--t", "0.5"], "--t is an option of slerp, nearswap, not of ties"),
+        ([*COMPLETE, "--density", "0.5"], "unknown option --density. Did you mean --densities?"),
+        ([*COMPLETE, "--base", "b"], "--base: The base is the first argument"),
+        (["other", *COMPLETE], "the fine-tuned models follow --ft_models"),
+        ([*COMPLETE, "--lambda", "x"], "argument --lambda/--lam: 'x' is not a number"),
+        ([*COMPLETE, "--seed", "1"], "--seed is an option of dare, della, not of ties"),
+        ([*COMPLETE, "--threads", "1.5"], "'1.5' is not a whole number"),
+        ([*COMPLETE, "--weights", "1,2"], "'1,2' is not a number. Put spaces between several"),
     ],
 )
 def test_usage_errors_end_with_status_2(models, capsys, arguments, text):
     with pytest.raises(SystemExit) as caught:
         ties_main(arguments)
     assert caught.value.code == 2
-    assert text in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert text in err
+    assert len(err.splitlines()) == 3  # and not two screens of usage before it
 
 
 def test_a_plan_reads_no_weights_and_writes_nothing(models, capsys, monkeypatch):
@@ -624,6 +707,8 @@ def test_lines_of_progress_begin_before_anything_counts(capsys, monkeypatch):
     with merge_progress.progress_bar(100, "ties", show=True) as update:
         update(0)
         update(50)
-    first, second = capsys.readouterr().err.splitlines()
+        update(25)
+    first, second, third = capsys.readouterr().err.splitlines()
     assert first == "ties: 0 bytes of 100 bytes (0 %)"
-    assert second.startswith("ties: 50 bytes of 100 bytes (50 %), about ")
+    assert second == "ties: 50 bytes of 100 bytes (50 %)"
+    assert third.startswith("ties: 75 bytes of 100 bytes (75 %), about ")

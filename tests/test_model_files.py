@@ -392,7 +392,7 @@ def test_shards_are_filled_in_order():
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), (7, 7), ("20KB", 20_000)]
+    ("text", "size"), [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), (7000, 7000), ("20KB", 20_000)]
 )
 def test_sizes(text, size):
     assert parse_size(text) == size
@@ -402,6 +402,11 @@ def test_sizes(text, size):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ValueError, match="size must be a size such as 5GB"):
         parse_size(text)
+
+
+def test_a_number_that_was_meant_with_a_unit_is_refused():
+    with pytest.raises(ValueError, match=r"max_memory 4 would be bytes\. Say the unit, as in 4GB"):
+        parse_size("4", "max_memory")
 
 
 def test_configs_are_edited_at_any_depth():
