@@ -80,7 +80,7 @@ class Recipe:
         vocabulary: how vocabularies are brought together.
         tokenizer_source: the model that gives the tokenizer, chat template, generation config
             and special tokens; None for the base (the first model, where there is no base), and
-            with vocabulary "pad" for the one with the most tokens.
+            with vocabulary "max" for the one with the most tokens.
         chat_template: "auto", "none", or the model that gives it; see
             `model_companions.carry`.
         profile: whose conventions the parameters' defaults follow, from `merge_methods.PROFILES`.
@@ -135,7 +135,7 @@ def make_recipe(
     parameters: Mapping[str, Any],
     *,
     output_dir: str | os.PathLike[str] | None = None,
-    vocabulary: str | VocabularySettings = "truncate",
+    vocabulary: str | VocabularySettings = "min",
     include: str | Sequence[str] | None = (),
     exclude: str | Sequence[str] | None = (),
     clamp_range: Sequence[float] | None = None,

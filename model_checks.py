@@ -439,7 +439,7 @@ def special_id_problems(
             if token_id >= rows:
                 yield (
                     f"{label}: {key} {token_id} in {file} lies beyond the vocabulary of the result "
-                    f"({rows} rows). Keep the row (vocabulary 'pad', 'union' or 'base') or choose "
+                    f"({rows} rows). Keep the row (vocabulary 'max', 'union' or 'base') or choose "
                     "a model with other special tokens (tokenizer_source)"
                 )
 

@@ -293,7 +293,7 @@ def _special_problems(draft: _Draft) -> Iterator[str]:
             if token in table.ids and token not in known:
                 yield (
                     f"{donor.label}: {role} {token!r} in {file} lies beyond the vocabulary of the "
-                    f"result ({rows} rows). Keep the row (vocabulary 'pad', 'union' or 'base') or "
+                    f"result ({rows} rows). Keep the row (vocabulary 'max', 'union' or 'base') or "
                     "choose a model with other special tokens (tokenizer_source)"
                 )
             elif token not in known and role in MAIN_ROLES:
@@ -327,7 +327,7 @@ def _leave_out_other_forms(draft: _Draft) -> None:
             draft.problems.append(
                 f"{draft.donor.label}: {SENTENCEPIECE} holds normal tokens beyond the "
                 f"{draft.vocabulary.rows} rows of the result and cannot be cut. Use vocabulary "
-                "'pad', or the tokenizer of the model with the fewest tokens (tokenizer_source)"
+                "'max', or the tokenizer of the model with the fewest tokens (tokenizer_source)"
             )
     for name in unfit:
         del draft.files[name]

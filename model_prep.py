@@ -212,7 +212,7 @@ def prepare_models_for_merging(
     base: "PreTrainedModel",
     ft_models: "Sequence[PreTrainedModel]",
     *,
-    vocabulary: str | VocabularySettings = "truncate",
+    vocabulary: str | VocabularySettings = "min",
     tokenizers: "Sequence[str | os.PathLike[str] | PreTrainedTokenizerBase] | None" = None,
 ) -> "tuple[PreTrainedModel, list[PreTrainedModel]]":
     """Check models in memory and bring them to one vocabulary, by default the smallest.

@@ -61,7 +61,7 @@ def merge_vocabularies(
         sides: the models; the base first, if there is one.
         settings: how to bring them together; `settings_problems` finds nothing in them.
         donor: index of the model whose tokenizer the result has; by default the first one that
-            has a tokenizer, and in mode "pad" the first one with the most tokens.
+            has a tokenizer, and in mode "max" the first one with the most tokens.
         has_base: whether the first model is a base, whose rows stand in for missing ones.
         weights: of the models of a linear merge, for `linear_missing` "renormalise".
 
@@ -140,7 +140,7 @@ class _Layout:
 
 def _default_donor(sides: Sequence[Side], mode: str) -> int:
     lengths = [-1 if side.table is None else side.table.length for side in sides]
-    if mode == "pad":
+    if mode == "max":
         return lengths.index(max(lengths))
     return next((index for index, length in enumerate(lengths) if length >= 0), 0)
 
@@ -150,8 +150,8 @@ def _lay_out(sides: Sequence[Side], settings: VocabularySettings, donor: int) ->
     models = [_compared(side, table, settings.id_alias) for side in sides]
     added = _new_tokens(models, table, settings.union_tokens) if mode == "union" else ()
     rows = {
-        "truncate": min(side.rows for side in sides),
-        "pad": max(side.rows for side in sides),
+        "min": min(side.rows for side in sides),
+        "max": max(side.rows for side in sides),
         "error": sides[donor].rows,
     }.get(mode, max(table.length + len(added), sides[donor].rows))
     multiple = settings.pad_to_multiple_of or 1
@@ -493,7 +493,7 @@ def _notes(layout: _Layout) -> Iterator[str]:
     models, first, rows = layout.models, layout.first, layout.rows
     sizes = ", ".join(f"{model.label} {model.rows}" for model in models)
     smallest, largest = min(m.rows for m in models), max(m.rows for m in models)
-    if layout.mode == "truncate" and smallest < largest:
+    if layout.mode == "min" and smallest < largest:
         rounded = f", rounded up to {rows}" if rows > smallest else ""
         yield f"vocabularies cut to the smallest, {smallest} rows{rounded} ({sizes})"
     elif smallest < largest or rows != first.rows:

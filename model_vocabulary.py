@@ -17,8 +17,8 @@ from model_tokenizer import TokenTable
 MISSING = -1
 """In a row map: the model has no such row."""
 
-MODES = ("error", "truncate", "pad", "union", "base")
-OTHER_NAMES = {"min": "truncate", "max": "pad"}
+MODES = ("error", "min", "max", "union", "base")
+OTHER_NAMES = {"truncate": "min", "pad": "max"}
 BY_MODEL = "model:"
 
 
@@ -92,7 +92,7 @@ class VocabularySettings:
     """How vocabularies are brought together.
 
     Attributes:
-        mode: "truncate" (or "min") keeps the rows that all models have; "pad" (or "max") the
+        mode: "min" (or "truncate") keeps the rows that all models have; "max" (or "pad") the
             rows that any has; both need ids that agree. "union" adds the tokens that the base
             lacks; "base" and "model:<name>" keep the tokens of one model; all three match tokens
             by their strings. "error" accepts no difference.
@@ -110,7 +110,7 @@ class VocabularySettings:
         tie: "auto" ties the merged head if all models do; "base" if the base does.
     """
 
-    mode: str = "truncate"
+    mode: str = "min"
     tokens: Mapping[str, TokenSource] = field(default_factory=dict)
     pad_to_multiple_of: int | None = None
     union_tokens: str = "added"
@@ -218,7 +218,7 @@ def settings_problems(settings: VocabularySettings) -> list[str]:
     problems = []
     if resolved_mode(settings) not in MODES or settings.mode == BY_MODEL:
         problems.append(
-            f"vocabulary must be one of {', '.join(MODES)}, min, max or model:<name>, "
+            f"vocabulary must be one of {', '.join([*MODES, *OTHER_NAMES])} or model:<name>, "
             f"got {settings.mode!r}"
         )
     for name, choices in CHOICES.items():

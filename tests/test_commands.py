@@ -431,7 +431,7 @@ def test_a_plan_reads_no_weights_and_writes_nothing(models, capsys, monkeypatch)
         "model       a (llama, BF16, 5.98 KB, 32 rows, no tokenizer)",
         "output      out, float32",
         "tensors     12, 2,992 elements, head of its own",
-        "vocabulary  32 rows, 32 tokens, by 'truncate'; tokenizer of base",
+        "vocabulary  32 rows, 32 tokens, by 'min'; tokenizer of base",
         "read        35.90 KB in 2 passes",
         "write       11.97 KB",
     ):

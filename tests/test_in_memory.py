@@ -298,7 +298,7 @@ def test_ids_that_contradict_each_other_are_refused_in_memory_too(tmp_path):
         prepare_models_for_merging(base, [tuned])
     assert "2 token ids mean something else than in base" in str(caught.value)
     assert "300 is '<|spare|>', not '<|b|>'" in str(caught.value)
-    with pytest.raises(ValueError, match="vocabulary must be one of error, truncate"):
+    with pytest.raises(ValueError, match="vocabulary must be one of error, min"):
         prepare_models_for_merging(base, [tuned], vocabulary="onion")
     with pytest.raises(ValueError, match="tokenizers: got 1 for 2 models"):
         prepare_models_for_merging(base, [tuned], tokenizers=[None])

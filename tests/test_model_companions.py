@@ -76,7 +76,7 @@ def make_old(folder):
 class Carried:
     """What `carry` decides for folders; `texts` are those of edited files."""
 
-    def __init__(self, *folders, mode="truncate", donor=None, template="auto", **settings):
+    def __init__(self, *folders, mode="min", donor=None, template="auto", **settings):
         models = [open_model_folder(folder) for folder in folders]
         vocabulary = VocabularySettings(mode=mode, **settings)
         merged = align(models, vocabulary, donor=donor).vocabulary
@@ -94,7 +94,7 @@ class Carried:
         return json.loads(self.texts[name])
 
 
-def merge(base, tuned, out, *, mode="truncate", **options):
+def merge(base, tuned, out, *, mode="min", **options):
     recipe = Recipe(
         method="task_arithmetic",
         base_model=str(base),
@@ -663,7 +663,7 @@ def test_an_end_token_is_found_by_its_row_where_no_string_tells(tmp_path):
     assert Carried(base, no_tokenizer).json(GENERATION)["eos_token_id"] == [NORMAL + 1, NORMAL]
     renamed = make(tmp_path / "renamed", [END, STOP], template=A)
     change_json(renamed / GENERATION, eos_token_id=NORMAL)
-    for mode in ("truncate", "base"):
+    for mode in ("min", "base"):
         same = Carried(base, renamed, mode=mode, id_alias=(NORMAL,))
         assert same.json(GENERATION)["eos_token_id"] == [NORMAL + 1, NORMAL]
     longer = make(tmp_path / "longer", [END, "<|x|>", STOP], template=A)
@@ -824,7 +824,7 @@ def test_a_chat_of_the_tuned_model_is_rendered_encoded_and_ended(tmp_path, form)
     assert answer(tmp_path / "out", text, 4) == [NORMAL + 2] * 4
 
 
-@pytest.mark.parametrize("mode", ["truncate", "pad", "union", "base"])
+@pytest.mark.parametrize("mode", ["min", "max", "union", "base"])
 def test_rows_beyond_the_tokens_change_no_file(tmp_path, mode):
     base = make(tmp_path / "base", [START, END], rows=NORMAL + 20, template=TEMPLATE)
     tuned = make(tmp_path / "tuned", [START, END], rows=NORMAL + 20, template=TEMPLATE)

@@ -469,7 +469,7 @@ def test_special_tokens_of_the_first_model_must_survive_the_cut(key, value, beyo
     folder("a", config_changes={key: value})
     assert refused(align_folders, "a", folder("b", vocab_size=44), folder("c", vocab_size=40)) == [
         f"a: {key} {token} in config.json lies beyond the vocabulary of the result (40 rows). Keep "
-        "the row (vocabulary 'pad', 'union' or 'base') or choose a model with other special tokens "
+        "the row (vocabulary 'max', 'union' or 'base') or choose a model with other special tokens "
         "(tokenizer_source)"
         for token in beyond
     ]

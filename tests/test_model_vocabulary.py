@@ -184,7 +184,7 @@ def test_equal_vocabularies_need_no_map_even_as_different_objects():
         assert notes_of(found) == []
 
 
-@pytest.mark.parametrize("mode", ["error", "truncate", "pad", "union", "base"])
+@pytest.mark.parametrize("mode", ["error", "min", "max", "union", "base"])
 @pytest.mark.parametrize("last", ["t", "u"])
 def test_tokens_are_compared_by_id_as_hashing_all_their_strings_takes_long(mode, last):
     words = " ".join(f"t{number}" for number in range(50))
@@ -193,9 +193,9 @@ def test_tokens_are_compared_by_id_as_hashing_all_their_strings_takes_long(mode,
     assert [each.label for each in sides if "ids" in vars(each.table)] == []
 
 
-def test_truncate_keeps_the_rows_that_all_models_have():
+def test_min_keeps_the_rows_that_all_models_have():
     found = merged(side("a", "x y z v"), side("b", "x y", rows=3), side("c", "x y z v w"))
-    assert (found.mode, found.rows, found.donor, found.cut) == ("truncate", 3, 0, True)
+    assert (found.mode, found.rows, found.donor, found.cut) == ("min", 3, 0, True)
     assert words_of(found) == "x y z"
     assert rows_of(found) == [[0, 1, 2], [0, 1, None], [0, 1, 2]]
     assert found.row_map.fills == {2: (Piece(0, 2),)}
@@ -208,20 +208,20 @@ def test_truncate_keeps_the_rows_that_all_models_have():
     ]
 
 
-def test_truncate_needs_no_map_where_all_tokens_that_are_left_agree():
+def test_min_needs_no_map_where_all_tokens_that_are_left_agree():
     found = merged(side("a", "x y z"), side("b", "x y"))
     assert (found.row_map, found.rows, found.cut) == (None, 2, True)
     assert found.changes == {"a": {"cut": 1}}
 
 
 def test_pad_keeps_the_rows_that_any_model_has_and_the_longest_tokenizer():
-    found = merged(side("a", "x y"), side("b", "x y z"), side("c", "x y", rows=4), mode="pad")
-    assert (found.mode, found.rows, found.donor, words_of(found)) == ("pad", 4, 1, "x y z _")
+    found = merged(side("a", "x y"), side("b", "x y z"), side("c", "x y", rows=4), mode="max")
+    assert (found.mode, found.rows, found.donor, words_of(found)) == ("max", 4, 1, "x y z _")
     assert rows_of(found) == [[0, 1, None, None], [0, 1, 2, None], [0, 1, None, 3]]
     assert found.row_map.fills == {2: (Piece(1, 2),), 3: (Piece(2, 3),)}
     assert found.changes["c"] == {"cut": 1, "filled": 1}
     assert notes_of(found) == [
-        "vocabulary of 4 rows, by 'pad' (a 2, b 3, c 4)",
+        "vocabulary of 4 rows, by 'max' (a 2, b 3, c 4)",
         "tokenizer and special tokens of b, not of a",
     ]
 
@@ -305,17 +305,17 @@ def test_base_and_model_take_the_tokens_of_one_model():
 
 @pytest.mark.parametrize(
     ("mode", "rows"),
-    [("error", 8), ("truncate", 4), ("pad", 8), ("union", 8), ("base", 8), ("model:b", 8)],
+    [("error", 8), ("min", 4), ("max", 8), ("union", 8), ("base", 8), ("model:b", 8)],
 )
 def test_the_number_of_rows_is_rounded_up_in_every_mode(mode, rows):
     words = "x y z u v"
-    sides = [side("a", words), side("b", words if mode != "truncate" else "x y")]
+    sides = [side("a", words), side("b", words if mode != "min" else "x y")]
     found = merged(*sides, mode=mode, pad_to_multiple_of=4, donor=int(mode == "model:b"))
     assert (found.rows, len(found.tokens)) == (rows, min(rows, 5))
     assert len(found.row_map.rows[0]) == rows
     assert notes_of(found)[0] == (
         "vocabularies cut to the smallest, 2 rows, rounded up to 4 (a 5, b 2)"
-        if mode == "truncate"
+        if mode == "min"
         else f"vocabulary of 8 rows, by {mode!r} and pad_to_multiple_of 4 (a 5, b 5)"
     )
 
@@ -336,7 +336,7 @@ def test_a_number_of_rows_that_no_longer_splits_among_gpus_is_noted():
     )
     assert not any(
         PARALLEL in note
-        for note in merged(side("a", None, 64), side("b", None, 63), mode="pad").notes
+        for note in merged(side("a", None, 64), side("b", None, 63), mode="max").notes
     )
 
 
@@ -400,7 +400,7 @@ def test_a_row_that_no_model_has_needs_no_weights():
 
 def test_weights_of_padding_rows_that_sum_to_zero_are_named_by_their_number():
     sides = [side("a", "x", rows=2), side("b", "x")]
-    settings = {"mode": "pad", "linear_missing": "renormalise", "weights": [0.0, 1.0]}
+    settings = {"mode": "max", "linear_missing": "renormalise", "weights": [0.0, 1.0]}
     (problem,) = problems_of(*sides, has_base=False, **settings)
     assert "those models that have row 1 sum to 0 (a)" in problem
 
@@ -520,7 +520,7 @@ STRINGS = (
 )
 
 
-@pytest.mark.parametrize("mode", ["error", "truncate", "pad"])
+@pytest.mark.parametrize("mode", ["error", "min", "max"])
 def test_an_id_that_means_something_else_is_a_problem_that_names_it(mode):
     sides = [side("a", "x y z"), side("b", "x y w")]
     assert problems_of(*sides, mode=mode) == [
@@ -547,7 +547,7 @@ def test_ids_beyond_the_rows_that_are_kept_may_disagree():
     assert problems_of(side("a", "x y z"), side("b", "x y w"), side("c", "x y")) == []
     for rows in [(2, 2), (2, 3), (3, 2)]:
         sides = [side("a", "x y z", rows=rows[0]), side("b", "x y w", rows=rows[1])]
-        assert problems_of(*sides) == problems_of(*sides, mode="pad") == []
+        assert problems_of(*sides) == problems_of(*sides, mode="max") == []
 
 
 def test_a_token_that_only_some_models_have_is_filled_or_lost_but_no_disagreement():
@@ -580,7 +580,7 @@ def test_error_accepts_no_difference_and_says_which_there_is(other, difference):
     assert problems_of(first, other, mode="error") == [
         f"b: its vocabulary is not that of a ({difference}). {CHOOSE}"
     ]
-    for mode in ("truncate", "pad", "union", "base"):
+    for mode in ("min", "max", "union", "base"):
         assert problems_of(first, other, mode=mode) == []
 
 
@@ -602,7 +602,7 @@ BPE = '{"model type": "BPE", "normalizer": null}'
 UNIGRAM = '{"model type": "Unigram", "normalizer": null}'
 
 
-@pytest.mark.parametrize("mode", ["truncate", "union", "base"])
+@pytest.mark.parametrize("mode", ["min", "union", "base"])
 def test_tokenizers_that_cut_text_into_other_tokens_cannot_be_merged(mode):
     sides = [side("a", "x y z", splitting=BPE), side("b", "x y w", splitting=UNIGRAM)]
     assert problems_of(*sides, mode=mode) == [
@@ -646,7 +646,7 @@ def test_other_merge_rules_are_noted():
     assert notes_of(found) == ["b: its tokenizer has other merge rules than that of a"]
 
 
-@pytest.mark.parametrize("mode", ["truncate", "union"])
+@pytest.mark.parametrize("mode", ["min", "union"])
 def test_a_token_that_is_special_in_only_one_model_is_noted(mode):
     first = side("a", "x <s> <t> <u>", added="<s>", special="<t> <u>")
     second = side("b", "<s> x <t> <u>" if mode == "union" else "x <s> <t> <u>", special="<s> <u>")
@@ -670,13 +670,13 @@ def test_a_new_token_that_its_owners_flag_differently_is_noted():
 
 def test_without_any_tokenizer_ids_are_taken_to_agree():
     sides = [side("a", None, rows=4), side("b", None, rows=3)]
-    for mode, rows in [("truncate", 3), ("pad", 4), ("base", 4), ("model:b", 3)]:
+    for mode, rows in [("min", 3), ("max", 4), ("base", 4), ("model:b", 3)]:
         found = merged(*sides, mode=mode, donor=int(mode == "model:b"))
         assert (found.rows, found.tokens, found.cut) == (rows, {}, False)
         assert found.assumption == (
             "no tokenizer files in a, b: token ids are taken to mean the same in all models"
         )
-    assert rows_of(merged(*sides, mode="pad")) == [[0, 1, 2, 3], [0, 1, 2, None]]
+    assert rows_of(merged(*sides, mode="max")) == [[0, 1, 2, 3], [0, 1, 2, None]]
     assert problems_of(*sides, mode="union") == [
         "vocabulary 'union' matches tokens by their strings, but no model has tokenizer files. "
         "Use 'min' or 'max', or add the tokenizers to the folders"
@@ -694,7 +694,7 @@ def test_a_model_without_tokenizer_is_read_by_that_of_the_donor_as_far_as_it_has
     assert merged(side("a", None, rows=2)).assumption is None
 
 
-@pytest.mark.parametrize("mode", ["truncate", "union", "base"])
+@pytest.mark.parametrize("mode", ["min", "union", "base"])
 def test_a_chosen_donor_without_tokenizer_is_a_problem_where_another_has_one(mode):
     sides = [side("a", None, rows=2), side("b", "x y"), side("b", "x y")]
     assert problems_of(*sides, mode=mode, donor=0) == [
@@ -711,7 +711,7 @@ def test_tokens_beyond_the_rows_of_a_model_are_not_its_tokens():
         "a: its tokenizer has 1 token beyond its 2 rows: '<p>'",
         "b: its tokenizer has 1 token beyond its 3 rows: '<q>'",
     ]
-    for mode in ("error", "truncate"):
+    for mode in ("error", "min"):
         found = merged(sides[0], sides[0], mode=mode)
         assert (found.rows, words_of(found), found.cut, found.row_map) == (2, "x y", True, None)
 
@@ -773,7 +773,7 @@ def test_a_model_is_meant_by_its_name_its_last_part_or_as_the_base(name, labels,
 @pytest.mark.parametrize(
     ("mode", "tokenizer_source", "donor"),
     [
-        ("truncate", None, None),
+        ("min", None, None),
         ("union", "b", 1),
         ("base", None, 0),
         ("base", "a", 0),
@@ -813,11 +813,11 @@ def test_two_different_donors_are_a_problem(mode):
 def test_the_default_settings_are_sound_and_a_mode_alone_makes_settings():
     assert settings_problems(VocabularySettings()) == []
     assert vocabulary_settings("union") == VocabularySettings(mode="union")
-    settings = VocabularySettings(mode="pad")
+    settings = VocabularySettings(mode="max")
     assert vocabulary_settings(settings) is settings
 
 
-MODES = "vocabulary must be one of error, truncate, pad, union, base, min, max or model:<name>, got"
+MODES = "vocabulary must be one of error, min, max, union, base, truncate, pad or model:<name>, got"
 SOURCE = (
     "Expected a string and a TokenSource of a model (its token or token_id, not both), or of none "
     "for a row of zeros"
@@ -974,7 +974,7 @@ def by_strings(sides, donor):
 
 @given(
     st.lists(random_sides(), min_size=1, max_size=4),
-    st.sampled_from(["error", "truncate", "pad", "union", "base"]),
+    st.sampled_from(["error", "min", "max", "union", "base"]),
     st.sampled_from(["added", "all"]),
     st.sampled_from([None, 1, 4]),
     st.booleans(),
@@ -1023,7 +1023,7 @@ def test_a_union_keeps_every_token_that_has_a_row_and_the_ids_of_the_donor(sides
     assert found.rows == max(donor.length + len(new), sides[found.donor].rows)
 
 
-@given(st.lists(random_sides(), min_size=2, max_size=4), st.sampled_from(["truncate", "pad"]))
+@given(st.lists(random_sides(), min_size=2, max_size=4), st.sampled_from(["min", "max"]))
 def test_ids_are_refused_where_a_string_has_two_ids_or_an_id_two_strings(sides, mode):
     sides = [replace(each, label=f"m{index}") for index, each in enumerate(sides)]
     found, problems = merge_vocabularies(sides, VocabularySettings(mode=mode))
@@ -1046,7 +1046,7 @@ def test_ids_are_refused_where_a_string_has_two_ids_or_an_id_two_strings(sides, 
 @given(st.lists(random_sides(), min_size=1, max_size=4))
 def test_tokens_that_are_lost_are_counted(sides):
     sides = [replace(each, label=f"m{index}") for index, each in enumerate(sides)]
-    for mode in ("truncate", "pad", "union", "base"):
+    for mode in ("min", "max", "union", "base"):
         found, _ = merge_vocabularies(sides, VocabularySettings(mode=mode))
         for each in sides:
             own = {} if each.table is None else each.table.tokens
