@@ -5,11 +5,11 @@ loop takes a block as it is stored and works in pieces of 2048 elements, which s
 caches from the first conversion to the last rounding. No loop holds the interpreter's lock, so
 threads run them side by side; none has threads of its own.
 
-They are written so that the compiler can make vector instructions of them: one simple thing
-per loop, no branch inside but choices between values, and indices that are the loop's own: one
-that is a sum could be negative for all that the compiler knows, which means from the end, so
-slices are taken before the loop. Each way to thin out task vectors has loops of its own, so that
-a merge compiles what it needs and no more.
+They are written so that the compiler can make vector instructions of them: one simple thing per
+loop, no branch inside but choices between values, and indices that are the loop's own: one that is
+a sum could be negative for all that the compiler knows, which means from the end, so slices are
+taken before the loop. What is called for every few hundred elements is inlined. Each way to thin
+out task vectors has loops of its own, so that a merge compiles what it needs and no more.
 
 Compiled code is kept in `__pycache__`, or in the user's cache folder where that cannot be
 written, or for the process alone. It is kept until this file changes, so all loops, and all that
@@ -786,7 +786,7 @@ def merge_sum(parts: Any, size: Any, combining: Any) -> None:
 
 @_kernel()
 def merge_whole(parts: Any, size: Any, combining: Any) -> None:
-    """Merge task vectors as they are."""
+    """Merge task vectors as they are, by an election."""
     base, spare = np.empty(PIECE, np.float32), np.empty((3, PIECE), np.float32)
     deltas = np.empty((len(combining.weights), PIECE), np.float32)
     for start in range(0, size, PIECE):
