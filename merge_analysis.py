@@ -108,17 +108,15 @@ def _advice(
     for (i, j), cosine in zip(pairs, whole["cosines"], strict=True):
         yield f"{models[i]} and {models[j]}: cosine {cosine:.3f}"
     if "sign_conflict" in whole and len(models) > 1:
-        rates = {layer: found["sign_conflict"] for layer, found in layers.items()}
-        worst = max(rates, key=lambda layer: rates[layer], default="")
         yield (
             f"{whole['sign_conflict']:.0%} of the changed entries are raised by some and lowered "
-            "by others" + (f"; most in layer {worst}, {rates[worst]:.0%}" if rates else "")
+            f"by others{_most(layers, _value('sign_conflict'))}"
         )
     for k, (i, j) in enumerate(pairs if "sign_conflict" in whole else ()):
         rate = whole["largest_pair_conflicts"][k]
         yield (
             f"{models[i]} and {models[j]}: where both change most, {rate:.0%} of the entries go "
-            "opposite ways (50% is chance)"
+            f"opposite ways (50% is chance){_most(layers, _value('largest_pair_conflicts', k))}"
         )
         rates = {
             name: found["largest_pair_conflicts"][k]
@@ -138,6 +136,13 @@ def _advice(
             f"{parallel} of {len(tensors)} tensors have a cosine above {PARALLEL}: of such SLERP "
             "takes the straight line, as linear does"
         )
+
+
+def _most(layers: Mapping[str, Mapping[str, Any]], measure: "Measure") -> str:
+    """ "; most in layer 3, 60%"."""
+    rates = {layer: measure(found) for layer, found in layers.items()}
+    worst = max(rates, key=lambda layer: rates[layer], default="")
+    return f"; most in layer {worst}, {rates[worst]:.0%}" if rates else ""
 
 
 def _beyond_chance(elements: int) -> float:

@@ -204,6 +204,9 @@ def test_opposite_models_are_told_apart(models):
     found = analysis.tensors[name]
     assert found["cosines"][0] < -0.9
     assert found["largest_pair_conflicts"][0] > 0.95
+    assert sum("; most in layer 7, " in line for line in analysis.advice) == 2  # all, and large
+    densities = analysis.whole["tensor_densities"][0]
+    assert f"density {densities['0.9']:.2g} of each tensor keeps 90%" in analysis.advice[0]
 
 
 @pytest.mark.parametrize(("entries", "conflicts"), [(64, False), (16384, True)])
