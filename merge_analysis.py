@@ -20,8 +20,9 @@ PARALLEL = 0.9995
 """Cosine above which SLERP takes the straight line."""
 
 NOTABLE, DEVIATIONS = 0.05, 5
-"""How far above one half a share of conflicts is worth saying, and at least how many standard
-deviations of what chance makes of so few entries."""
+"""How far above one half, or of a layer above the whole model's, a share of conflicts is worth
+saying; and above one half at least how many standard deviations of what chance makes of so few
+entries."""
 
 CONTRAST = 4.0
 """Shares of conflicts an eighth away from chance have half their colour."""
@@ -110,13 +111,14 @@ def _advice(
     if "sign_conflict" in whole and len(models) > 1:
         yield (
             f"{whole['sign_conflict']:.0%} of the changed entries are raised by some and lowered "
-            f"by others{_most(layers, _value('sign_conflict'))}"
+            f"by others{_most(layers, whole, _value('sign_conflict'))}"
         )
     for k, (i, j) in enumerate(pairs if "sign_conflict" in whole else ()):
         rate = whole["largest_pair_conflicts"][k]
+        most = _most(layers, whole, _value("largest_pair_conflicts", k))
         yield (
             f"{models[i]} and {models[j]}: where both change most, {rate:.0%} of the entries go "
-            f"opposite ways (50% is chance){_most(layers, _value('largest_pair_conflicts', k))}"
+            f"opposite ways (50% is chance){most}"
         )
         rates = {
             name: found["largest_pair_conflicts"][k]
@@ -138,11 +140,14 @@ def _advice(
         )
 
 
-def _most(layers: Mapping[str, Mapping[str, Any]], measure: "Measure") -> str:
-    """ "; most in layer 3, 60%"."""
+def _most(
+    layers: Mapping[str, Mapping[str, Any]], whole: Mapping[str, Any], measure: "Measure"
+) -> str:
+    """ "; most in layer 3, 60%", where that is notably more than in the whole."""
     rates = {layer: measure(found) for layer, found in layers.items()}
     worst = max(rates, key=lambda layer: rates[layer], default="")
-    return f"; most in layer {worst}, {rates[worst]:.0%}" if rates else ""
+    is_notable = bool(rates) and rates[worst] > measure(whole) + NOTABLE
+    return f"; most in layer {worst}, {rates[worst]:.0%}" if is_notable else ""
 
 
 def _beyond_chance(elements: int) -> float:

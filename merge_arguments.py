@@ -2,7 +2,9 @@
 
 import argparse
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,6 +34,12 @@ _PLACE_OF_BASE = {
     "none": "This method takes no base",
 }
 
+_MEANT = {"out": "--save", "output": "--save", "output_dir": "--save", "model": "--ft_models"}
+"""Options as others call them."""
+
+_NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-inf(inity)?$|-nan$", re.IGNORECASE)
+"""Arguments that are numbers, although they begin as options do."""
+
 
 class CommandParser(argparse.ArgumentParser):
     """A parser that says what is wrong in a line, without two screens of usage before it.
@@ -45,6 +53,7 @@ class CommandParser(argparse.ArgumentParser):
             allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings
         )
         self.shortest = shortest
+        self._negative_number_matcher = _NEGATIVE  # argparse's own knows no exponents
 
     def error(self, message: str) -> NoReturn:
         """Print every line of a message as an error, and exit."""
@@ -52,10 +61,29 @@ class CommandParser(argparse.ArgumentParser):
         lines += [f"usage: {self.prog} {self.shortest}", f"{self.prog} --help says more"]
         self.exit(EXIT_USAGE, "\n".join(lines) + "\n")
 
+    def unknown_options(self, argv: Sequence[str]) -> list[str]:
+        """The options among some arguments that do not exist, each once."""
+        given = itertools.takewhile(lambda each: each != "--", argv)
+        options = (each.split("=")[0] for each in given if each[:1] == "-" and each != "-")
+        known = self._option_string_actions
+        return [
+            each
+            for each in dict.fromkeys(options)
+            if each not in known and not _NEGATIVE.match(each)
+        ]
+
     def nearest(self, option: str) -> str:
         """The option that is spelled most like one that does not exist; empty if none is."""
-        near = difflib.get_close_matches(option, self._option_string_actions, n=1)
-        return near[0] if near else ""
+        names: dict[str, str] = {}
+        for each in self._option_string_actions:
+            names.setdefault(_plain(each), each)
+        near = difflib.get_close_matches(_plain(option), names, n=1)
+        return names[near[0]] if near else ""
+
+
+def _plain(option: str) -> str:
+    """An option's name as Python has it."""
+    return option.lstrip("-").replace("-", "_")
 
 
 def parse_arguments(
@@ -69,34 +97,39 @@ def parse_arguments(
         argv: arguments.
     """
     parser = command_parser(method, description)
-    arguments, unknown = parser.parse_known_args(argv)
-    if unknown:
-        parser.error("\n".join(_unknown(method, parser, unknown)))
+    problems = [_unknown(method, parser, option) for option in parser.unknown_options(argv)]
+    if problems:  # before argparse misses what was misspelled
+        parser.error("\n".join(problems))
+    arguments, others = parser.parse_known_args(argv)
+    if others:
+        parser.error(
+            f"not expected: {' '.join(others)}. {_PLACE_OF_BASE[METHODS[method].base]}; the "
+            "fine-tuned models follow --ft_models"
+        )
     return parser, arguments
 
 
-def _unknown(method: str, parser: CommandParser, unknown: Sequence[str]) -> Iterator[str]:
-    """What is wrong with arguments that a command does not know."""
-    options = [each.split("=")[0] for each in unknown if each.startswith("--")]
-    for option in options:
-        name = option[2:].replace("-", "_")
-        owners = [other for other in METHODS if name in map(_name, METHODS[other].parameters)]
-        near = parser.nearest(option)
-        if owners:
-            yield f"{option} is an option of {', '.join(owners)}, not of {method}"
-        elif name in ("base", "base_model"):
-            yield f"{option}: {_PLACE_OF_BASE[METHODS[method].base]}"
-        else:
-            yield f"unknown option {option}" + (f". Did you mean {near}?" if near else "")
-    if not options:
-        yield (
-            f"not expected: {' '.join(unknown)}. {_PLACE_OF_BASE[METHODS[method].base]}; the "
-            "fine-tuned models follow --ft_models"
-        )
+def _unknown(method: str, parser: CommandParser, option: str) -> str:
+    """What is wrong with an option that a command does not know."""
+    name, near = _plain(option), parser.nearest(option)
+    if name == _plain(near):
+        return f"{option} is written {near}"
+    owners = [
+        other
+        for other in METHODS
+        if any(name in _names(parameter) for parameter in METHODS[other].parameters)
+    ]
+    if owners:
+        return f"{option} is an option of {', '.join(owners)}, not of {method}"
+    if name in ("base", "base_model"):
+        return f"{option}: {_PLACE_OF_BASE[METHODS[method].base]}"
+    near = _MEANT.get(name) or near
+    return f"unknown option {option}" + (f". Did you mean {near}?" if near else "")
 
 
-def _name(parameter: Parameter) -> str:
-    return parameter.name
+def _names(parameter: Parameter) -> tuple[str, ...]:
+    """How a parameter can be called."""
+    return parameter.name, _plain(parameter.flag), f"no_{parameter.name}"
 
 
 def command_parser(method: str, description: str) -> CommandParser:
@@ -136,7 +169,7 @@ def command_parser(method: str, description: str) -> CommandParser:
         type=Path,
         metavar="NAME",
         help="merge nothing, but write NAME.json and NAME.html: what each model has changed, and "
-        "where they disagree; the method's options do not matter to it",
+        "where they disagree; the method's options change nothing",
     )
     parser.add_argument(
         "--findings",

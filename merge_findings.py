@@ -29,7 +29,7 @@ TASK_VECTORS = "task_vectors"
 """The finding on a tensor that tells what its models have changed."""
 
 DENSITY_STEP = 1e-6
-"""How near a density is told."""
+"""How near a density is told, as a share of it."""
 
 LAYER = re.compile(r"\.layers\.(\d+)\.(.+?)(?:\.weight)?$")
 
@@ -138,7 +138,7 @@ def least_density(histograms: Sequence[Counts], share: float) -> float:
     curves = [_kept(histogram) for histogram in histograms if histogram.any()]
     wanted = share * sum(squares[-1] for _, squares in curves)
     low, high = 0.0, 1.0 if wanted else 0.0
-    while high - low > DENSITY_STEP:
+    while high - low > DENSITY_STEP * high:
         middle = (low + high) / 2
         kept = sum(np.interp(middle, densities, squares) for densities, squares in curves)
         low, high = (low, middle) if kept >= wanted else (middle, high)

@@ -169,9 +169,9 @@ def open_plan(
         usage += other_problems
         sources, broken = _open_all(recipe.names, stack, weights)
         usage += _place_problems(recipe, sources)
+        if len(sources) == len(recipe.names):
+            usage += _pattern_problems(recipe, [name for each in sources for name in each.tensors])
         if usage or len(sources) < len(recipe.names):
-            names = [name for source in sources for name in source.tensors]
-            usage += _pattern_problems(recipe, names) if names else []
             broken += fit_problems(sources)
             if usage:
                 raise ValueError("\n".join([*usage, *broken]))
@@ -205,20 +205,22 @@ def _check_recipe(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
     if method is None:
         return {}, [unknown_name("method", recipe.method, [*METHODS, *ALIASES]), *others]
     problems = []
-    if recipe.profile not in PROFILES:
+    is_known = recipe.profile in PROFILES
+    if not is_known:
         problems.append(unknown_name("profile", recipe.profile, PROFILES))
     if method.base == "required" and recipe.base_model is None:
         problems.append(f"{recipe.method} needs a base_model, the common ancestor of the models")
     if method.base == "none" and recipe.base_model is not None:
         problems.append(f"{recipe.method} takes no base_model, got {recipe.base_model}")
     count = len(recipe.models)
-    if count < method.fewest or (method.most is not None and count > method.most):
+    fits = method.fewest <= count and (method.most is None or count <= method.most)
+    if not fits:
         problems.append(f"{recipe.method} takes {_expected(method)}, got {count}")
-    declared = method.parameters_of(recipe.profile)
+    declared = method.parameters_of(recipe.profile) if is_known else method.parameters
     parameters, wrong = resolve_parameters(declared, recipe.parameters, count)
-    if not wrong:
+    if not wrong and is_known:  # what goes together depends on the profile
         parameters, wrong = settled(declared, parameters, recipe.parameters)
-        wrong += method.problems(parameters) if count else []
+        wrong += method.problems(parameters) if fits else []
     return parameters, [*problems, *wrong, *others]
 
 
@@ -358,7 +360,7 @@ def _pattern_problems(recipe: Recipe, names: Iterable[str]) -> list[str]:
         f"{known[0]} and {known[-1]}. * stands for anything"
         for option in ("include", "exclude")
         for pattern in getattr(recipe, option)
-        if isinstance(pattern, str) and not fnmatch.filter(known, pattern)
+        if known and isinstance(pattern, str) and not fnmatch.filter(known, pattern)
     ]
 
 
@@ -367,11 +369,10 @@ def _place_problems(recipe: Recipe, sources: Sequence[ModelFolder]) -> list[str]
     if recipe.output_dir is None:
         return []
     place = recipe.output_dir.resolve()
+    around = [source.label for source in sources if source.path.resolve() in place.parents]
     return [
-        f"{recipe.output_dir}: the output lies inside the model {source.label}. Choose a place "
-        "of its own"
-        for source in sources
-        if source.path.resolve() in place.parents
+        f"{recipe.output_dir}: the output lies inside the model {label!r}. Choose another place"
+        for label in dict.fromkeys(around)
     ]
 
 

@@ -260,7 +260,7 @@ def _converted(parameter: Parameter, value: Any) -> tuple[Any, list[str]]:
 
 def _convert(parameter: Parameter, value: Any) -> Any:
     """One value in the kind that is declared; an int is a float, a bool is neither."""
-    if parameter.choices and value not in parameter.choices:
+    if parameter.choices and not (isinstance(value, str) and value in parameter.choices):
         raise ValueError(
             f"{parameter.name} must be one of {', '.join(parameter.choices)}, got {value!r}"
         )
@@ -329,9 +329,9 @@ def output_problems(recipe: Recipe) -> list[str]:
     return problems
 
 
-def unknown_name(noun: str, name: str, known: Iterable[str]) -> str:
+def unknown_name(noun: str, name: object, known: Iterable[str]) -> str:
     """The text for a name that does not exist, with the nearest one that does."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(str(name), known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"unknown {noun} {name!r}; there are: {', '.join(known)}.{hint}"

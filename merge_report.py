@@ -234,7 +234,8 @@ class MergeReport:
         notes: what the user should know.
         findings: per tensor, what the method found out; with `findings` asked for, "task_vectors"
             as well: see `merge_findings.TensorSums.to_dict`.
-        task_vectors: the same by layer, by projection and of the whole, if asked for.
+        task_vectors: the same by layer, by projection and of the whole, if asked for. Where there
+            is no base, both are of the models themselves.
     """
 
     method: str
@@ -277,9 +278,12 @@ class MergeReport:
         if changed:
             lines.append(f"with {'; '.join(changed)}")
         if self.task_vectors:
+            what = (
+                "norms and cosines" if self.base_model is None else "what the models have changed"
+            )
             lines.append(
-                "what the models have changed: task_vectors (by layer and projection) and "
-                f"findings (by tensor) in {self.output_dir}/{REPORT_FILE}"
+                f"{what}: task_vectors (by layer and projection) and findings (by tensor) in "
+                f"{self.output_dir}/{REPORT_FILE}"
             )
         if self.files_carried:
             lines.append(f"carried over: {', '.join(self.files_carried)}")

@@ -545,7 +545,7 @@ def parse_size(size: str | int, name: str = "size") -> int:
     if match is None or float(match[1]) <= 0:
         raise ValueError(f"{name} must be a size such as 5GB or 500MB, got {size!r}")
     if match[2] is None and float(match[1]) < SMALLEST_PLAIN:
-        raise ValueError(f"{name} {size} would be bytes. Say the unit, as in {size}GB")
+        raise ValueError(f"{name} {size} would be bytes. Say the unit, as in {size}MB or {size}GB")
     return max(1, int(float(match[1]) * _UNITS.get(match[2] or "", 1)))
 
 

@@ -63,7 +63,7 @@ def run_sums(values: Tensor) -> list[float]:
     """Sums of `values` over runs of at most 2**14 elements that do not cross a row.
 
     The order of the additions is laid down, so that it can be the same everywhere: element j of
-    a run goes to lane `j % 1024`, each lane is summed from its first element on, then the upper
+    a run goes to lane `j % 256`, each lane is summed from its first element on, then the upper
     half of the lanes is added to the lower half until one is left.
 
     Args:

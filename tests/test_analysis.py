@@ -191,12 +191,22 @@ def test_what_is_not_to_be_merged_is_not_analyzed(models):
     assert all(".mlp." in name for name in analysis.tensors)
 
 
+def density_of_each(deltas, share):
+    """To a thousandth: what, taken of each tensor, keeps a share of all their squares."""
+    squares = [(delta.double() ** 2).flatten().sort(descending=True).values for delta in deltas]
+    sums = [torch.cat([torch.zeros(1), each.cumsum(0)]) for each in squares]
+    wanted = share * sum(each[-1] for each in sums)
+    densities = np.arange(0, 1, 0.001)
+    kept = [sum(each[round(d * (len(each) - 1))] for each in sums) for d in densities]
+    return next(d for d, part in zip(densities, kept, strict=True) if part >= wanted)
+
+
 def test_opposite_models_are_told_apart(models):
     """b takes back what a does, in one projection of one layer."""
     base, tuned = read_tensors_of("base"), read_tensors_of("a")
     name = "model.layers.7.self_attn.q_proj.weight"
     other = read_tensors_of("b")
-    large = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)) * 0.05
+    large = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)) ** 3 * 0.05
     tuned[name], other[name] = base[name] + large, base[name] - large
     save_tensors(models / "a", tuned, 1)
     save_tensors(models / "b", other, 1)
@@ -205,8 +215,13 @@ def test_opposite_models_are_told_apart(models):
     assert found["cosines"][0] < -0.9
     assert found["largest_pair_conflicts"][0] > 0.95
     assert sum("; most in layer 7, " in line for line in analysis.advice) == 2  # all, and large
-    densities = analysis.whole["tensor_densities"][0]
-    assert f"density {densities['0.9']:.2g} of each tensor keeps 90%" in analysis.advice[0]
+    assert analysis.whole["tensor_densities"][0]["0.9"] == pytest.approx(
+        density_of_each([tuned[each] - base[each] for each in analysis.tensors], 0.9), rel=0.03
+    )
+    each, at_once = (analysis.whole[k][0] for k in ("tensor_densities", "densities"))
+    assert each["0.9"] > 1.01 * at_once["0.9"]
+    assert f"density {each['0.9']:.2g} of each tensor keeps 90%" in analysis.advice[0]
+    assert f"of the whole model (trim_scope model), {at_once['0.9']:.2g} and" in analysis.advice[0]
 
 
 @pytest.mark.parametrize(("entries", "conflicts"), [(64, False), (16384, True)])

@@ -87,9 +87,11 @@ def command(*arguments, cwd):
         ({"normalize": "yes"}, "normalize must be of type bool, got 'yes'"),
         ({"dtype": "fp16"}, "dtype must be one of float32, float16, bfloat16, got 'fp16'"),
         ({"max_shard_size": "5 apples"}, "max_shard_size must be a size such as 5GB"),
-        ({"max_shard_size": 5}, "max_shard_size 5 would be bytes. Say the unit, as in 5GB"),
-        ({"output_dir": "a/merged"}, "a/merged: the output lies inside the model a. Choose"),
+        ({"max_shard_size": 5}, "max_shard_size 5 would be bytes. Say the unit, as in 5MB or 5GB"),
+        ({"output_dir": "a/merged"}, "a/merged: the output lies inside the model 'a'. Choose"),
         ({"rescale": True}, "rescale must be one of l1, none, got True"),
+        ({"k_rule": numpy.array(["floor", "x"])}, "k_rule must be one of floor, paper, peft, got "),
+        ({"profile": ["paper"]}, r"unknown profile \['paper'\]; there are: default"),
         ({"threads": 0}, "threads must be a whole number of at least 1, got 0"),
         ({"device": "nowhere"}, "device 'nowhere' cannot be used here"),
         ({"output_dir": "a"}, "a: the output exists already"),
@@ -224,6 +226,39 @@ def test_so_is_everything_wrong_with_the_parameters(models):
     ]
 
 
+def test_what_hangs_on_an_unknown_profile_is_not_judged(models):
+    """In the profile that was meant, negative weights may be right."""
+    weights = [1.0, -1.0]
+    with pytest.raises(ValueError, match="Did you mean 'mergekit'") as caught:
+        ties_merge_llama_to_folder("base", ["a", "b"], weights, profile="mergkit", output_dir="out")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_options_are_judged_beside_an_unknown_method_and_a_wrong_type(models):
+    recipe = make_recipe("tie", "base", ["a", "b"], {}, weight_decay="x", clamp_range=(3, 1))
+    with pytest.raises(ValueError, match="unknown method 'tie'") as caught:
+        plan(recipe)
+    assert [line.split(" must")[0] for line in str(caught.value).splitlines()[1:]] == [
+        "weight_decay",
+        "clamp_range",
+    ]
+
+
+def test_patterns_are_not_judged_by_some_of_the_models(models):
+    recipe = make_recipe("ties", "base", ["a", "gone"], {}, include=["nothing"])
+    with pytest.raises(ModelCompatibilityError) as caught:
+        plan(recipe)
+    assert "fits none" not in str(caught.value)
+
+
+def test_numbers_below_0_may_have_exponents(models):
+    weights = ("--weights", "-1e-3", "1", "--negative_weights")
+    assert ties(*weights, "--clamp_range", "-inf", "1e1", "--save", "out") == 0
+    recipe = json.loads(Path("out/merge_report.json").read_text())["recipe"]
+    assert recipe["parameters"]["weights"] == [-0.001, 1.0]
+    assert recipe["clamp_range"] == [None, 10.0]
+
+
 def test_parts_that_do_not_go_together_are_all_named(models):
     with pytest.raises(ValueError, match="weights") as caught:
         ties_merge_llama_to_folder(
@@ -260,6 +295,29 @@ def test_the_time_left_is_reckoned_from_the_first_bytes(monkeypatch, capsys):
         for _ in range(3):
             on_bytes(1000)
     assert capsys.readouterr().err.splitlines()[-1].endswith("(75 %), about 10 s left")
+
+
+def test_so_is_that_of_a_bar():
+    class Bar:
+        said = ()
+
+        def reset(self):
+            self.said = (*self.said, "reset")
+
+        def update(self, count):
+            self.said = (*self.said, count)
+
+    bar = merge_progress._Bar(Bar())
+    for count in (0, 5, 6):
+        bar.update(count)
+    assert bar.bar.said == (0, "reset", 5, 6)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells them apart")
+def test_the_report_tells_libraries_from_the_rest(models):
+    report = ties_merge_llama_to_folder("base", ["a", "b"], output_dir="out", progress=False)
+    assert 10**7 < report.mapped_memory < report.peak_memory - 10**7
+    assert f"{report.mapped_memory / 1e6:.2f} MB of it libraries' files" in report.summary()
 
 
 def quantize(config):
@@ -407,6 +465,12 @@ COMPLETE = ["base", "--ft_models", "a", "--save", "o"]
         ([*COMPLETE, "--lambda", "x"], "argument --lambda/--lam: 'x' is not a number"),
         ([*COMPLETE, "--seed", "1"], "--seed is an option of dare, della, not of ties"),
         ([*COMPLETE, "--threads", "1.5"], "'1.5' is not a whole number"),
+        ([*COMPLETE, "-densities", "1"], "-densities is written --densities"),
+        ([*COMPLETE, "--no-normalise"], "Did you mean --no-normalize?"),
+        ([*COMPLETE, "--cuda"], "unknown option --cuda\nusage"),
+        ([*COMPLETE, "--output", "x"], "unknown option --output. Did you mean --save?"),
+        ([*COMPLETE, "--base_model", "b"], "--base_model: The base is the first argument"),
+        (["base", "--ft_model", "a", "--plan"], "--ft_model. Did you mean --ft_models?"),
         ([*COMPLETE, "--weights", "1,2"], "'1,2' is not a number. Put spaces between several"),
     ],
 )

@@ -405,7 +405,9 @@ def test_what_is_no_size_is_refused(text):
 
 
 def test_a_number_that_was_meant_with_a_unit_is_refused():
-    with pytest.raises(ValueError, match=r"max_memory 4 would be bytes\. Say the unit, as in 4GB"):
+    with pytest.raises(
+        ValueError, match=r"max_memory 4 would be bytes\. Say the unit, as in 4MB or 4GB"
+    ):
         parse_size("4", "max_memory")
 
 
