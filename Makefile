@@ -16,7 +16,7 @@ types: .venv/installed
 	$(BIN)/mypy
 
 unit: .venv/installed  ## all tests, with transformers 5
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist worksteal
 
 transformers4: .venv-transformers4/installed  ## what loads results, with transformers 4
 	.venv-transformers4/bin/pytest tests/test_loads.py tests/test_model_companions.py \
