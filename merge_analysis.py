@@ -70,14 +70,14 @@ def make_analysis(plan: Plan, findings: Mapping[str, Mapping[str, Any]]) -> Anal
     names = public_names(plan.recipe.names)
     models = tuple(_numbered([names[model] for model in plan.recipe.models]))
     tensors = {name: each.to_dict() for name, each in sums.items()}
-    of = groups(sums)
+    grouped = groups(sums)
     base = plan.recipe.base_model
     return Analysis(
         models=models,
         base_model=None if base is None else names[base],
         tensors=tensors,
-        **of,
-        advice=tuple(_advice(models, tensors, of["layers"], of["whole"])),
+        **grouped,
+        advice=tuple(_advice(models, tensors, grouped["layers"], grouped["whole"])),
     )
 
 

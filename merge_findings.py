@@ -130,6 +130,9 @@ def least_density(histograms: Sequence[Counts], share: float) -> float:
         histograms: of the tensors: entries by the upper 11 bits of their magnitude.
         share: in (0, 1].
 
+    Returns:
+        In [0, 1]; 0 where nothing has changed.
+
     >>> changed, same = np.zeros((2, 2048), dtype=np.int64)
     >>> changed[[0, 1016]], same[0] = (90, 10), 100  # 10 entries changed, all by about as much
     >>> round(least_density([changed], 0.5), 4), round(least_density([changed, same], 1.0), 4)

@@ -538,6 +538,9 @@ def plan_shards(tensors: Mapping[str, TensorInfo], max_shard_size: int) -> dict[
 def parse_size(size: str | int, name: str = "size") -> int:
     """Bytes of a size such as "5GB" (10**9 each), "500MB" or 1000000; `name` is for the error.
 
+    Raises:
+        ValueError: it is no size, or a number below 1000 without a unit.
+
     >>> parse_size("1.5GB")
     1500000000
     """
