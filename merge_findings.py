@@ -187,7 +187,7 @@ def analyze(tasks: Sequence[TensorTask], operations: Operations, *, has_base: bo
     gather, conclude = _gather(tasks, operations, has_base)
     if not has_base:
         return _found(task, conclude((yield gather))[task.name])
-    models = [*range(len(task.sources) - 1)]
+    models = [*range(len(task.inputs) - 1)]
     collected, histograms = yield together([gather, operations.coarse_histograms(models)])
     thresholds = [_least_of_largest(operations, counts) for counts in histograms]
     largest = yield operations.count_conflicts(thresholds)
@@ -212,7 +212,7 @@ def _gather(
 ) -> tuple[Gather, Callable[[Any], dict[str, TensorSums]]]:
     """A pass over a group that collects sums per tensor, and what makes `TensorSums` of them."""
     sizes = {task.name: task.info.numel for task in tasks}
-    models = len(tasks[0].sources) - has_base
+    models = len(tasks[0].inputs) - has_base
     gathers = [operations.gram_parts(deltas=has_base)]
     if has_base:
         gathers.append(operations.gram_parts(deltas=False, first=1))

@@ -109,7 +109,7 @@ def merge_nuslerp(tasks: Sequence[TensorTask], operations: Operations) -> Passes
 
 def _has_base(task: TensorTask) -> bool:
     """Whether the first input is a base, and not one more model."""
-    return len(task.sources) > len(task.parameters["weights"])
+    return len(task.inputs) > len(task.parameters["weights"])
 
 
 def _combine(operations: Operations, coefficients: Sequence[float], deltas: bool) -> Take:
@@ -172,7 +172,7 @@ def merge_model_stock(tasks: Sequence[TensorTask], operations: Operations) -> Pa
     """`model_stock_utils.model_stock`, of whole tensors or rows."""
     (task,) = tasks
     ratio = _stock_ratio(task.parameters)
-    models = len(task.sources) - 1
+    models = len(task.inputs) - 1
     if task.parameters["filter_wise"]:
         take = operations.combine_rows(lambda gram: [ratio(gram)[0] / models] * models, deltas=True)
         return Merge(take)

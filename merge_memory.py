@@ -150,9 +150,7 @@ def _needed(plan: Plan, packages: Sequence[str], block_bytes: int, findings: boo
 
 
 def _layout(plan: Plan, task: TensorTask, block_bytes: int) -> Layout:
-    stored = [
-        source.tensors[name].dtype for source, name in zip(plan.sources, task.sources, strict=False)
-    ]
+    stored = [plan.sources[each.model].tensors[each.tensor].dtype for each in task.inputs]
     return Layout(task, stored, block_bytes)
 
 
@@ -160,7 +158,7 @@ def _block_bytes(plan: Plan, packages: Sequence[str], task: TensorTask, layout: 
     """What a thread takes for a block."""
     elements = layout.rows * layout.row_length
     mapped = 10 * elements if task.row_map is not None else 0  # a model's own rows, widened
-    copies = plan.method.copies * len(task.sources) + 4 if "torch" in packages else 0
+    copies = plan.method.copies * len(task.inputs) + 4 if "torch" in packages else 0
     return layout.nbytes + mapped + 4 * elements * copies
 
 

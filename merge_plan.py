@@ -24,12 +24,12 @@ from merge_recipe import (
     resolve_parameters,
     unknown_name,
 )
-from merge_stream import Merge, Passes, TensorTask
+from merge_stream import Input, Merge, Passes, TensorTask
 from model_checks import EMBEDDING, HEAD
 from model_companions import CarriedFiles, carry
 from model_config import merged_config
 from model_errors import ModelCompatibilityError
-from model_prep import Alignment, align, fit_problems
+from model_prep import AlignedTensor, Alignment, align, fit_problems
 from model_safetensors import DTYPE_NAMES, TensorInfo
 from model_utils import ModelFolder, open_model_folder
 from model_vocabulary import chosen_donor, settings_problems
@@ -84,8 +84,12 @@ class Plan:
         merged = [task for task in self.tasks if not task.copied]
         if self.method.whole_model(self.parameters) and merged:
             return [merged, *([task] for task in self.tasks if task.copied)]
-        first = self.sources[0]
-        return [[t] for t in sorted(self.tasks, key=lambda t: first.position(t.sources[0]))]
+        return [[task] for task in sorted(self.tasks, key=self._position)]
+
+    def _position(self, task: TensorTask) -> int:
+        """Where a tensor lies in the files of the first model that feeds it."""
+        model, name = task.inputs[0]
+        return self.sources[model].position(name)
 
     def merge(self, tasks: Sequence[TensorTask], operations: Operations) -> Passes | Merge:
         """Merge a group; what is not to be merged is copied."""
@@ -124,9 +128,9 @@ class Plan:
     def read_bytes_of(self, tasks: Sequence[TensorTask], passes: int) -> int:
         """Bytes of some tensors' inputs, read so often."""
         return passes * sum(
-            TensorInfo(source.tensors[name].dtype, task.info.shape).nbytes
+            TensorInfo(self.sources[model].tensors[name].dtype, task.info.shape).nbytes
             for task in tasks
-            for source, name in zip(self.sources, task.sources, strict=False)
+            for model, name in task.inputs
         )
 
     @property
@@ -287,10 +291,10 @@ def _lay_out(
         TensorTask(
             name,
             TensorInfo(DTYPE_NAMES[dtype], tensor.shape),
-            # Rows that a model lacks are another's: these need all of them.
-            tensor.sources[:1] if name in copied and tensor.row_map is None else tensor.sources,
+            _inputs(tensor)[: 1 if name in copied else None],
             parameters,
             tensor.row_map,
+            tensor.sources,
             in_order=METHODS[recipe.method].in_order(parameters),
             copied=name in copied,
         )
@@ -317,6 +321,11 @@ def _lay_out(
         carried=carried,
         notes=tuple(notes),
     )
+
+
+def _inputs(tensor: AlignedTensor) -> tuple[Input, ...]:
+    """A tensor of every model."""
+    return tuple(Input(model, name) for model, name in enumerate(tensor.sources))
 
 
 def _copied(recipe: Recipe, alignment: Alignment) -> list[str]:

@@ -80,6 +80,18 @@ class Sink(Protocol):
         """Take merged rows, from row `first` on; see `FolderWriter.write_rows`."""
 
 
+class Input(NamedTuple):
+    """What feeds a tensor of the merged model.
+
+    Attributes:
+        model: index among the sources.
+        tensor: its name there.
+    """
+
+    model: int
+    tensor: str
+
+
 @dataclass(frozen=True)
 class TensorTask:
     """One tensor of the merged model.
@@ -87,19 +99,21 @@ class TensorTask:
     Attributes:
         name: in the merged model.
         info: dtype and shape in the merged model.
-        sources: which tensor of each model feeds it, the base (if any) first; of the first alone,
-            where only that is needed.
+        inputs: what feeds it, that of the base (if any) first; the first alone, where only that is
+            needed.
         parameters: the method's parameters for this tensor.
         row_map: which rows of the models feed its rows, where these are not the same.
+        names: with a row map, what each model calls it: what one lacks comes from others.
         in_order: whether one thread works through all its rows, from the first to the last.
-        copied: whether it is the first model's, and not merged.
+        copied: whether it is the first input, and not merged.
     """
 
     name: str
     info: TensorInfo
-    sources: tuple[str, ...]
+    inputs: tuple[Input, ...]
     parameters: Mapping[str, Any]
     row_map: RowMap | None = None
+    names: tuple[str, ...] = ()
     in_order: bool = False
     copied: bool = False
 
@@ -274,7 +288,7 @@ def stream(
         passes: how often it reads a tensor, as far as that can be known; what `settings.on_bytes`
             is told adds up to so many times the inputs.
         operations: the arithmetic that it uses.
-        sources: the models, the base (if any) first.
+        sources: the models; `TensorTask.inputs` says which of them feed a tensor.
         sink: takes the merged rows.
 
     Returns:
@@ -486,14 +500,12 @@ class _Reader:
         """The segments of a group, in the order of its tensors and their rows."""
         number = 0
         for task in tasks:
-            stored = [
-                source.tensors[name].dtype
-                for source, name in zip(self.sources, task.sources, strict=False)
-            ]
+            stored = [self.sources[each.model].tensors[each.tensor].dtype for each in task.inputs]
             layout = Layout(task, stored, self.settings.block_bytes)
             mapped = None
             if task.row_map is not None:
-                mapped = MappedRows(self.sources, task.sources, task.row_map)
+                wanted = [each.model for each in task.inputs]
+                mapped = MappedRows(self.sources, task.names, task.row_map, wanted)
             rows, row_length = rows_of(task.info.shape)
             row_bytes = row_length * sum(FLOAT_DTYPES[dtype].itemsize for dtype in stored)
             for first in range(0, rows, layout.segment_rows):
@@ -505,8 +517,8 @@ class _Reader:
     def read_ahead(self, segment: _Segment) -> None:
         """Say which rows will be read soon."""
         if segment.mapped is None:
-            for source, name in zip(self.sources, segment.task.sources, strict=False):
-                source.read_ahead(name, segment.first, segment.stop)
+            for model, name in segment.task.inputs:
+                self.sources[model].read_ahead(name, segment.first, segment.stop)
 
     def work(self, group: _GroupWork, segment: _Segment) -> None:
         """Work through a segment."""
@@ -557,12 +569,11 @@ class _Reader:
         layout, task = segment.layout, segment.task
         block = Block(self._memory(layout.nbytes), layout, first, stop - first, segment.number)
         if segment.mapped is not None:
-            inputs = [block.stored(index) for index in range(len(self.sources))]
+            inputs = [block.stored(index) for index in range(len(task.inputs))]
             segment.mapped.read(first, stop, inputs)
             return block
-        for index, name in enumerate(task.sources):
-            memory = block.memory[layout.offsets[index] :]
-            self.sources[index].read_rows(name, first, stop, memory)
+        for offset, (model, name) in zip(layout.offsets, task.inputs, strict=False):
+            self.sources[model].read_rows(name, first, stop, block.memory[offset:])
         return block
 
     def _memory(self, size: int) -> NDArray[np.uint8]:
@@ -573,21 +584,21 @@ class _Reader:
         return memory
 
     def _check_inputs(self, task: TensorTask, block: Block) -> None:
-        for model in self.operations.broken_inputs(block):
-            values = _own(task.row_map, model, block)
+        for index in self.operations.broken_inputs(block):
+            model, name = task.inputs[index]
+            values = _own(task.row_map, index, model, block)
             if np.isfinite(values).all():
                 continue  # rows that stand in: their owner is among the inputs
-            source, name = self.sources[model], task.sources[model]
             raise ModelCompatibilityError(
-                f"{source.label}: {name} has NaN or infinite weights: "
+                f"{self.sources[model].label}: {name} has NaN or infinite weights: "
                 f"{_where_not_finite(values, block, _row_of(task.row_map, model))}. The model is "
                 "broken; use another copy"
             )
 
 
-def _own(row_map: RowMap | None, model: int, block: Block) -> NDArray[np.float32]:
-    """Rows of a block with zeros where they are not the model's own."""
-    values = block.values(model)
+def _own(row_map: RowMap | None, index: int, model: int, block: Block) -> NDArray[np.float32]:
+    """An input's rows of a block, with zeros where they are not the model's own."""
+    values = block.values(index)
     if row_map is None:
         return values
     missing = row_map.rows[model, block.first : block.first + block.rows] == MISSING

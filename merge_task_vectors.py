@@ -280,7 +280,7 @@ def merge_della(tasks: Sequence[TensorTask], operations: Operations) -> Passes:
 
 def _mask_keys(task: TensorTask) -> tuple[tuple[int, int], ...]:
     """Keys of the random numbers, one per model."""
-    models, seed = range(len(task.sources) - 1), task.parameters["seed"]
+    models, seed = range(len(task.inputs) - 1), task.parameters["seed"]
     return tuple(mask_key(seed, str(model), task.name) for model in models)
 
 
@@ -295,7 +295,7 @@ def merge_sce(tasks: Sequence[TensorTask], operations: Operations) -> Passes:
     """`sce_utils.sce`: select by variance, weights from mean squares, erase the minority."""
     (task,) = tasks
     parameters = task.parameters
-    numel, models = task.info.numel, len(task.sources) - 1
+    numel, models = task.info.numel, len(task.inputs) - 1
     share = parameters["select_topk"]
     selected = numel
     if 0 < share < 1:
@@ -324,7 +324,7 @@ def merge_sce(tasks: Sequence[TensorTask], operations: Operations) -> Passes:
 def merge_ram(tasks: Sequence[TensorTask], operations: Operations) -> Passes:
     """`ram_utils.ram` and `ramplus`."""
     (task,) = tasks
-    parameters, models = task.parameters, len(task.sources) - 1
+    parameters, models = task.parameters, len(task.inputs) - 1
     epsilon, factors = parameters["epsilon"], [1.0] * models
     findings: dict[str, Any] = {}
     if parameters["variant"] == "ramplus":

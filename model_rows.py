@@ -41,41 +41,55 @@ class MappedRows:
         sources: the models.
         names: what each calls the tensor.
         row_map: which of their rows feeds which row of the result.
+        wanted: the models whose rows are read; by default all of them. What these lack may still
+            come from others.
     """
 
-    def __init__(self, sources: Sequence[Rows], names: Sequence[str], row_map: RowMap) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Rows],
+        names: Sequence[str],
+        row_map: RowMap,
+        wanted: Sequence[int] | None = None,
+    ) -> None:
         self._sources = sources
         self._names = names
         self._map = row_map
+        self._wanted = [*range(len(names))] if wanted is None else [*wanted]
         self._givers = _givers(row_map)
         self._means: dict[int, NDArray[np.float32]] = {}
         self._lock = threading.Lock()
 
     def read(self, first: int, stop: int, targets: Sequence[NDArray[np.float32]]) -> None:
-        """Rows `first` to `stop` of the result's vocabulary, of every model.
+        """Rows `first` to `stop` of the result's vocabulary, of every model that is wanted.
 
         Args:
             first, stop: rows of the merged vocabulary.
-            targets: for each model (stop - first, row length), to be filled.
+            targets: for each of these models (stop - first, row length), to be filled.
         """
-        for model, values in enumerate(targets):
-            self._read_own_rows(model, first, values)
-        lacking = self._map.rows[:, first:stop] == MISSING
-        givers = self._givers[first:stop]
-        for model, values in enumerate(targets):
-            for giver in np.unique(givers[lacking[model]]).tolist():
-                if giver != MISSING:
-                    places = np.flatnonzero(lacking[model] & (givers == giver))
-                    values[places] = targets[giver][places]
+        rows, givers = self._map.rows[:, first:stop], self._givers[first:stop]
+        for model, values in zip(self._wanted, targets, strict=True):
+            self._read_own_rows(model, rows[model], values)
+        lacking = rows[self._wanted] == MISSING
+        for index, values in enumerate(targets):
+            for giver in np.unique(givers[lacking[index]]).tolist():
+                places = lacking[index] & (givers == giver)
+                if giver in self._wanted:
+                    values[places] = targets[self._wanted.index(giver)][places]
+                elif giver != MISSING:
+                    self._read_own_rows(giver, np.where(places, rows[giver], MISSING), values)
         for place in np.flatnonzero(lacking.any(axis=0) & (givers == MISSING)).tolist():
             pieces = self._map.fills[first + place]
             shared = None if pieces is None else self._sum(pieces)
-            for model in np.flatnonzero(lacking[:, place]).tolist():
-                targets[model][place] = self._mean(model) if shared is None else shared
+            for index in np.flatnonzero(lacking[:, place]).tolist():
+                mean = self._mean(self._wanted[index]) if shared is None else shared
+                targets[index][place] = mean
 
-    def _read_own_rows(self, model: int, first: int, values: NDArray[np.float32]) -> None:
-        """A model's own rows where the result has them; what it lacks is left undefined."""
-        for position, begin, end in runs(self._map.rows[model, first : first + len(values)]):
+    def _read_own_rows(
+        self, model: int, rows: NDArray[np.int64], values: NDArray[np.float32]
+    ) -> None:
+        """Some rows of a model; where `rows` is `MISSING`, values stay as they are."""
+        for position, begin, end in runs(rows):
             values[position : position + end - begin] = self._own(model, begin, end)
 
     def _own(self, model: int, begin: int, end: int) -> NDArray[np.float32]:

@@ -296,3 +296,14 @@ def test_a_merge_of_mapped_rows_does_not_depend_on_blocks_or_threads(tmp_path, m
         assert torch.equal(results[0][name], results[2][name])
         tuned = [read_tensors(tmp_path / model)[name].float() for model in "ab"]
         assert torch.equal(results[0][name][44:48], tuned[0][44:48])
+
+
+def test_of_some_models_only_what_these_need_is_read():
+    """Model 1 alone is wanted: its own rows, and those that others give it."""
+    rows = np.array([[0, 1, MISSING], [0, MISSING, MISSING], [0, MISSING, 2]])
+    fills = {1: (Piece(0, 1),), 2: (Piece(0, 0, 0.5), Piece(2, 2, 0.5))}
+    values = [torch.full((3, 2), 10.0 * model) + torch.arange(3.0)[:, None] for model in range(3)]
+    sources = [TensorRows({"e": value}) for value in values]
+    target = np.empty((3, 2), np.float32)
+    MappedRows(sources, ["e"] * 3, RowMap(rows, fills), [1]).read(0, 3, [target])
+    assert target[:, 0].tolist() == [10.0, 1.0, 11.0]
