@@ -106,8 +106,11 @@ def remember_compiled(plan: Plan, packages: Sequence[str]) -> None:
 
 def _kind(plan: Plan) -> tuple[object, ...]:
     """What decides which loops a merge needs."""
-    choices = (value for value in plan.parameters.values() if isinstance(value, str))
-    return (plan.recipe.method, *choices)
+    choices = {
+        tuple(value for value in parameters.values() if isinstance(value, str))
+        for parameters in plan.variants
+    }
+    return (plan.recipe.method, *sorted(choices))
 
 
 class _Need(NamedTuple):
@@ -129,22 +132,22 @@ def _needed(plan: Plan, packages: Sequence[str], block_bytes: int, findings: boo
         _block_bytes(plan, packages, task, layout)
         for task, layout in zip(plan.tasks, layouts, strict=True)
     )
-    models = len(plan.models)
+    models = plan.most_models
     rows = [rows_of(task.info.shape) for task in plan.tasks]
     segments = [
         math.ceil(count / layout.segment_rows)
         for (count, _), layout in zip(rows, layouts, strict=True)
     ]
-    together = sum if plan.method.whole_model(plan.parameters) else max
+    together = sum if plan.whole_model else max
     group = together(segments)
     runs = together(count * math.ceil(length / RUN) for count, length in rows)
-    sums = plan.method.sums(plan.parameters, models)
+    sums = max(plan.method.sums(each, models) for each in plan.variants)
     if findings:
         sums += models * (models + 1) // 2 + 1
     fixed = group * SEGMENT_OBJECT_BYTES + 3 * sums * runs * 8
     compiles = _kind(plan) not in _compiled
     fixed += sum(ARITHMETIC_BYTES[each] for each in packages if each != "numba" or compiles)
-    histograms = plan.method.bins(plan.parameters, models)
+    histograms = max(plan.method.bins(each, models) for each in plan.variants)
     counts = 8 * histograms * (FINE_BINS + 2 * group)
     return _Need(fixed, max(blocks) + COLLECTIONS * counts, max(1, sum(segments)))
 

@@ -206,6 +206,7 @@ METHODS: dict[str, Method] = {
                 "position: 0 is the first model, 1 the second",
                 check_t,
                 positional=True,
+                required=True,
             ),
             Parameter(
                 "normalize_before_slerp",
@@ -318,6 +319,7 @@ METHODS: dict[str, Method] = {
                 "distance up to which the base's values give way, at least 0",
                 check_distance,
                 positional=True,
+                required=True,
             ),
         ),
         most=1,

@@ -47,6 +47,7 @@ WEIGHTS = Parameter(
     lambda w: check_weights([w]),
     per_model=True,
     positional=True,
+    required=True,
 )
 DENSITIES = Parameter(
     "densities",

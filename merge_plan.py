@@ -7,29 +7,26 @@ import fnmatch
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from merge_findings import observed
+from merge_layers import Place, config_changes, placed, slice_problems, views
 from merge_methods import ALIASES, METHODS, Method
-from merge_operations import Finish, Operations
-from merge_parameters import PROFILES, settled
-from merge_recipe import (
-    Recipe,
-    option_problems,
-    output_problems,
-    resolve_parameters,
-    unknown_name,
-)
-from merge_stream import Input, Merge, Passes, TensorTask
-from model_checks import EMBEDDING, HEAD
+from merge_operations import Finish, Loops, Operations
+from merge_parameters import PROFILES, Values
+from merge_recipe import Recipe, option_problems, output_problems, unknown_name
+from merge_resolve import Parameters, distinct, resolve, tensor_parameters
+from merge_stream import Merge, Passes, TensorTask
+from model_checks import EMBEDDING, HEAD, model_problems
 from model_companions import CarriedFiles, carry
 from model_config import merged_config
 from model_errors import ModelCompatibilityError
-from model_prep import AlignedTensor, Alignment, align, fit_problems
+from model_prep import Alignment, align, fit_problems
 from model_safetensors import DTYPE_NAMES, TensorInfo
 from model_utils import ModelFolder, open_model_folder
 from model_vocabulary import chosen_donor, settings_problems
@@ -40,8 +37,8 @@ class Plan:
     """What a merge will do.
 
     Attributes:
-        recipe: as it was given.
-        parameters: the method's parameters, defaults filled in.
+        recipe: as it was given, its method under our name.
+        parameters: the method's parameters, defaults filled in; of each slice, if there are any.
         base: the open base model, or None for a method without one.
         models: the open fine-tuned models.
         alignment: how their tensors become those of the result.
@@ -53,7 +50,7 @@ class Plan:
     """
 
     recipe: Recipe
-    parameters: Mapping[str, Any]
+    parameters: tuple[Values, ...]
     base: ModelFolder | None
     models: list[ModelFolder]
     alignment: Alignment
@@ -82,11 +79,11 @@ class Plan:
     def groups(self) -> list[list[TensorTask]]:
         """The tensors that are merged together: each alone, in the order of the files, or all."""
         merged = [task for task in self.tasks if not task.copied]
-        if self.method.whole_model(self.parameters) and merged:
+        if self.whole_model and merged:
             return [merged, *([task] for task in self.tasks if task.copied)]
         return [[task] for task in sorted(self.tasks, key=self._position)]
 
-    def _position(self, task: TensorTask) -> int:
+    def _position(self, task: TensorTask) -> tuple[int, int]:
         """Where a tensor lies in the files of the first model that feeds it."""
         model, name = task.inputs[0]
         return self.sources[model].position(name)
@@ -106,14 +103,35 @@ class Plan:
             return merge
         return observed(merge, tasks, operations, has_base=self.base is not None)
 
+    @cached_property
+    def variants(self) -> list[Values]:
+        """Parameters of the tensors that are merged, each set of them once."""
+        return distinct(task.parameters for task in self.tasks if not task.copied)
+
+    @property
+    def whole_model(self) -> bool:
+        """Whether all tensors are merged as one."""
+        return any(map(self.method.whole_model, self.variants))
+
+    @property
+    def loops(self) -> Loops:
+        """How much of the arithmetic there are compiled loops for."""
+        kinds = {self.method.loops(each) for each in self.variants}
+        return kinds.pop() if len(kinds) == 1 else "some"
+
+    @property
+    def most_models(self) -> int:
+        """How many models, besides the base, feed a tensor at most."""
+        return max(len(task.inputs) for task in self.tasks) - (self.base is not None)
+
     @property
     def passes(self) -> int:
-        """How often the inputs are read."""
-        return self.method.passes(self.parameters)
+        """How often the inputs are read at most."""
+        return max(map(self.passes_of, self.tasks))
 
     def passes_of(self, task: TensorTask) -> int:
         """How often a tensor's inputs are read."""
-        return 1 if task.copied else self.passes
+        return 1 if task.copied else self.method.passes(task.parameters)
 
     @property
     def finish(self) -> Finish:
@@ -169,63 +187,71 @@ def open_plan(
     """
     recipe = canonical(recipe)
     with ExitStack() as stack:
-        parameters, usage = _check_recipe(recipe)
+        parameters, usage = check_recipe(recipe)
         usage += other_problems
         sources, broken = _open_all(recipe.names, stack, weights)
         usage += _place_problems(recipe, sources)
+        by_name = dict(zip(recipe.names, sources, strict=False))
+        if len(sources) == len(recipe.names):
+            usage += slice_problems(recipe, by_name)
         if len(sources) == len(recipe.names):
             usage += _pattern_problems(recipe, [name for each in sources for name in each.tensors])
         if usage or len(sources) < len(recipe.names):
-            broken += fit_problems(sources)
+            broken += _fit_problems(recipe, sources)
             if usage:
                 raise ValueError("\n".join([*usage, *broken]))
             raise ModelCompatibilityError(broken)
-        alignment = _align(recipe, parameters, sources)
+        if recipe.slices and (wrong := [p for each in sources for p in model_problems(each)]):
+            raise ModelCompatibilityError(wrong)
+        alignment = _align(recipe, parameters[0], sources)
         carried, broken = carry(sources, alignment.vocabulary, recipe.chat_template)
         if broken:
             raise ModelCompatibilityError(broken)
         yield _lay_out(recipe, parameters, sources, alignment, carried)
 
 
-def _align(
-    recipe: Recipe, parameters: Mapping[str, Any], sources: Sequence[ModelFolder]
-) -> Alignment:
+def _fit_problems(recipe: Recipe, sources: Sequence[ModelFolder]) -> list[str]:
+    """What is wrong with the models; with slices, what is wrong with one layer of each."""
+    of_each = [problem for each in sources for problem in model_problems(each)]
+    return of_each if recipe.slices and of_each else fit_problems(views(recipe, sources))
+
+
+def _align(recipe: Recipe, parameters: Parameters, sources: Sequence[ModelFolder]) -> Alignment:
     donor, _ = chosen_donor(recipe.names, recipe.vocabulary, recipe.tokenizer_source)
+    weights = None
+    if recipe.method == "linear" and not recipe.slices:
+        values, _ = parameters.at(EMBEDDING, 0.0)
+        weights = values["weights"] if values["normalize"] else None
     return align(
-        sources,
+        views(recipe, sources),
         recipe.vocabulary,
         donor=donor,
         has_base=recipe.base_model is not None,
-        weights=parameters["weights"]
-        if recipe.method == "linear" and parameters["normalize"]
-        else None,
+        weights=weights,
     )
 
 
-def _check_recipe(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
-    """Resolved parameters, and everything wrong with them, the models' number or the output."""
+def check_recipe(recipe: Recipe) -> tuple[list[Parameters], list[str]]:
+    """Parameters of the slices, and everything wrong with them, the models' number, the output."""
     others = option_problems(recipe) + output_problems(recipe) + _vocabulary_problems(recipe)
     method = METHODS.get(recipe.method)
     if method is None:
-        return {}, [unknown_name("method", recipe.method, [*METHODS, *ALIASES]), *others]
+        return [], [unknown_name("method", recipe.method, [*METHODS, *ALIASES]), *others]
     problems = []
-    is_known = recipe.profile in PROFILES
-    if not is_known:
+    if recipe.profile not in PROFILES:
         problems.append(unknown_name("profile", recipe.profile, PROFILES))
-    if method.base == "required" and recipe.base_model is None:
+    if method.base == "required" and not _has_base(recipe):
         problems.append(f"{recipe.method} needs a base_model, the common ancestor of the models")
     if method.base == "none" and recipe.base_model is not None:
         problems.append(f"{recipe.method} takes no base_model, got {recipe.base_model}")
-    count = len(recipe.models)
-    fits = method.fewest <= count and (method.most is None or count <= method.most)
-    if not fits:
-        problems.append(f"{recipe.method} takes {_expected(method)}, got {count}")
-    declared = method.parameters_of(recipe.profile) if is_known else method.parameters
-    parameters, wrong = resolve_parameters(declared, recipe.parameters, count)
-    if not wrong and is_known:  # what goes together depends on the profile
-        parameters, wrong = settled(declared, parameters, recipe.parameters)
-        wrong += method.problems(parameters) if fits else []
+    parameters, wrong = resolve(recipe)
     return parameters, [*problems, *wrong, *others]
+
+
+def _has_base(recipe: Recipe) -> bool:
+    if not recipe.slices:
+        return recipe.base_model is not None
+    return all(each.base is not None for each in recipe.slices)
 
 
 def _vocabulary_problems(recipe: Recipe) -> list[str]:
@@ -233,16 +259,6 @@ def _vocabulary_problems(recipe: Recipe) -> list[str]:
     if not problems:
         _, problems = chosen_donor(recipe.names, recipe.vocabulary, recipe.tokenizer_source)
     return problems
-
-
-def _expected(method: Method) -> str:
-    """How many models a method takes."""
-    noun = "fine-tuned model" if (method.most or method.fewest) == 1 else "fine-tuned models"
-    if method.most is None:
-        return f"at least {method.fewest} {noun}"
-    if method.fewest == method.most:
-        return f"exactly {method.most} {noun}"
-    return f"{method.fewest} to {method.most} {noun}"
 
 
 def canonical(recipe: Recipe) -> Recipe:
@@ -279,28 +295,24 @@ def _open_all(
 
 def _lay_out(
     recipe: Recipe,
-    parameters: Mapping[str, Any],
+    slices: list[Parameters],
     sources: list[ModelFolder],
     alignment: Alignment,
     carried: CarriedFiles,
 ) -> Plan:
+    method = METHODS[recipe.method]
     base = None if recipe.base_model is None else sources[0]
     dtype = recipe.dtype or _main_dtype(sources[0])
-    copied = _copied(recipe, alignment)
+    places = placed(recipe, alignment.tensors, sources[0].config["num_hidden_layers"])
+    copied = _copied(recipe, places, tied=alignment.tied)
+    parameters = tensor_parameters(slices, places, [name for name in places if name not in copied])
     tasks = [
-        TensorTask(
-            name,
-            TensorInfo(DTYPE_NAMES[dtype], tensor.shape),
-            _inputs(tensor)[: 1 if name in copied else None],
-            parameters,
-            tensor.row_map,
-            tensor.sources,
-            in_order=METHODS[recipe.method].in_order(parameters),
-            copied=name in copied,
-        )
-        for name, tensor in alignment.tensors.items()
+        _task(name, place, DTYPE_NAMES[dtype], parameters.get(name), method)
+        for name, place in places.items()
     ]
-    notes = [*METHODS[recipe.method].advice(parameters), *_model_notes(sources), *alignment.notes]
+    by_name = dict(zip(recipe.names, sources, strict=True))
+    advice = [text for values in distinct(parameters.values()) for text in method.advice(values)]
+    notes = [*recipe.notes, *dict.fromkeys(advice), *_model_notes(sources), *alignment.notes]
     notes += carried.notes
     if copied:
         notes.append(
@@ -311,33 +323,43 @@ def _lay_out(
         notes += _rounding_notes(sources[0], dtype)
     return Plan(
         recipe=recipe,
-        parameters=parameters,
+        parameters=tuple(each.values for each in slices),
         base=base,
         models=sources if base is None else sources[1:],
         alignment=alignment,
         tasks=tasks,
         dtype=dtype,
-        config_text=_config_text(sources[0], dtype, alignment),
+        config_text=_config_text(sources[0], dtype, alignment, config_changes(recipe, by_name)),
         carried=carried,
         notes=tuple(notes),
     )
 
 
-def _inputs(tensor: AlignedTensor) -> tuple[Input, ...]:
-    """A tensor of every model."""
-    return tuple(Input(model, name) for model, name in enumerate(tensor.sources))
+def _task(
+    name: str, place: Place, dtype: str, parameters: Values | None, method: Method
+) -> TensorTask:
+    """What is to be done for a tensor; without parameters it is copied."""
+    return TensorTask(
+        name,
+        TensorInfo(dtype, place.aligned.shape),
+        place.inputs if parameters is not None else place.inputs[:1],
+        parameters or {},
+        place.aligned.row_map,
+        place.aligned.sources,
+        in_order=parameters is not None and method.in_order(parameters),
+        copied=parameters is None,
+    )
 
 
-def _copied(recipe: Recipe, alignment: Alignment) -> list[str]:
+def _copied(recipe: Recipe, names: Collection[str], *, tied: bool) -> list[str]:
     """The tensors that are not to be merged.
 
     Raises:
         ValueError: a pattern fits no tensor, no tensor is left, or the head is not to be merged
             but is the embedding.
     """
-    names = list(alignment.tensors)
     problems = _pattern_problems(recipe, names)
-    if alignment.tied and recipe.merge_embeddings and not recipe.merge_lm_head:
+    if tied and recipe.merge_embeddings and not recipe.merge_lm_head:
         problems.append(
             "merge_lm_head false: the head of these models is their embedding. Turn "
             "merge_embeddings off as well, or merge both"
@@ -385,7 +407,9 @@ def _place_problems(recipe: Recipe, sources: Sequence[ModelFolder]) -> list[str]
     ]
 
 
-def _config_text(template: ModelFolder, dtype: str, alignment: Alignment) -> str:
+def _config_text(
+    template: ModelFolder, dtype: str, alignment: Alignment, of_layers: Mapping[str, Any]
+) -> str:
     """config.json of the result: the template's text with the values that the merge changes."""
     keys = [key for key in ("dtype", "torch_dtype") if key in template.config] or ["torch_dtype"]
     changes: dict[str, Any] = {
@@ -393,6 +417,7 @@ def _config_text(template: ModelFolder, dtype: str, alignment: Alignment) -> str
         "vocab_size": alignment.vocabulary.rows,
         "tie_word_embeddings": alignment.tied,
         **alignment.special_ids,
+        **of_layers,
     }
     return merged_config(template.config_text, changes)
 

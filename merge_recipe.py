@@ -11,8 +11,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from merge_settings import Choice, Setting, joined
 from model_safetensors import DTYPE_NAMES
 from model_utils import check_output_dir, parse_size
 from model_vocabulary import VocabularySettings, vocabulary_settings
@@ -30,6 +31,16 @@ OPTIONS = (
 )
 """Fields of a recipe that every method has beside its parameters."""
 
+KEYS = {
+    "weights": "weight",
+    "densities": "density",
+    "epsilons": "epsilon",
+    "gammas": "gamma",
+    "mask_lambdas": "mask_lambda",
+    "lam": "lambda",
+}
+"""What parameters are called in recipe files, where it is not their name."""
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -46,6 +57,7 @@ class Parameter:
         flag: the command's option, if it is not `--` and the name.
         positional: can be given by its place in the method's functions.
         only: a parameter and the values of it with which this one has an effect.
+        required: where it is given for some tensors, it must be for all.
     """
 
     name: str
@@ -58,10 +70,54 @@ class Parameter:
     flag: str = ""
     positional: bool = False
     only: tuple[str, tuple[Any, ...]] | None = None
+    required: bool = False
+
+    @property
+    def key(self) -> str:
+        """What it is called in recipe files, where each model says its own."""
+        return KEYS.get(self.name, self.name)
 
     def applies(self, values: Mapping[str, Any]) -> bool:
         """Whether it has an effect beside these values of the others."""
         return self.only is None or values.get(self.only[0]) in self.only[1]
+
+
+class LayerRange(NamedTuple):
+    """Consecutive layers of a model.
+
+    Attributes:
+        model: as the recipe names it.
+        first, stop: the first layer, and the one after the last.
+    """
+
+    model: str
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Consecutive layers of the result, and what they are merged from.
+
+    Attributes:
+        sources: layers of the models to merge, equally many of each.
+        base: those of their common ancestor, for methods that use one.
+        parameters: as of a recipe, for these models.
+    """
+
+    sources: tuple[LayerRange, ...]
+    base: LayerRange | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> tuple[LayerRange, ...]:
+        """Layers of all models, the base (if any) first."""
+        return self.sources if self.base is None else (self.base, *self.sources)
+
+    @property
+    def length(self) -> int:
+        """How many layers of the result it makes."""
+        return self.sources[0].stop - self.sources[0].first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +128,10 @@ class Recipe:
         method: a name from `merge_methods.METHODS`.
         models: the fine-tuned models: folders or Hub ids.
         base_model: their common ancestor, for methods that use one.
-        parameters: values by name; None stands for the default.
+        parameters: values by name; None stands for the default. A value, or one of the list that
+            has one for each model, may be a `merge_settings.Setting`.
+        slices: layers of the result, from the first to the last, where these are not those of the
+            models in their order. Then these have the parameters, and the recipe has none.
         output_dir: the folder to make; None for a model in memory.
         dtype: float32, float16 or bfloat16; None for the dtype of the base (of the first
             model, where there is no base).
@@ -90,12 +149,14 @@ class Recipe:
             base's (the first model's).
         weight_decay: merged values are multiplied by 1 minus this; in [0, 1).
         clamp_range: lowest and highest merged value; None for no bounds.
+        notes: what the user should know of how it was read.
     """
 
     method: str
     models: tuple[str, ...]
     base_model: str | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    slices: tuple[Slice, ...] = ()
     output_dir: Path | None = None
     dtype: str | None = None
     max_shard_size: str | int = DEFAULT_SHARD_SIZE
@@ -109,6 +170,7 @@ class Recipe:
     merge_lm_head: bool = True
     weight_decay: float = 0.0
     clamp_range: tuple[float, float] | None = None
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -227,12 +289,12 @@ def resolve_parameters(
 
 
 def _resolve(parameter: Parameter, value: Any, model_count: int) -> tuple[Any, list[str]]:
-    """A value, or that of each model, and what is wrong with it."""
+    """A value, or that of each model, and what is wrong with it; `Setting`s stay such."""
     if value is None:
         default = parameter.default
         return ((default,) * model_count if parameter.per_model else default), []
     if not parameter.per_model:
-        return _converted(parameter, value)
+        return converted(parameter, value)
     value = value.tolist() if hasattr(value, "tolist") else value  # numpy, torch
     if isinstance(value, str) or not isinstance(value, Sequence):
         return None, [f"{parameter.name} must be a list with one entry per model, got {value!r}"]
@@ -241,7 +303,7 @@ def _resolve(parameter: Parameter, value: Any, model_count: int) -> tuple[Any, l
             f"{parameter.name} must have one entry per model: got {len(value)} "
             f"({', '.join(str(entry) for entry in value)}) for {model_count} models"
         ]
-    each = [_converted(parameter, entry) for entry in value]
+    each = [converted(parameter, entry) for entry in value]
     problems = [
         f"{problem} (model {model})"
         for model, (_, wrong) in enumerate(each, 1)
@@ -250,12 +312,28 @@ def _resolve(parameter: Parameter, value: Any, model_count: int) -> tuple[Any, l
     return tuple(entry for entry, _ in each), problems
 
 
-def _converted(parameter: Parameter, value: Any) -> tuple[Any, list[str]]:
-    """One value in the kind that is declared, and what is wrong with it."""
+def converted(parameter: Parameter, value: Any) -> tuple[Any, list[str]]:
+    """A value (or a setting's values) in the kind that is declared, and what is wrong with it."""
+    if isinstance(value, Setting):
+        return _converted_setting(parameter, value)
     try:
         return _convert(parameter, value), []
     except ValueError as error:
         return None, [str(error)]
+
+
+def _converted_setting(parameter: Parameter, setting: Setting) -> tuple[Any, list[str]]:
+    """A setting whose values are converted; what it says nothing of has the default."""
+    problems = [problem for value in setting.values for problem in converted(parameter, value)[1]]
+    gradient = any(len(choice.values) > 1 for choice in setting.choices)
+    if gradient and parameter.kind is int:
+        problems.append(f"{parameter.name} takes whole numbers, so it cannot be a gradient")
+    if problems:
+        return None, list(dict.fromkeys(problems))
+    sound = setting.map(lambda value: _convert(parameter, value))
+    if parameter.required:
+        return sound, []
+    return joined([sound, Setting((Choice((parameter.default,)),))]), []
 
 
 def _convert(parameter: Parameter, value: Any) -> Any:

@@ -15,7 +15,7 @@ import pytest
 from merge_arguments import command_parser
 from merge_methods import METHODS
 from merge_parameters import PROFILES
-from merge_plan import _check_recipe
+from merge_plan import check_recipe
 from merge_recipe import make_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,7 +82,7 @@ def commands(path: Path) -> list[list[str]]:
 
 def problems(method: str, base, models, given, **settings) -> list[str]:
     recipe = make_recipe(method, base, models, given, **settings)
-    return _check_recipe(recipe)[1]
+    return check_recipe(recipe)[1]
 
 
 def options_of(method: str):

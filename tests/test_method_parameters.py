@@ -42,7 +42,7 @@ def recipe(method, parameters=None, names="abc", **options):
 
 def resolved(method, parameters=None, **options):
     with open_plan(recipe(method, parameters, **options)) as opened:
-        return opened.parameters
+        return opened.parameters[0]
 
 
 def refused(text):

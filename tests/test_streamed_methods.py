@@ -107,7 +107,7 @@ def test_tensor_by_tensor(tmp_path, case):
     merged, base = read_tensors(tmp_path / "out"), read_tensors(folder)
     recipe = recipe_of(method, parameters, folder, folders)
     with open_plan(recipe) as plan:
-        resolved = plan.parameters
+        resolved = plan.parameters[0]
     models = [read_tensors(path) for path in folders[: len(recipe.models)]]
     for name, values in merged.items():
         ancestor = base[name].float() if recipe.base_model else None
@@ -123,7 +123,7 @@ def test_the_whole_model_at_once(tmp_path, case):
     merged, base = read_tensors(tmp_path / "out"), read_tensors(folder)
     models = [read_tensors(path) for path in folders]
     with open_plan(recipe_of(method, parameters, folder, folders)) as plan:
-        names, p = [task.name for task in plan.tasks], plan.parameters
+        names, p = [task.name for task in plan.tasks], plan.parameters[0]
     deltas = [[model[name] - base[name] for name in names] for model in models]
     trimmed = [
         trim_model(each, density, rule=p["k_rule"], all_ties=p["trim_ties"] == "all")
