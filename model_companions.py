@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from model_chat_templates import is_template
 from model_checks import special_id_form_problems, special_id_problems
 from model_config import edit_config
 from model_small_files import (
@@ -56,6 +57,9 @@ MAIN_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 """Roles whose token a loader adds to a tokenizer that lacks it."""
 
 NO_TEMPLATE, AUTO_TEMPLATE = "none", "auto"
+
+MARKER = re.compile(r"<\|\w+\|>|\[\|\w+\|\]")
+"""What chat templates write as tokens: <|im_start|>, [|user|]."""
 
 SHOWN = 3
 
@@ -159,7 +163,8 @@ def carry(
         models: the open folders; the first one gives the licence.
         vocabulary: of the result; its donor gives the tokenizer and the generation config.
         chat_template: "auto" takes the donor's, or that of the others if it has none and they
-            have but one; "none" takes none; the name of a model takes that model's.
+            have but one; "none" takes none; the name of a model takes that model's; a Jinja
+            template is taken itself.
 
     Returns:
         The files, and what is wrong with them.
@@ -171,9 +176,11 @@ def carry(
     draft.problems += [problem for side in draft.sides for problem in side.problems()]
     if draft.problems:
         return CarriedFiles(), draft.problems
-    template = _chosen_template(draft, [model.label for model in models], chat_template)
+    given = chat_template if is_template(chat_template) else NO_TEMPLATE
+    labels = [model.label for model in models]
+    template = None if given == chat_template else _chosen_template(draft, labels, chat_template)
     _change_tokens(draft)
-    _change_template(draft, template)
+    _change_template(draft, template, given)
     draft.problems += _taken_problems(draft, template)
     if not draft.problems:
         _settle(draft)
@@ -419,12 +426,15 @@ def _named_side(
     return None
 
 
-def _change_template(draft: _Draft, template: Companions | None) -> None:
-    """Bring a template of another model, several of them, or none into the donor's files."""
+def _change_template(draft: _Draft, template: Companions | None, given: str) -> None:
+    """Bring a template of another model, several of them, a text or none into the donor's files."""
     donor = draft.donor
     if template is donor and donor.template_files.keys() <= {DEFAULT}:
         return
     texts = {} if template is None else template.templates
+    if given != NO_TEMPLATE:
+        texts = {DEFAULT: given}
+        draft.notes += _given_template_notes(draft, given)
     draft.files = {name: f for name, f in draft.files.items() if "chat_template" not in name}
     listed = [{"name": name, "template": text} for name, text in texts.items()]
     if texts.keys() == {DEFAULT}:
@@ -513,6 +523,18 @@ def _template_notes(draft: _Draft, template: Companions) -> Iterator[str]:
     if template is donor and not template.template_files.keys() <= {DEFAULT}:
         yield (
             f"the chat templates of {donor.label} ({', '.join(template.templates)}) are in {CONFIG}"
+        )
+
+
+def _given_template_notes(draft: _Draft, template: str) -> Iterator[str]:
+    """Says where a template that the user gives writes what look like tokens and are none."""
+    known = set(draft.vocabulary.tokens.values())
+    markers = dict.fromkeys(MARKER.findall(template))
+    lost = [marker for marker in markers if marker not in known]
+    if known and lost:
+        yield (
+            f"the chat template writes {_some(lost)}, which the result's tokenizer does not have "
+            "as a token: it is cut into pieces that no model has learned"
         )
 
 

@@ -17,7 +17,9 @@ from model_errors import ModelCompatibilityError
 if TYPE_CHECKING:
     from model_safetensors import TensorInfo  # loads torch, which finding a folder does not need
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w.-][\w./-]*))?")
+"""org/name, or org/name@revision: a branch, a tag or a commit."""
+
 HUB_WEIGHTS = "*.safetensors"
 HUB_FILES = (HUB_WEIGHTS, "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
 HUB_NEEDED = ("config.json", HUB_WEIGHTS, "*.safetensors.index.json")
@@ -33,8 +35,8 @@ def find_model_folder(model: str | os.PathLike[str], *, weights: bool = True) ->
 
     Args:
         model: a folder with config.json; a folder with exactly one such folder at most five
-            levels below it; or a Hub id such as "org/name", taken from the local cache or
-            downloaded into it.
+            levels below it; or a Hub id such as "org/name" or "org/name@revision", taken from the
+            local cache or downloaded into it.
         weights: download the weights of a Hub model too, not only its small files.
 
     Raises:
@@ -119,6 +121,16 @@ def _walk(path: Path, depth: int) -> Iterator[Path]:
             yield from _walk(child, depth - 1)
 
 
+def split_revision(name: str) -> tuple[str, str | None]:
+    """A Hub id and the revision it asks for, if any.
+
+    >>> split_revision("org/name@main"), split_revision("org/name")
+    (('org/name', 'main'), ('org/name', None))
+    """
+    found = HUB_ID.fullmatch(name)
+    return (name, None) if found is None else (found[1], found[2])
+
+
 def files_left_on_hub(model: str | os.PathLike[str], folder: Path) -> dict[str, int]:
     """Sizes of a Hub model's files that its snapshot does not have, by name.
 
@@ -153,7 +165,8 @@ def read_hub_header(model_id: str, revision: str, file: str) -> "dict[str, Tenso
     from huggingface_hub import HfApi
 
     with _hub_errors(model_id):
-        header = HfApi().parse_safetensors_file_metadata(model_id, file, revision=revision)
+        name, _ = split_revision(model_id)
+        header = HfApi().parse_safetensors_file_metadata(name, file, revision=revision)
         return {name: _tensor_info(name, tensor) for name, tensor in header.tensors.items()}
 
 
@@ -179,7 +192,8 @@ def _list_files(model_id: str, revision: str) -> list[tuple[str, int]]:
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:  # (list_repo_tree tries again and again where there is no network)
-        info = HfApi().model_info(model_id, revision=revision, files_metadata=True)
+        name, _ = split_revision(model_id)
+        info = HfApi().model_info(name, revision=revision, files_metadata=True)
     except Exception as error:
         with suppress(LocalEntryNotFoundError):
             _cached(model_id)
@@ -196,11 +210,15 @@ def _download(model_id: str, weights: bool) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     ignored = HUB_OTHERS if weights else (*HUB_OTHERS, HUB_WEIGHTS)
+    name, revision = split_revision(model_id)
     with _hub_errors(model_id):
         try:
             return Path(
                 snapshot_download(
-                    model_id, allow_patterns=list(HUB_FILES), ignore_patterns=list(ignored)
+                    name,
+                    revision=revision,
+                    allow_patterns=list(HUB_FILES),
+                    ignore_patterns=list(ignored),
                 )
             )
         except LocalEntryNotFoundError:
@@ -212,9 +230,11 @@ def _cached(model_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    name, revision = split_revision(model_id)
     folder = Path(
         snapshot_download(
-            model_id,
+            name,
+            revision=revision,
             allow_patterns=list(HUB_NEEDED),
             ignore_patterns=list(HUB_OTHERS),
             local_files_only=True,
@@ -233,6 +253,7 @@ def _hub_errors(model_id: str) -> Iterator[None]:
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
         SafetensorsParsingError,
     )
 
@@ -247,6 +268,10 @@ def _hub_errors(model_id: str) -> Iterator[None]:
         raise ModelCompatibilityError(
             f"{model_id}: no such folder, and no such model on the Hub (or it is private). "
             "Check the name; for a private model set HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelCompatibilityError(
+            f"{model_id}: this Hub model has no such revision. Give a branch, tag or commit it has"
         ) from error
     except HFValidationError as error:
         raise ModelCompatibilityError(
