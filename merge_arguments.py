@@ -21,6 +21,7 @@ EXIT_USAGE = 2
 DEFAULT_VOCABULARY = VocabularySettings()
 CHECK_HELP = "check a finished model folder, all its weights included; takes no other arguments"
 JSON_HELP = "print the report, plan or check as JSON"
+SCHEMA_HELP = "print the JSON Schema of our recipes; takes no other arguments"
 
 EXIT_CODES = """exit status:
   0 merged; 2 wrong arguments; 3 models that cannot be merged; 5 disk full;
@@ -36,6 +37,21 @@ _PLACE_OF_BASE = {
 
 _MEANT = {"out": "--save", "output": "--save", "output_dir": "--save", "model": "--ft_models"}
 """Options as others call them."""
+
+_MEANT_WITH_RECIPE = {
+    "cuda": "It is written --device cuda",
+    "out_shard_size": "It is written --max-shard-size",
+    "random_seed": "It is written --seed",
+    "num_threads": "It is written --threads",
+    "lazy_unpickle": "Leave it out: memory is bounded anyway, and pickles are not read",
+    "low_cpu_memory": "Leave it out: memory is bounded anyway; --max-memory sets how much",
+    "copy_tokenizer": "Leave it out: the tokenizer is always carried over",
+    "allow_crimes": "Leave it out: models of different architectures cannot be merged",
+    "trust_remote_code": "Leave it out: no code of a model is ever run",
+    "write_model_card": "Leave it out: the card is always written",
+    "save": "OUT is the second argument, without an option",
+}
+"""Options of mergekit-yaml, and what there is instead."""
 
 _NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-inf(inity)?$|-nan$", re.IGNORECASE)
 """Arguments that are numbers, although they begin as options do."""
@@ -161,6 +177,61 @@ def command_parser(method: str, description: str) -> CommandParser:
         "(default: %(default)s)",
     )
     parser.add_argument("--save", type=Path, metavar="OUT", help="the folder to make")
+    _add_parts(parser)
+    _add_tensors(parser)
+    _add_vocabulary(parser)
+    _add_settings(parser)
+    return parser
+
+
+def recipe_parser(description: str) -> CommandParser:
+    """The parser of the command that takes a recipe file."""
+    parser = CommandParser("RECIPE OUT", description=description, epilog=EXIT_CODES)
+    parser.add_argument(
+        "recipe", type=Path, metavar="RECIPE", help="a YAML file (or .json): mergekit's or ours"
+    )
+    parser.add_argument("save", type=Path, nargs="?", metavar="OUT", help="the folder to make")
+    _add_parts(parser)
+    parser.add_argument(
+        "--resolve",
+        choices=("yaml", "json"),
+        help="only print the recipe as it was understood, in our words; opens no model",
+    )
+    parser.add_argument("--schema", action="store_true", help=SCHEMA_HELP)
+    parser.add_argument(
+        "--seed",
+        type=_number(int),
+        metavar="INT",
+        help="of the random masks, instead of the recipe's (default: 0)",
+    )
+    _add_settings(parser)
+    parser.set_defaults(max_shard_size=None)
+    return parser
+
+
+def parse_recipe_arguments(
+    description: str, argv: Sequence[str]
+) -> tuple[CommandParser, argparse.Namespace]:
+    """The arguments of the command that takes a recipe; exits with a text where they are wrong."""
+    parser = recipe_parser(description)
+    problems = []
+    for option in parser.unknown_options(argv):
+        name, near = _plain(option), parser.nearest(option)
+        meant = _MEANT_WITH_RECIPE.get(name)
+        if meant is None and any(name in _names(p) for m in METHODS.values() for p in m.parameters):
+            meant = f"{option} belongs into the recipe, under parameters"
+        hint = meant or (f"Did you mean {near}?" if near else "")
+        problems.append(f"unknown option {option}. {hint}".rstrip(" ."))
+    if problems:
+        parser.error("\n".join(problems))
+    arguments, others = parser.parse_known_args(argv)
+    if others:
+        parser.error(f"not expected: {' '.join(others)}. Give one recipe and one folder to make")
+    return parser, arguments
+
+
+def _add_parts(parser: argparse.ArgumentParser) -> None:
+    """What can be done besides merging."""
     parser.add_argument(
         "--plan", action="store_true", help="only say what would be done, and read no weights"
     )
@@ -179,10 +250,6 @@ def command_parser(method: str, description: str) -> CommandParser:
     )
     parser.add_argument("--check", metavar="FOLDER", help=CHECK_HELP)
     parser.add_argument("--json", action="store_true", help=JSON_HELP)
-    _add_tensors(parser)
-    _add_vocabulary(parser)
-    _add_settings(parser)
-    return parser
 
 
 def _add_tensors(parser: argparse.ArgumentParser) -> None:

@@ -11,16 +11,19 @@ import os
 import platform
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from merge_grammar import recipe_document
 from merge_methods import METHODS
 from merge_plan import Plan
+from merge_recipe import Recipe
 from merge_report import REPORT_FILE, MergeReport
+from merge_yaml import write_yaml
 from model_companions import AUTO_TEMPLATE, NO_TEMPLATE
-from model_locate import HUB_ID
+from model_locate import HUB_ID, split_revision
 from model_tokenizer import FORMS
 from model_vocabulary import BY_MODEL, model_index
 
@@ -31,14 +34,17 @@ def saved_report(plan: Plan, report: MergeReport) -> dict[str, Any]:
     """The report as it lies beside the weights.
 
     Returns:
-        "recipe" (resolved), "base_models" (Hub ids among the inputs), "revisions" (their commits,
+        "recipe" (resolved, as a recipe file has it), "base_model" and "models" (the inputs),
+        "base_models" (Hub ids among the inputs), "revisions" (their commits,
         where known), "versions", "result", "notes", "findings" per tensor, and what the models
         have changed, "task_vectors", empty unless it was asked for.
     """
     names = plan.recipe.names
     content = {
-        "recipe": _resolved(plan, report),
-        "base_models": [name for name in dict.fromkeys(names) if is_hub_id(name)],
+        "recipe": recipe_document(resolved_recipe(plan), complete=True),
+        "base_model": plan.recipe.base_model,
+        "models": plan.recipe.models,
+        "base_models": [*dict.fromkeys(split_revision(n)[0] for n in names if is_hub_id(n))],
         "revisions": {
             name: source.path.name
             for name, source in zip(names, plan.sources, strict=True)
@@ -74,8 +80,8 @@ def _versions(*packages: str) -> dict[str, str]:
     return found
 
 
-def _resolved(plan: Plan, report: MergeReport) -> dict[str, Any]:
-    """The recipe with everything filled in that decides the result."""
+def resolved_recipe(plan: Plan) -> Recipe:
+    """The recipe with everything filled in that decides the result, models by their whole names."""
     recipe = plan.recipe
 
     def whole(name: str) -> str:
@@ -86,28 +92,26 @@ def _resolved(plan: Plan, report: MergeReport) -> dict[str, Any]:
         )
 
     settings, donor = recipe.vocabulary, recipe.vocabulary.donor_name
-    tokens = {
-        token: asdict(source) | {"model": whole(source.model) if source.model else ""}
-        for token, source in settings.tokens.items()
-    }
-    mode = settings.mode if donor is None else f"{BY_MODEL}{whole(donor)}"
-    return {
-        "method": recipe.method,
-        "base_model": recipe.base_model,
-        "models": recipe.models,
-        "profile": recipe.profile,
-        "parameters": dict(report.parameters),
-        **recipe.options,
-        "dtype": report.dtype,
-        "max_shard_size": str(recipe.max_shard_size),
-        "vocabulary": {
-            **{field.name: getattr(settings, field.name) for field in fields(settings)},
-            "mode": mode,
-            "tokens": tokens,
-        },
-        "tokenizer_source": report.vocabulary["tokenizer_source"],
-        "chat_template": whole(recipe.chat_template),
-    }
+    slices = tuple(
+        replace(each, parameters=values)
+        for each, values in zip(recipe.slices, plan.parameters, strict=False)
+    )
+    return replace(
+        recipe,
+        parameters={} if slices else plan.parameters[0],
+        slices=slices,
+        dtype=plan.dtype,
+        vocabulary=replace(
+            settings,
+            mode=settings.mode if donor is None else f"{BY_MODEL}{whole(donor)}",
+            tokens={
+                token: replace(source, model=whole(source.model)) if source.model else source
+                for token, source in settings.tokens.items()
+            },
+        ),
+        tokenizer_source=recipe.names[plan.alignment.vocabulary.donor],
+        chat_template=whole(recipe.chat_template),
+    )
 
 
 def is_hub_id(name: str) -> bool:
@@ -188,13 +192,14 @@ def model_card(saved: Mapping[str, Any]) -> str:
         saved: from `saved_report`.
     """
     recipe = saved["recipe"]
+    recipe_text = write_yaml(recipe)
     versions = ", ".join(f"{name} {version}" for name, version in saved["versions"].items())
     parts = [
         "\n".join(["---", *_head(saved), "---"]),
         f"# A merge by {METHODS[recipe['method']].title}",
         "\n".join(_models(saved)),
         _result(saved),
-        "\n".join(["```json", json.dumps(recipe, indent=2, ensure_ascii=False), "```"]),
+        f"{_fence(recipe_text)}yaml\n{recipe_text}{_fence(recipe_text)}",
         "\n".join(f"- {_plain(note)}" for note in saved["notes"]),
         f"Made with {versions}. {REPORT_FILE} has the findings per tensor.",
     ]
@@ -213,11 +218,11 @@ def _head(saved: Mapping[str, Any]) -> Iterator[str]:
 
 def _models(saved: Mapping[str, Any]) -> Iterator[str]:
     """A list of what went in, the base first, with the commits of Hub models."""
-    recipe, revisions = saved["recipe"], saved["revisions"]
-    bases = [] if recipe["base_model"] is None else [recipe["base_model"]]
+    revisions = saved["revisions"]
+    bases = [] if saved["base_model"] is None else [saved["base_model"]]
     for name, role in [
         *((base, " (base)") for base in bases),
-        *((m, "") for m in recipe["models"]),
+        *((m, "") for m in saved["models"]),
     ]:
         at = f" at {revisions[name]}" if name in revisions else ""
         yield f"- {_code(name)}{role}{at}"
@@ -231,6 +236,12 @@ def _result(saved: Mapping[str, Any]) -> str:
         f"tokenizer of {_code(words['tokenizer_source'])}" if has_tokenizer else "no tokenizer"
     )
     return f"{result['tensors']} tensors in {dtype}; {words['rows']} vocabulary rows, {tokenizer}."
+
+
+def _fence(text: str) -> str:
+    """Backticks around a text that may have some itself."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    return "`" * max(3, longest + 1)
 
 
 def _code(text: str) -> str:

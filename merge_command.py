@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from signal import SIGHUP, SIGINT, SIGTERM
 
@@ -19,11 +20,16 @@ from merge_arguments import (
     JSON_HELP,
     CommandParser,
     parse_arguments,
+    parse_recipe_arguments,
     recipe_of,
 )
+from merge_grammar import Stage, load_recipes, recipe_document, with_seed
 from merge_plan import usable_cores
+from merge_recipe import Recipe
 from merge_report import MergeReport, PlanReport
 from merge_run import analyze_models, merge_to_folder, plan
+from merge_schema import recipe_schema
+from merge_yaml import write_yaml
 from model_errors import ModelCompatibilityError
 from model_verify import Findings, verify_folder
 
@@ -50,16 +56,65 @@ def run_command(method: str, description: str, argv: Sequence[str] | None = None
     if any(each.split("=")[0] == "--check" for each in arguments_given):
         return _check(arguments_given)
     parser, arguments = parse_arguments(method, description, arguments_given)
-    wanted = [arguments.save, arguments.analyze, arguments.plan or None]
-    if not any(wanted):
+    _check_parts(parser, arguments, "--save OUT", "--save")
+    return _reported(lambda: _carry_out(recipe_of(method, arguments), arguments), last=argv is None)
+
+
+def run_recipe_command(description: str, argv: Sequence[str] | None = None) -> int:
+    """Parse the command line of the command that takes a recipe file, and carry it out.
+
+    Arguments and exit status as `run_command`.
+    """
+    given = sys.argv[1:] if argv is None else list(argv)
+    if any(each.split("=")[0] == "--check" for each in given):
+        return _check(given)
+    if given == ["--schema"]:
+        return _reported(lambda: json.dumps(recipe_schema(), indent=2))
+    parser, arguments = parse_recipe_arguments(description, given)
+    if arguments.schema:
+        parser.error("--schema stands alone")
+    if not arguments.resolve:
+        _check_parts(parser, arguments, "OUT, the folder to make,", "OUT")
+    return _reported(lambda: _carry_out_recipe(arguments), last=argv is None)
+
+
+def _check_parts(
+    parser: CommandParser, arguments: argparse.Namespace, needed: str, out: str
+) -> None:
+    """What is to be done must be clear."""
+    if not (arguments.save or arguments.analyze or arguments.plan):
         parser.error(
-            "--save OUT is required (or --plan, to see what would be done, or --analyze NAME)"
+            f"{needed} is required (or --plan, to see what would be done, or --analyze NAME)"
         )
     if arguments.analyze and (arguments.save or arguments.plan):
-        parser.error("--analyze merges nothing: give it without --save and --plan")
+        parser.error(f"--analyze merges nothing: give it without {out} and --plan")
     if arguments.findings and not arguments.save:
-        parser.error("--findings is for the report of a merge: give it with --save")
-    return _reported(lambda: _carry_out(method, arguments), last=argv is None)
+        parser.error(f"--findings is for the report of a merge: give it with {out}")
+
+
+def _carry_out_recipe(arguments: argparse.Namespace) -> str:
+    """What is asked for with a recipe file; what to print."""
+    stages = [_changed(stage, arguments) for stage in load_recipes(arguments.recipe)]
+    if arguments.resolve:
+        contents = [
+            ({"name": stage.name} if stage.name else {}) | recipe_document(stage.recipe)
+            for stage in stages
+        ]
+        if arguments.resolve == "json":
+            return json.dumps(contents if len(contents) > 1 else contents[0], indent=2)
+        return "---\n".join(map(write_yaml, contents)).rstrip()
+    (stage,) = stages
+    return _carry_out(replace(stage.recipe, output_dir=arguments.save), arguments)
+
+
+def _changed(stage: Stage, arguments: argparse.Namespace) -> Stage:
+    """A recipe with what the command line says instead."""
+    recipe = stage.recipe
+    given = {"dtype": arguments.dtype, "max_shard_size": arguments.max_shard_size}
+    recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
+    if arguments.seed is not None:
+        recipe = with_seed(recipe, arguments.seed)
+    return stage._replace(recipe=recipe)
 
 
 def _check(argv: Sequence[str]) -> int:
@@ -105,9 +160,8 @@ def _reported(work: Callable[[], str], *, last: bool = False) -> int:
     return EXIT_OK
 
 
-def _carry_out(method: str, arguments: argparse.Namespace) -> str:
+def _carry_out(recipe: Recipe, arguments: argparse.Namespace) -> str:
     """Merge, or plan a merge; what to print."""
-    recipe = recipe_of(method, arguments)
     settings = {
         "device": arguments.device,
         "threads": arguments.threads,

@@ -1,17 +1,20 @@
 """What a merge will do and what it did: for people as text, for programs as JSON."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from merge_memory import Fit
+from merge_parameters import Values
 from merge_plan import Plan, free_bytes
 from merge_recipe import Recipe
+from merge_settings import written
 from model_checks import EMBEDDING, is_tied
 from model_utils import ModelFolder, format_bytes
 
 REPORT_FILE = "merge_report.json"
-OWN_FILES = ("README.md", "config.json", REPORT_FILE)
+RECIPE_FILE = "merge_recipe.yml"
+OWN_FILES = ("README.md", "config.json", RECIPE_FILE, REPORT_FILE)
 """What a merge writes itself, besides weights."""
 
 
@@ -47,7 +50,9 @@ class PlanReport:
     """What a merge will do, from config.json and the headers alone.
 
     Attributes:
-        method, profile, parameters, output_dir, dtype: as resolved.
+        method, profile, parameters, output_dir, dtype: as resolved. Parameters that differ between
+            tensors are as recipe files have them.
+        slices: with their own parameters, if layers are stacked; else there are none.
         options: which tensors are merged, and what is done to every merged value.
         models: the inputs, the base (if any) first.
         vocabulary: mode, rows, tokens, the model that gives the tokenizer, tokens added, and by
@@ -69,6 +74,7 @@ class PlanReport:
     method: str
     profile: str
     parameters: Mapping[str, Any]
+    slices: tuple[Mapping[str, Any], ...]
     options: Mapping[str, Any]
     models: tuple[ModelSummary, ...]
     output_dir: str | None
@@ -96,8 +102,10 @@ class PlanReport:
         """The plan as lines of text."""
         words = self.vocabulary
         lines = [f"method      {self.method}, profile {self.profile}"]
-        width = max(map(len, self.parameters), default=0)
-        lines += [f"  {name:<{width}} {_shown(value)}" for name, value in self.parameters.items()]
+        lines += _shown_parameters(self.parameters)
+        for number, each in enumerate(self.slices, 1):
+            lines.append(f"slice {number:<6}{each['sources']}")
+            lines += _shown_parameters(each["parameters"])
         lines += [f"{name:<18} {_shown(value)}" for name, value in _set(self.options).items()]
         lines += [f"{model.role:<12}{_described(model)}" for model in self.models]
         lines += [
@@ -141,7 +149,8 @@ def plan_report(plan: Plan, fit: Fit) -> PlanReport:
     return PlanReport(
         method=recipe.method,
         profile=recipe.profile,
-        parameters=plan.parameters,
+        parameters=resolved_parameters(plan),
+        slices=resolved_slices(plan),
         options=plan.recipe.options,
         models=tuple(_summarise(source, plan) for source in plan.sources),
         output_dir=None if recipe.output_dir is None else str(recipe.output_dir),
@@ -160,6 +169,31 @@ def plan_report(plan: Plan, fit: Fit) -> PlanReport:
         files=tuple(sorted((*OWN_FILES, *plan.carried.names))),
         files_left=plan.carried.left,
         notes=tuple(notes),
+    )
+
+
+def resolved_parameters(plan: Plan) -> dict[str, Any]:
+    """The method's parameters as JSON can hold them; none where slices have them."""
+    if plan.recipe.slices:
+        return {}
+    return _plain(plan.parameters[0])
+
+
+def _plain(values: Values) -> dict[str, Any]:
+    return {
+        name: tuple(written(each) for each in value) if isinstance(value, tuple) else written(value)
+        for name, value in values.items()
+    }
+
+
+def resolved_slices(plan: Plan) -> tuple[dict[str, Any], ...]:
+    """The slices with their parameters as JSON can hold them."""
+    return tuple(
+        {
+            "sources": ", ".join(f"{model}[{first}:{stop}]" for model, first, stop in each.inputs),
+            "parameters": _plain(values),
+        }
+        for each, values in zip(plan.recipe.slices, plan.parameters, strict=False)
     )
 
 
@@ -212,8 +246,21 @@ def _set(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value != defaults[name]}
 
 
+def _shown_parameters(parameters: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each; what depends on others that differ between tensors has none."""
+    said = {name: value for name, value in parameters.items() if value is not None}
+    width = max(map(len, said), default=0)
+    return (f"  {name:<{width}} {_shown(value)}" for name, value in said.items())
+
+
 def _shown(value: Any) -> str:
-    return ", ".join(str(entry) for entry in value) if isinstance(value, tuple) else str(value)
+    """A value for people: numbers one after the other, filters before their values."""
+    if isinstance(value, tuple):
+        return ", ".join(map(_shown, value))
+    if isinstance(value, list) and any(isinstance(each, Mapping) for each in value):
+        parts = (f"{each.get('filter', 'else')}: {_shown(each['value'])}" for each in value)
+        return f"({'; '.join(parts)})"
+    return str(value)
 
 
 @dataclass(frozen=True)
@@ -221,7 +268,8 @@ class MergeReport:
     """What a merge did.
 
     Attributes:
-        method, profile, parameters, options, base_model, models, output_dir, dtype: as resolved.
+        method, profile, parameters, slices, options, base_model, models, output_dir, dtype: as
+            resolved; see `PlanReport`.
         vocabulary: as in `PlanReport`.
         tensors: tensors in the result.
         bytes_read: from the weights, all passes together.
@@ -241,6 +289,7 @@ class MergeReport:
     method: str
     profile: str
     parameters: Mapping[str, Any]
+    slices: tuple[Mapping[str, Any], ...]
     options: Mapping[str, Any]
     base_model: str | None
     models: tuple[str, ...]
@@ -267,9 +316,9 @@ class MergeReport:
         """The report in a few lines."""
         count, mapped = len(self.models), self.mapped_memory
         lines = [
-            f"merged {count} model{'s' if count > 1 else ''} by {self.method} into "
-            f"{self.output_dir or 'memory'}: {self.tensors} tensors, {self.dtype}, "
-            f"{format_bytes(self.bytes_written)}",
+            f"merged {count} model{'s' if count > 1 else ''} by {self.method}, profile "
+            f"{self.profile}, into {self.output_dir or 'memory'}: {self.tensors} tensors, "
+            f"{self.dtype}, {format_bytes(self.bytes_written)}",
             f"read {format_bytes(self.bytes_read)} in {self.seconds:.1f} s, "
             f"peak memory {format_bytes(self.peak_memory)}"
             + (f", {format_bytes(mapped)} of it libraries' files" if mapped else ""),

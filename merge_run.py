@@ -29,13 +29,17 @@ from merge_plan import Plan, free_bytes, open_plan, usable_cores
 from merge_progress import progress_bar
 from merge_recipe import Recipe
 from merge_report import (
+    RECIPE_FILE,
     REPORT_FILE,
     MergeReport,
     PlanReport,
     plan_report,
+    resolved_parameters,
+    resolved_slices,
     vocabulary_summary,
 )
 from merge_stream import Sink, StreamSettings, stream
+from merge_yaml import write_yaml
 from model_checks import HEAD
 from model_errors import ModelCompatibilityError
 from model_prep import resize_vocabulary, set_special_ids, warn_about
@@ -91,7 +95,7 @@ class RunSettings:
             ValueError: nothing does.
         """
         limit = None if self.max_memory is None else parse_size(self.max_memory)
-        loops = plan.method.loops(plan.parameters)
+        loops = plan.loops
         packages = arithmetic(self.device, loops)
         held = anonymous_memory() + beside
         threads = self.threads or usable_cores()
@@ -194,6 +198,7 @@ def _write_small_files(plan: Plan, report: MergeReport, writer: FolderWriter) ->
         writer.write_text(name, edit.make())
     saved = saved_report(plan, report)
     writer.write_text(REPORT_FILE, json.dumps(saved, indent=2, ensure_ascii=False) + "\n")
+    writer.write_text(RECIPE_FILE, write_yaml(saved["recipe"]))
     writer.write_text("README.md", model_card(saved))
     writer.write_text("config.json", plan.config_text)
 
@@ -279,7 +284,7 @@ class ModelSink:
 def _stream(
     plan: Plan, fit: Fit, sink: Sink, run_settings: RunSettings
 ) -> dict[str, Mapping[str, Any]]:
-    loops = plan.method.loops(plan.parameters)
+    loops = plan.loops
     merge_group = plan.observe if run_settings.findings else plan.merge
     with (
         make_operations(run_settings.device, loops, finish=plan.finish) as operations,
@@ -364,7 +369,8 @@ def _report(
     return MergeReport(
         method=recipe.method,
         profile=recipe.profile,
-        parameters=plan.parameters,
+        parameters=resolved_parameters(plan),
+        slices=resolved_slices(plan),
         options=recipe.options,
         base_model=recipe.base_model,
         models=recipe.models,

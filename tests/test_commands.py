@@ -255,7 +255,7 @@ def test_numbers_below_0_may_have_exponents(models):
     weights = ("--weights", "-1e-3", "1", "--negative_weights")
     assert ties(*weights, "--clamp_range", "-inf", "1e1", "--save", "out") == 0
     recipe = json.loads(Path("out/merge_report.json").read_text())["recipe"]
-    assert recipe["parameters"]["weights"] == [-0.001, 1.0]
+    assert [each["parameters"]["weight"] for each in recipe["models"]] == [-0.001, 1.0]
     assert recipe["clamp_range"] == [None, 10.0]
 
 
@@ -409,7 +409,9 @@ def test_an_interrupt_leaves_nothing_and_ends_with_status_130(models, capsys, mo
 def test_the_command_and_the_function_make_the_same_model(models, capsys):
     assert ties("--weights", 0.5, 0.4, "--densities", 0.5, 0.3, "--lambda", 0.7, "--save", "x") == 0
     output = capsys.readouterr()
-    assert output.out.startswith("merged 2 models by ties into x: 12 tensors, bfloat16, ")
+    assert output.out.startswith(
+        "merged 2 models by ties, profile default, into x: 12 tensors, bfloat16, "
+    )
     assert output.err == ""
     ties_merge_llama_to_folder(
         "base", ["a", "b"], [0.5, 0.4], [0.5, 0.3], lam=0.7, output_dir="y", progress=False
@@ -566,7 +568,7 @@ def test_an_option_given_twice_adds_to_the_list(models, capsys):
     options = ("--weights", 0.5, "--ft_models", "base", "--weights", 0.25, 0.5)
     assert ties(*options, "--save", "out") == 0
     report = capsys.readouterr().out
-    assert report.startswith("merged 3 models by ties into out")
+    assert report.startswith("merged 3 models by ties, profile default, into out")
 
 
 def not_on_the_hub(model, weights):

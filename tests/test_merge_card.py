@@ -12,6 +12,7 @@ from tiny_checkpoints import make_llama
 from tiny_tokenizers import NORMAL, write_byte_level
 
 from merge_card import VERSION, model_card, public_names, publish, saved_report
+from merge_grammar import read_recipes, recipe_of
 from merge_recipe import Recipe
 from merge_report import MergeReport
 from merge_run import merge_to_folder
@@ -58,11 +59,13 @@ def saved(*names, paths=None, notes=(), files=("tokenizer.json",), method="ties"
     plan = SimpleNamespace(
         recipe=recipe,
         sources=[SimpleNamespace(path=path) for path in paths],
-        alignment=SimpleNamespace(tied=False),
+        alignment=SimpleNamespace(tied=False, vocabulary=SimpleNamespace(donor=0)),
+        parameters=({},),
+        dtype="float32",
     )
     vocabulary = {"rows": 7, "tokenizer_source": names[0], "rows_changed": {names[-1]: {"cut": 1}}}
     report = MergeReport(
-        method, "default", {"lam": 1.0}, recipe.options, names[0], names[1:], "/home/me/out",
+        method, "default", {"lam": 1.0}, (), recipe.options, names[0], names[1:], "/home/me/out",
         "float32", vocabulary, 3, 10, 20, 1.5, 2**30, 0, files, (), tuple(notes),
         {"model.norm.weight": {"kept": 1}}, {},
     )  # fmt: skip
@@ -97,7 +100,7 @@ def test_no_path_is_in_the_card_or_the_report(tmp_path, monkeypatch):
             assert part not in text
     report = json.loads((tmp_path / "out/merge_report.json").read_text())
     assert len(report["notes"]) >= 4
-    assert report["recipe"]["models"] == ["tuned"] * 3
+    assert [each["model"] for each in report["recipe"]["models"]] == ["tuned"] * 3
     assert report["recipe"]["chat_template"] == "tuned"
 
 
@@ -119,20 +122,20 @@ def test_the_report_has_the_recipe_as_it_was_resolved(tmp_path):
     assert report["recipe"] == {
         "method": "ties",
         "base_model": "first",
-        "models": ["tuned"],
+        "models": [{"model": "tuned", "parameters": {"weight": 1.0, "density": 0.5}}],
         "profile": "default",
         "parameters": {
-            "weights": [1.0], "densities": [0.5], "lam": 1.0, "normalize": True,
+            "lambda": 1.0, "normalize": True,
             "trim_scope": "tensor", "trim_ties": "index", "k_rule": "floor", "rescale": "none",
             "denominator": "weight", "elect_on": "weighted", "elect_method": "mass",
             "negative_weights": False, "elect_zero": "plus",
         },
         "include": [], "exclude": [], "merge_embeddings": True, "merge_lm_head": True,
-        "weight_decay": 0.0, "clamp_range": None,
+        "weight_decay": 0.0,
         "dtype": "bfloat16",
         "max_shard_size": "5GB",
         "vocabulary": {
-            "mode": "union", "tokens": {}, "pad_to_multiple_of": None, "union_tokens": "added",
+            "mode": "union", "tokens": {}, "union_tokens": "added",
             "missing_row": "mean", "new_row": "donor", "linear_missing": "fill", "id_alias": [],
             "tie": "auto",
         },
@@ -229,10 +232,10 @@ def test_the_card_says_what_was_merged_and_how():
     body = card.split("---\n", 2)[2]
     assert body.startswith(
         "\n# A merge by TIES\n\n- `base` (base)\n- `tuned`\n\n"
-        "3 tensors in float32; 7 vocabulary rows, tokenizer of `base`.\n\n```json\n{\n"
+        "3 tensors in float32; 7 vocabulary rows, tokenizer of `base`.\n\n```yaml\nmethod: ties\n"
     )
-    recipe = json.loads(body.split("```")[1].removeprefix("json"))
-    assert (recipe["models"], recipe["parameters"]) == (["tuned"], {"lam": 1.0})
+    recipe = yaml.safe_load(body.split("```")[1].removeprefix("yaml"))
+    assert recipe["models"] == [{"model": "tuned"}]
     assert f"```\n\n- 1 token cut\n- 2 kept\n\nMade with llama-merge {VERSION}, torch " in body
     assert body.endswith(". merge_report.json has the findings per tensor.\n")
 
@@ -252,13 +255,17 @@ def test_a_merge_of_a_folder_of_any_name_has_a_sound_card(tmp_path, name):
     card = (tmp_path / "out/README.md").read_text("utf-8")
     report = json.loads((tmp_path / "out/merge_report.json").read_text("utf-8"))
     public = name.encode("utf-8", "replace").decode()
-    assert report["recipe"]["models"] == [public]
+    assert [each["model"] for each in report["recipe"]["models"]] == [public]
     assert str(tmp_path) not in card + json.dumps(report)
     assert head(card)["tags"] == ["merge", "llama-merge"]
     assert "base_model" not in ModelCard(card).data.to_dict()
     lines = card.split("\n")
-    start, stop = lines.index("```json"), lines.index("```")
-    assert json.loads("\n".join(lines[start + 1 : stop]))["models"] == [public]
+    start = next(index for index, line in enumerate(lines) if line.endswith("```yaml"))
+    stop = lines.index(lines[start].removesuffix("yaml"))
+    assert recipe_of(yaml.safe_load("\n".join(lines[start + 1 : stop]))).models == (public,)
+    assert read_recipes((tmp_path / "out/merge_recipe.yml").read_bytes())[0].recipe.models == (
+        public,
+    )
     shown = " ".join(public.split())
     assert any(line.startswith("- `") and shown in line for line in lines[:start])
     notes = [line for line in lines[stop + 1 : -2] if line]

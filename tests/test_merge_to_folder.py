@@ -579,7 +579,7 @@ def test_the_plan_says_how_many_bytes_will_be_read(tmp_path, method, parameters)
     counts = []
     with open_plan(recipe) as plan:
         settings = StreamSettings(block_bytes=5000, on_bytes=counts.append)
-        operations = make_operations("cpu", plan.method.loops(plan.parameters))
+        operations = make_operations("cpu", plan.loops)
         stream(
             plan.groups,
             lambda tasks: plan.merge(tasks, operations),
@@ -628,7 +628,8 @@ def test_everything_that_belongs_to_a_model_is_carried_byte_for_byte(tmp_path):
     assert report.files_left == ("modeling.py",)
     for name in carried:
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
-    files = {"config.json", "model.safetensors", "README.md", "merge_report.json", *carried}
+    own = ("config.json", "README.md", "merge_recipe.yml", "merge_report.json")
+    files = {"model.safetensors", *own, *carried}
     assert set(os.listdir(tmp_path / "out")) == files
 
 

@@ -1,0 +1,750 @@
+"""Recipe files: mergekit's grammar read into recipes, and recipes written down again.
+
+A file with `merge_method` is mergekit's: it means what it means there, by the profile "mergekit".
+One with `method` is ours: the same grammar, with our defaults. In both, everything is said at once
+that is wrong, with the line and the path of the entry.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from merge_methods import ALIASES, METHODS, Method
+from merge_parameters import PROFILES
+from merge_plan import canonical, check_recipe
+from merge_recipe import (
+    OPTIONS,
+    LayerRange,
+    Parameter,
+    Recipe,
+    Slice,
+    converted,
+    make_recipe,
+    unknown_name,
+)
+from merge_settings import Choice, Setting, joined, written
+from merge_yaml import Document, RecipeError, path_text, read_documents
+from merge_yaml import Path as Place
+from model_chat_templates import CHAT_TEMPLATES
+from model_safetensors import DTYPE_NAMES
+from model_vocabulary import BY_MODEL, TokenSource, VocabularySettings, token_source
+
+COMMON_KEYS = (
+    *("name", "models", "slices", "base_model", "parameters", "dtype", "tokenizer_source"),
+    *("chat_template", "profile", "max_shard_size", *OPTIONS),
+)
+MERGEKIT_KEYS = ("merge_method", "modules", "out_dtype", "tokenizer")
+OWN_KEYS = ("method", "vocabulary")
+
+MODULE = "default"
+"""The one module of a language model, as mergekit calls it."""
+
+NO_EFFECT = ("int8_mask", "embed_slerp")
+"""Parameters of mergekit's that change no number."""
+
+INSTEAD = {"pattern": "filter", "alpha": "weight", "scaling_coefficient": "weight"}
+"""Words that are no longer used, or are others', and ours for them."""
+
+Settings = Mapping[str, Setting]
+
+
+class Stage(NamedTuple):
+    """One recipe of a file.
+
+    Attributes:
+        name: what later recipes of the file call its result; None if it has none.
+        recipe: the recipe.
+        place: file and line.
+    """
+
+    name: str | None
+    recipe: Recipe
+    place: str
+
+
+def load_recipes(path: str | Path) -> list[Stage]:
+    """The recipes in a file: YAML, or JSON if its name ends in .json.
+
+    Raises:
+        RecipeError: something is wrong with them; one line each.
+        OSError: the file cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        return read_recipes(file.read(MAX_READ), str(path))
+
+
+MAX_READ = 10**6 + 1
+"""More than a recipe may have: what is longer is refused, not cut."""
+
+
+def read_recipes(text: str | bytes, source: str = "recipe") -> list[Stage]:
+    """The recipes in a text; see `load_recipes`."""
+    stages, problems = [], []
+    for document in read_documents(text, source):
+        reader = _Reader(document)
+        stage = reader.stage()
+        problems += reader.problems
+        if stage is not None:
+            stages.append(stage)
+    if not problems and not stages:
+        problems.append(f"{source}: empty. Expected a recipe with merge_method and models")
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return stages
+
+
+def recipe_of(content: Mapping[str, Any], source: str = "recipe") -> Recipe:
+    """The recipe that a mapping says, such as `recipe_document` gives.
+
+    Raises:
+        RecipeError: something is wrong with it.
+    """
+    reader = _Reader(Document(content, source))
+    stage = reader.stage()
+    if stage is None or reader.problems:
+        raise RecipeError("\n".join(reader.problems))
+    return stage.recipe
+
+
+@dataclass
+class _Entry:
+    """A model of a recipe or of a slice.
+
+    Attributes:
+        model: its name.
+        place: where it is said.
+        settings: its own, nearest first.
+        layers: first and last but one; None for all.
+    """
+
+    model: str
+    place: Place
+    settings: Settings
+    layers: tuple[int, int] | None = None
+
+
+@dataclass
+class _Reader:
+    """Reads one document.
+
+    Attributes:
+        document: the document.
+        problems: what is wrong, one line each.
+        notes: what has no effect.
+    """
+
+    document: Document
+    problems: list[str] = field(default_factory=list)
+    notes: dict[str, None] = field(default_factory=dict)
+    is_mergekits: bool = False
+    method_name: str = ""
+    method: Method = METHODS["linear"]
+    declared: Mapping[str, Parameter] = field(default_factory=dict)
+
+    def wrong(self, place: Place, text: str) -> None:
+        """Something is wrong with an entry."""
+        self.problems.append(f"{self.document.place(place)}: {text}")
+
+    def note(self, place: Place, text: str) -> None:
+        """An entry is left out; published with the result, so without the file's path."""
+        self.notes[f"{path_text(place)} in the recipe {text}"] = None
+
+    def stage(self) -> Stage | None:
+        """The recipe; None if something is wrong with it."""
+        if self.document.value is None:
+            return None
+        content = self._mapping(self.document.value, ())
+        if self.problems or not self._choose_method(content):
+            return None
+        self._check_keys(content, (), self._top_keys())
+        profile = self._profile(content.get("profile"))
+        declared = self.method.parameters_of(profile)
+        self.declared = {parameter.key: parameter for parameter in declared}
+        settings = self._fields(content)
+        body, body_place, shared = self._body(content)
+        base = self._reference(content.get("base_model"), ("base_model",))
+        given = self._merged_parts(body, body_place, base, shared)
+        if self.problems:
+            return None
+        recipe = make_recipe(self.method_name, *given[:2], given[2], profile=profile, **settings)
+        recipe = replace(recipe, slices=given[3], notes=tuple(self.notes))
+        try:
+            recipe = canonical(recipe)
+            _, problems = check_recipe(recipe)
+        except ValueError as error:
+            problems = [str(error)]
+        for problem in problems:
+            self.wrong(self._place_of(problem, content), problem)
+        name = self._text(content.get("name"), ("name",))
+        return Stage(name, recipe, self.document.place())
+
+    def _place_of(self, problem: str, content: Mapping[str, Any]) -> Place:
+        """The entry that a text on the whole recipe begins with."""
+        word = problem.split()[0].rstrip(":")
+        return (word,) if word in content else ()
+
+    # The method and what it knows
+
+    def _choose_method(self, content: Mapping[str, Any]) -> bool:
+        """Whose grammar it is, and which method."""
+        keys = [key for key in ("merge_method", "method") if key in content]
+        if len(keys) != 1:
+            said = "both are given" if keys else "neither is given"
+            self.wrong(
+                (), f"merge_method (mergekit's conventions) or method (ours): {said}. Give one"
+            )
+            return False
+        (key,) = keys
+        self.is_mergekits = key == "merge_method"
+        name = content[key]
+        known = [*METHODS, *ALIASES]
+        if not isinstance(name, str) or name not in known:
+            self.wrong((key,), unknown_name("method", name, known))
+            return False
+        self.method_name = name
+        self.method = METHODS[ALIASES[name][0] if name in ALIASES else name]
+        return True
+
+    def _top_keys(self) -> tuple[str, ...]:
+        return (*COMMON_KEYS, *(MERGEKIT_KEYS if self.is_mergekits else OWN_KEYS))
+
+    def _profile(self, value: Any) -> str:
+        default = "mergekit" if self.is_mergekits else "default"
+        if value is None:
+            return default
+        if value not in PROFILES:
+            self.wrong(("profile",), unknown_name("profile", value, PROFILES))
+            return default
+        return str(value)
+
+    # Kinds of entries
+
+    def _mapping(self, value: Any, place: Place) -> Mapping[str, Any]:
+        if value is None:
+            return {}
+        if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+            return value
+        self.wrong(place, f"expected entries such as `key: value`, got {_brief(value)}")
+        return {}
+
+    def _list(self, value: Any, place: Place, of: str) -> Sequence[Any]:
+        if isinstance(value, list) and value:
+            return value
+        self.wrong(place, f"expected a list of {of}, each after a hyphen, got {_brief(value)}")
+        return []
+
+    def _text(self, value: Any, place: Place) -> str | None:
+        if value is None or (isinstance(value, str) and value):
+            return value
+        self.wrong(place, f"expected a text, got {_brief(value)}. Put it into quotes")
+        return None
+
+    def _check_keys(self, content: Mapping[str, Any], place: Place, known: Sequence[str]) -> None:
+        """Say which keys are not known, and where they may belong."""
+        for key in content:
+            if key in known:
+                continue
+            if key in INSTEAD and INSTEAD[key] in known:
+                text = f"unknown key {key!r}. It is called {INSTEAD[key]!r}"
+            elif key in self.declared or key in _all_keys() or key in NO_EFFECT:
+                text = f"{key!r} is a parameter. Put it under parameters:"
+            elif key in (*COMMON_KEYS, *MERGEKIT_KEYS, *OWN_KEYS) and not place:
+                other = "merge_method" if self.is_mergekits else "method"
+                text = f"{key!r} does not go with {other}. Leave it out"
+            else:
+                text = unknown_name("key", key, known)
+            self.wrong((*place, key), text)
+
+    def _reference(self, value: Any, place: Place) -> str | None:
+        """A model: PATH[@REVISION], or mergekit's mapping of the same."""
+        if isinstance(value, Mapping):
+            self._check_keys(value, place, ("model", "lora", "override_architecture"))
+            for key in ("lora", "override_architecture"):
+                if value.get(key) is not None:
+                    self._unsupported(key, (*place, key))
+            path = value.get("model")
+            if isinstance(path, Mapping):
+                self._check_keys(path, (*place, "model"), ("path", "revision"))
+                revision = self._text(path.get("revision"), (*place, "model", "revision"))
+                name = self._text(path.get("path"), (*place, "model", "path"))
+                return f"{name}@{revision}" if name and revision else name
+            value = path
+        name = self._text(value, place)
+        if name is None:
+            return None
+        model, _, adapter = name.partition("+")
+        if adapter and not Path(name).exists():
+            self._unsupported(f"{name}: lora", place)
+            return model
+        return name
+
+    def _unsupported(self, what: str, place: Place) -> None:
+        if "lora" in what:
+            remedy = "Fold the adapter into its base first (PEFT's merge_and_unload)"
+        else:
+            remedy = "Leave it out"
+        self.wrong(place, f"{what} is not supported. {remedy}")
+
+    # Parameters
+
+    def _settings(self, value: Any, place: Place, *, of_model: bool) -> Settings:
+        """What a level says of the parameters, by their names."""
+        found: dict[str, Setting] = {}
+        for key, entry in self._mapping(value, place).items():
+            where = (*place, key)
+            parameter = self.declared.get(key)
+            if parameter is None:
+                self._undeclared(key, where)
+            elif of_model and not (parameter.per_model or self.method.most == 1):
+                self.wrong(where, f"{key} is of the whole merge. Put it under its parameters")
+            else:
+                found[parameter.name] = self._setting(parameter, entry, where)
+        return found
+
+    def _undeclared(self, key: str, place: Place) -> None:
+        name = self.method_name
+        if self.is_mergekits and key in (*NO_EFFECT, *_all_keys()):
+            self.note(place, f"has no effect on {name}, here as in mergekit")
+        elif key in INSTEAD and INSTEAD[key] in self.declared:
+            self.wrong(place, f"unknown parameter {key!r}. It is called {INSTEAD[key]!r}")
+        else:
+            self.wrong(place, unknown_name(f"parameter of {name}", key, self.declared))
+
+    def _setting(self, parameter: Parameter, entry: Any, place: Place) -> Setting:
+        """A value, a gradient, or a list of filters."""
+        if isinstance(entry, Mapping):
+            entry = [entry]
+        if isinstance(entry, list) and any(isinstance(each, Mapping) for each in entry):
+            choices = [self._choice(parameter, each, (*place, i)) for i, each in enumerate(entry)]
+            return Setting(tuple(choices))
+        return Setting((Choice(self._values(parameter, entry, place)),))
+
+    def _choice(self, parameter: Parameter, entry: Any, place: Place) -> Choice:
+        content = self._mapping(entry, place)
+        self._check_keys(content, place, ("filter", "value"))
+        if "value" not in content:
+            self.wrong(place, "value is missing. Give {filter: ..., value: ...}")
+        pattern = self._text(content.get("filter"), (*place, "filter"))
+        values = self._values(parameter, content.get("value", 0.0), (*place, "value"))
+        return Choice(values) if pattern is None else Choice(values, pattern)
+
+    def _values(self, parameter: Parameter, entry: Any, place: Place) -> tuple[Any, ...]:
+        """One value, or the points of a gradient, in the kind that is declared."""
+        if isinstance(entry, list) and parameter.kind is int:
+            self.wrong(place, f"{parameter.key} is a whole number, so it cannot be a gradient")
+            return ()
+        if entry == []:
+            self.wrong(place, "an empty gradient. Give its values from the first layer to the last")
+        points = entry if isinstance(entry, list) else [entry]
+        found = []
+        for index, point in enumerate(points):
+            where = (*place, index) if isinstance(entry, list) else place
+            found.append(self._value(parameter, point, where))
+        return tuple(found)
+
+    def _value(self, parameter: Parameter, point: Any, place: Place) -> Any:
+        if self.is_mergekits and parameter.name == "rescale" and isinstance(point, bool):
+            kept = parameter.default if parameter.default != "none" else "l1"
+            point = kept if point else "none"
+        value, wrong = converted(replace(parameter, name=parameter.key), point)
+        for problem in wrong:
+            self.wrong(place, problem)
+        return value
+
+    # Models and slices
+
+    def _body(self, content: Mapping[str, Any]) -> tuple[Mapping[str, Any], Place, list[Settings]]:
+        """Where models or slices stand, and what holds for all of them, nearest first."""
+        shared = [self._settings(content.get("parameters"), ("parameters",), of_model=False)]
+        kinds = [key for key in ("models", "slices", "modules") if content.get(key) is not None]
+        if len(kinds) != 1:
+            said = f"{' and '.join(kinds)} are given" if kinds else "none is given"
+            self.wrong((), f"exactly one of models, slices and modules is needed: {said}")
+            return {}, (), shared
+        if kinds != ["modules"]:
+            return content, (), shared
+        modules = self._mapping(content["modules"], ("modules",))
+        if [*modules] != [MODULE]:
+            self.wrong(
+                ("modules",),
+                f"a language model has one module, {MODULE!r}, got {', '.join(modules) or 'none'}",
+            )
+            return {}, (), shared
+        place: Place = ("modules", MODULE)
+        body = self._mapping(modules[MODULE], place)
+        self._check_keys(body, place, ("models", "slices", "parameters"))
+        of_module = self._settings(body.get("parameters"), (*place, "parameters"), of_model=False)
+        if (body.get("models") is None) == (body.get("slices") is None):
+            self.wrong(place, "exactly one of models and slices is needed")
+        return body, place, [of_module, *shared]
+
+    def _merged_parts(
+        self, body: Mapping[str, Any], place: Place, base: str | None, shared: list[Settings]
+    ) -> tuple[str | None, tuple[str, ...], dict[str, Any], tuple[Slice, ...]]:
+        """Base, models, parameters and slices of the recipe."""
+        if self.method.base == "required" and base is None and not _bases(body):
+            self.wrong(
+                (), f"{self.method_name} needs a base_model, the common ancestor of the models"
+            )
+        if self.is_mergekits and self.method_name == "slerp" and base is None:
+            self.wrong((), "slerp needs a base_model: the one of the two that is t = 0")
+        if body.get("slices") is not None:
+            return self._sliced(body["slices"], (*place, "slices"), base, shared)
+        entries = []
+        if body.get("models") is not None:
+            listed = self._list(body["models"], (*place, "models"), "models")
+            entries = [self._entry(each, (*place, "models", i)) for i, each in enumerate(listed)]
+        of_base, models = self._parted(entries, base, place, must_list=False)
+        parameters = self._parameters(models, shared)
+        name = None if of_base is None else of_base.model
+        return name, tuple(each.model for each in models), parameters, ()
+
+    def _entry(self, value: Any, place: Place, *, layers: bool = False) -> _Entry:
+        """A model with its parameters, and with the layers that are taken."""
+        content = {"model": value} if isinstance(value, str) else self._mapping(value, place)
+        known = ("model", "layer_range", "parameters") if layers else ("model", "parameters")
+        self._check_keys(content, place, known)
+        model = self._reference(content.get("model"), (*place, "model"))
+        if content.get("model") is None:
+            self.wrong(place, "model is missing. Give a folder or a Hub id")
+        where = (*place, "parameters")
+        settings = self._settings(content.get("parameters"), where, of_model=True)
+        taken = None
+        if layers:
+            taken = self._layer_range(content.get("layer_range"), (*place, "layer_range"))
+        return _Entry(model or "", place, settings, taken)
+
+    def _layer_range(self, value: Any, place: Place) -> tuple[int, int]:
+        is_range = isinstance(value, list) and len(value) == 2
+        if is_range and all(type(each) is int for each in value) and 0 <= value[0] < value[1]:
+            return value[0], value[1]
+        self.wrong(
+            place,
+            f"expected [first, last + 1], counted from 0, such as [0, 16], got {_brief(value)}",
+        )
+        return 0, 1
+
+    def _sliced(
+        self, value: Any, place: Place, base: str | None, shared: list[Settings]
+    ) -> tuple[str | None, tuple[str, ...], dict[str, Any], tuple[Slice, ...]]:
+        slices = []
+        for number, each in enumerate(self._list(value, place, "slices")):
+            slices.append(self._slice(each, (*place, number), base, shared))
+        inputs = [source.model for each in slices for source in each.inputs]
+        first = [base] if base is not None else []
+        with_base = [each.base is not None for each in slices]
+        if any(with_base):
+            of_recipe = base or next(each.base.model for each in slices if each.base is not None)
+            others = [name for name in dict.fromkeys(inputs) if name != of_recipe]
+            return of_recipe, tuple(others), {}, tuple(slices)
+        return None, tuple(dict.fromkeys([*first, *inputs])), {}, tuple(slices)
+
+    def _slice(self, value: Any, place: Place, base: str | None, shared: list[Settings]) -> Slice:
+        content = self._mapping(value, place)
+        known = ("sources", "base_model", "parameters", "residual_weight")
+        self._check_keys(content, place, known)
+        if content.get("residual_weight") is not None:
+            self.note((*place, "residual_weight"), "has no effect, here as in mergekit")
+        own = self._settings(content.get("parameters"), (*place, "parameters"), of_model=False)
+        sources: Place = (*place, "sources")
+        listed = self._list(content.get("sources"), sources, "sources")
+        entries = [self._entry(e, (*sources, i), layers=True) for i, e in enumerate(listed)]
+        lengths = [each.layers[1] - each.layers[0] for each in entries if each.layers]
+        for entry, length in zip(entries, lengths, strict=False):
+            if length != lengths[0]:
+                self.wrong(
+                    (*entry.place, "layer_range"),
+                    f"{length} layers, but {lengths[0]} in the first source. Take as many of each",
+                )
+        base = self._reference(content.get("base_model"), (*place, "base_model")) or base
+        of_base, models = self._parted(entries, base, place, must_list=True)
+        parameters = self._parameters(models, [own, *shared])
+        return Slice(
+            sources=tuple(map(_layers, models)) or (LayerRange("", 0, 1),),
+            base=None if of_base is None else _layers(of_base),
+            parameters=parameters,
+        )
+
+    def _parted(
+        self, entries: list[_Entry], base: str | None, place: Place, *, must_list: bool
+    ) -> tuple[_Entry | None, list[_Entry]]:
+        """The base and the models that are merged; a method without a base takes it first."""
+        models = [entry for entry in entries if entry.model != base]
+        of_base = [entry for entry in entries if entry.model == base]
+        if self.is_mergekits:
+            for index, entry in enumerate(entries):
+                before = [each for each in entries[:index] if each.model == entry.model]
+                if before:
+                    self.wrong(entry.place, f"{entry.model} is listed twice. Leave one out")
+        if self.method.base == "none":
+            listed = [*of_base, *models]
+            if base is not None and not of_base and not must_list:
+                listed = [_Entry(base, ("base_model",), {}), *models]
+            return None, listed if base is not None else entries
+        if base is None:
+            return None, entries
+        if not of_base and must_list:
+            self.wrong(
+                (*place, "sources"),
+                f"base_model {base} is none of the sources. Add it with its layer_range",
+            )
+        for entry in of_base:
+            if entry.settings:
+                self.note((*entry.place, "parameters"), "has no effect, as this is the base")
+        return (of_base or [_Entry(base, ("base_model",), {})])[0], models
+
+    def _parameters(self, models: list[_Entry], shared: list[Settings]) -> dict[str, Any]:
+        """What is given, by name: one value, or one for each model."""
+        given: dict[str, Any] = {}
+        for parameter in self.declared.values():
+            own = [entry.settings for entry in models]
+            of_all = [each[parameter.name] for each in shared if parameter.name in each]
+            if not parameter.per_model:
+                single = [each[parameter.name] for each in own if parameter.name in each]
+                if single or of_all:
+                    given[parameter.name] = joined([*single, *of_all])
+                elif parameter.required and self.is_mergekits:
+                    self.wrong((), f"{parameter.key} is missing. Give it under parameters")
+                continue
+            if not of_all and not any(parameter.name in each for each in own):
+                if parameter.required and self.is_mergekits:
+                    self._missing(parameter, models)
+                continue
+            given[parameter.name] = tuple(
+                self._of_model(parameter, entry, of_all) for entry in models
+            )
+        return given
+
+    def _of_model(self, parameter: Parameter, entry: _Entry, of_all: list[Setting]) -> Any:
+        own = [entry.settings[parameter.name]] if parameter.name in entry.settings else []
+        if own or of_all:
+            return joined([*own, *of_all])
+        if parameter.required and self.is_mergekits:
+            self._missing(parameter, [entry])
+        return parameter.default
+
+    def _missing(self, parameter: Parameter, models: list[_Entry]) -> None:
+        for entry in models:
+            self.wrong(
+                entry.place,
+                f"{parameter.key} of {entry.model} is missing. Give it under its parameters, or "
+                "for all models under parameters of the recipe",
+            )
+
+    # What is not about models
+
+    def _fields(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        """The other fields of a recipe."""
+        given = {key: content[key] for key in OPTIONS if content.get(key) is not None}
+        bounds = given.get("clamp_range")
+        if isinstance(bounds, list) and len(bounds) == 2:
+            infinite = (float("-inf"), float("inf"))
+            given["clamp_range"] = [
+                default if each is None else each
+                for each, default in zip(bounds, infinite, strict=True)
+            ]
+        if content.get("max_shard_size") is not None:
+            given["max_shard_size"] = content["max_shard_size"]
+        given["dtype"] = self._dtype(content)
+        template = self._text(content.get("chat_template"), ("chat_template",))
+        if template is not None:
+            given["chat_template"] = CHAT_TEMPLATES.get(template, template)
+        if self.is_mergekits:
+            given["vocabulary"] = self._tokenizer(content)
+        else:
+            given["vocabulary"] = self._vocabulary(content.get("vocabulary"))
+            source = self._text(content.get("tokenizer_source"), ("tokenizer_source",))
+            given["tokenizer_source"] = source
+        return given
+
+    def _dtype(self, content: Mapping[str, Any]) -> str | None:
+        """Of the result; what mergekit computes in is always float32 here."""
+        for key in ("dtype", "out_dtype"):
+            value = content.get(key)
+            if value is not None and value not in DTYPE_NAMES:
+                self.wrong((key,), f"expected one of {', '.join(DTYPE_NAMES)}, got {_brief(value)}")
+        chosen = content.get("out_dtype") or content.get("dtype")
+        return chosen if isinstance(chosen, str) else None
+
+    def _tokenizer(self, content: Mapping[str, Any]) -> VocabularySettings:
+        """mergekit's `tokenizer`, or `tokenizer_source`."""
+        entry, source = content.get("tokenizer"), content.get("tokenizer_source")
+        if entry is not None and source is not None:
+            self.wrong(("tokenizer_source",), "tokenizer says it already. Leave one of them out")
+        if entry is None:
+            mode = self._token_mode(source, ("tokenizer_source",))
+            return VocabularySettings() if mode is None else _like_mergekit(mode)
+        place: Place = ("tokenizer",)
+        content = self._mapping(entry, place)
+        self._check_keys(content, place, ("source", "tokens", "pad_to_multiple_of"))
+        mode = self._token_mode(content.get("source", "union"), (*place, "source"))
+        return replace(
+            _like_mergekit(mode or "union"),
+            tokens=self._tokens(content.get("tokens"), (*place, "tokens")),
+            pad_to_multiple_of=content.get("pad_to_multiple_of"),
+        )
+
+    def _token_mode(self, source: Any, place: Place) -> str | None:
+        name = self._reference(source, place)
+        return name if name in (None, "union", "base") else f"{BY_MODEL}{name}"
+
+    def _tokens(self, value: Any, place: Place) -> dict[str, Any]:
+        found = {}
+        for token, entry in self._mapping(value, place).items():
+            try:
+                found[token] = token_source(token, entry)
+            except ValueError as error:
+                self.wrong((*place, token), str(error))
+        return found
+
+    def _vocabulary(self, value: Any) -> VocabularySettings:
+        """Our `vocabulary`: a mode, or all settings."""
+        if value is None or isinstance(value, str):
+            return VocabularySettings(mode=value or "min")
+        place: Place = ("vocabulary",)
+        content = self._mapping(value, place)
+        known = [each.name for each in fields(VocabularySettings)]
+        self._check_keys(content, place, known)
+        given = {key: entry for key, entry in content.items() if key in known and entry is not None}
+        if "tokens" in given:
+            given["tokens"] = self._tokens(given["tokens"], (*place, "tokens"))
+        if isinstance(given.get("id_alias"), list):
+            given["id_alias"] = tuple(given["id_alias"])
+        return VocabularySettings(**given)
+
+
+def _bases(body: Mapping[str, Any]) -> bool:
+    """Whether every slice names a base of its own."""
+    slices = body.get("slices")
+    return isinstance(slices, list) and all(
+        isinstance(each, Mapping) and each.get("base_model") is not None for each in slices
+    )
+
+
+def _layers(entry: _Entry) -> LayerRange:
+    first, stop = entry.layers or (0, 1)
+    return LayerRange(entry.model, first, stop)
+
+
+def _like_mergekit(mode: str) -> VocabularySettings:
+    """A vocabulary as mergekit makes it: a union has all tokens of all models."""
+    return VocabularySettings(mode=mode, union_tokens="all" if mode == "union" else "added")
+
+
+def _all_keys() -> set[str]:
+    """Keys of the parameters of all methods."""
+    return {parameter.key for method in METHODS.values() for parameter in method.parameters}
+
+
+def _brief(value: object) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def with_seed(recipe: Recipe, seed: int) -> Recipe:
+    """A recipe with another seed; one whose method draws nothing at random as it is."""
+    if all(parameter.name != "seed" for parameter in METHODS[recipe.method].parameters):
+        return recipe
+    slices = tuple(
+        replace(each, parameters={**each.parameters, "seed": seed}) for each in recipe.slices
+    )
+    given = {} if slices else {"seed": seed}
+    return replace(recipe, slices=slices, parameters={**recipe.parameters, **given})
+
+
+# Writing
+
+
+def recipe_document(recipe: Recipe, *, complete: bool = False) -> dict[str, Any]:
+    """A recipe as a file has it: `recipe_of` gives the same recipe again.
+
+    Args:
+        recipe: its method under our name; `output_dir` is not part of it.
+        complete: also write what is as it is by itself.
+    """
+    declared = {parameter.name: parameter for parameter in METHODS[recipe.method].parameters}
+    content: dict[str, Any] = {"method": recipe.method, "profile": recipe.profile}
+    if recipe.base_model is not None:
+        content["base_model"] = recipe.base_model
+    if recipe.slices:
+        content["slices"] = [_written_slice(each, declared) for each in recipe.slices]
+    else:
+        own, shared = _written_parameters(recipe.parameters, declared, len(recipe.models))
+        content["models"] = [
+            {"model": model} | ({"parameters": each} if each else {})
+            for model, each in zip(recipe.models, own, strict=True)
+        ]
+        content |= {"parameters": shared} if shared else {}
+    defaults = Recipe(method="", models=())
+    for name in ("dtype", "max_shard_size", "tokenizer_source", "chat_template", *OPTIONS):
+        value = recipe.options[name] if name in OPTIONS else getattr(recipe, name)
+        default = defaults.options[name] if name in OPTIONS else getattr(defaults, name)
+        if value != default or (complete and value is not None):
+            content[name] = [*value] if isinstance(value, tuple) else value
+    vocabulary = _written_vocabulary(recipe.vocabulary, complete=complete)
+    return content | ({"vocabulary": vocabulary} if vocabulary else {})
+
+
+def _written_slice(each: Slice, declared: Mapping[str, Parameter]) -> dict[str, Any]:
+    own, shared = _written_parameters(each.parameters, declared, len(each.sources))
+    if each.base is not None:
+        own = [{}, *own]
+    sources = [
+        {"model": model, "layer_range": [first, stop]} | ({"parameters": of} if of else {})
+        for (model, first, stop), of in zip(each.inputs, own, strict=True)
+    ]
+    content: dict[str, Any] = {"sources": sources}
+    content |= {} if each.base is None else {"base_model": each.base.model}
+    return content | ({"parameters": shared} if shared else {})
+
+
+def _written_parameters(
+    parameters: Mapping[str, Any], declared: Mapping[str, Parameter], models: int
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Those of each model, and those of all."""
+    own: list[dict[str, Any]] = [{} for _ in range(models)]
+    shared = {}
+    for name, value in parameters.items():
+        if value is None:
+            continue
+        parameter = declared[name]
+        if not parameter.per_model:
+            shared[parameter.key] = _number_written(written(value))
+            continue
+        for of_model, each in zip(own, value, strict=True):
+            of_model[parameter.key] = _number_written(written(each))
+    return own, shared
+
+
+def _number_written(value: Any) -> Any:
+    """Numbers of numpy and torch as Python's."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _written_vocabulary(settings: VocabularySettings, *, complete: bool) -> dict[str, Any]:
+    """What is not as it is by itself; or everything."""
+    defaults = VocabularySettings()
+    content = {
+        each.name: getattr(settings, each.name)
+        for each in fields(settings)
+        if getattr(settings, each.name) != getattr(defaults, each.name)
+        or (complete and getattr(settings, each.name) is not None)
+    }
+    if "tokens" in content:
+        content["tokens"] = {
+            token: _written_source(source) for token, source in settings.tokens.items()
+        }
+    if "id_alias" in content:
+        content["id_alias"] = [*settings.id_alias]
+    return content
+
+
+def _written_source(source: TokenSource) -> dict[str, Any]:
+    if source.model:
+        row = {"token": source.token, "token_id": source.token_id}
+        given = {key: value for key, value in row.items() if value is not None}
+        kind: dict[str, Any] = {"kind": "model_token", "model": source.model, **given}
+    else:
+        kind = {"kind": "zero"}
+    return {"source": kind} | ({"force": True} if source.force else {})
