@@ -18,10 +18,10 @@ from typing import Any
 
 from merge_grammar import recipe_document
 from merge_methods import METHODS
-from merge_plan import Plan
+from merge_plan import Earlier, Plan
 from merge_recipe import Recipe
 from merge_report import REPORT_FILE, MergeReport
-from merge_yaml import write_yaml
+from merge_yaml import write_recipes
 from model_companions import AUTO_TEMPLATE, NO_TEMPLATE
 from model_locate import HUB_ID, split_revision
 from model_tokenizer import FORMS
@@ -30,24 +30,36 @@ from model_vocabulary import BY_MODEL, model_index
 VERSION = "0.1.0"
 
 
-def saved_report(plan: Plan, report: MergeReport) -> dict[str, Any]:
+def saved_report(plan: Plan, report: MergeReport, earlier: Earlier) -> dict[str, Any]:
     """The report as it lies beside the weights.
 
     Returns:
-        "recipe" (resolved, as a recipe file has it), "base_model" and "models" (the inputs),
+        "recipe" (resolved, as a recipe file has it), "earlier" (those whose results it uses),
+        "base_model" and "models" (the inputs),
         "base_models" (Hub ids among the inputs), "revisions" (their commits,
         where known), "versions", "result", "notes", "findings" per tensor, and what the models
         have changed, "task_vectors", empty unless it was asked for.
     """
-    names = plan.recipe.names
+    plans = [*earlier.plans.values(), plan]
+    sources = {
+        name: source
+        for each in plans
+        for name, source in zip(each.recipe.names, each.sources, strict=True)
+        if name not in earlier.models
+    }
+    names = [*sources]
     content = {
         "recipe": recipe_document(resolved_recipe(plan), complete=True),
+        "earlier": [
+            {"name": name, **recipe_document(resolved_recipe(each), complete=True)}
+            for name, each in earlier.plans.items()
+        ],
         "base_model": plan.recipe.base_model,
         "models": plan.recipe.models,
         "base_models": [*dict.fromkeys(split_revision(n)[0] for n in names if is_hub_id(n))],
         "revisions": {
             name: source.path.name
-            for name, source in zip(names, plan.sources, strict=True)
+            for name, source in sources.items()
             if is_hub_id(name) and source.path.parent.name == "snapshots"
         },
         "versions": {
@@ -192,7 +204,7 @@ def model_card(saved: Mapping[str, Any]) -> str:
         saved: from `saved_report`.
     """
     recipe = saved["recipe"]
-    recipe_text = write_yaml(recipe)
+    recipe_text = write_recipes([*saved["earlier"], recipe])
     versions = ", ".join(f"{name} {version}" for name, version in saved["versions"].items())
     parts = [
         "\n".join(["---", *_head(saved), "---"]),

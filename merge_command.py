@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from signal import SIGHUP, SIGINT, SIGTERM
+from typing import Any
 
 from merge_analysis import Analysis, check_analysis_target, write_analysis
 from merge_arguments import (
@@ -23,11 +24,12 @@ from merge_arguments import (
     parse_recipe_arguments,
     recipe_of,
 )
+from merge_chain import check_stages, final_stage, open_earlier
 from merge_grammar import Stage, load_recipes, recipe_document, with_seed
-from merge_plan import usable_cores
+from merge_plan import Earlier, usable_cores
 from merge_recipe import Recipe
 from merge_report import MergeReport, PlanReport
-from merge_run import analyze_models, merge_to_folder, plan
+from merge_run import RunSettings, analyze_models, merge_to_folder, plan
 from merge_schema import recipe_schema
 from merge_yaml import write_yaml
 from model_errors import ModelCompatibilityError
@@ -103,8 +105,20 @@ def _carry_out_recipe(arguments: argparse.Namespace) -> str:
         if arguments.resolve == "json":
             return json.dumps(contents if len(contents) > 1 else contents[0], indent=2)
         return "---\n".join(map(write_yaml, contents)).rstrip()
-    (stage,) = stages
-    return _carry_out(replace(stage.recipe, output_dir=arguments.save), arguments)
+    unused = check_stages(stages)
+    recipe = replace(final_stage(stages).recipe, output_dir=arguments.save)
+    recipe = replace(recipe, notes=(*recipe.notes, *unused))
+    settings = RunSettings(arguments.device, arguments.threads, arguments.max_memory)
+    with open_earlier(stages, settings, None) as earlier:  # all refusals come before all work
+        report = plan(recipe, **_run_settings(arguments), earlier=earlier)
+    if arguments.plan:
+        return _printed(report, as_json=arguments.json)
+    with open_earlier(stages, settings, arguments.save or arguments.analyze) as earlier:
+        return _carry_out(recipe, arguments, earlier)
+
+
+def _run_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("device", "threads", "max_memory")}
 
 
 def _changed(stage: Stage, arguments: argparse.Namespace) -> Stage:
@@ -160,13 +174,11 @@ def _reported(work: Callable[[], str], *, last: bool = False) -> int:
     return EXIT_OK
 
 
-def _carry_out(recipe: Recipe, arguments: argparse.Namespace) -> str:
+def _carry_out(
+    recipe: Recipe, arguments: argparse.Namespace, earlier: Earlier | None = None
+) -> str:
     """Merge, or plan a merge; what to print."""
-    settings = {
-        "device": arguments.device,
-        "threads": arguments.threads,
-        "max_memory": arguments.max_memory,
-    }
+    settings = {**_run_settings(arguments), "earlier": earlier}
     if arguments.analyze is not None:
         check_analysis_target(arguments.analyze)
         analysis = analyze_models(recipe, **settings, progress=not arguments.quiet)

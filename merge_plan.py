@@ -9,7 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -168,9 +168,28 @@ class Plan:
         return {task.name: task.info for task in self.tasks}
 
 
+@dataclass
+class Earlier:
+    """Results of earlier recipes, which a recipe may name as its models.
+
+    Attributes:
+        models: by name.
+        plans: how they are made.
+        memory_bytes: what is taken to merge those that are merged as they are read.
+    """
+
+    models: dict[str, ModelFolder] = field(default_factory=dict)
+    plans: dict[str, Plan] = field(default_factory=dict)
+    memory_bytes: int = 0
+
+
 @contextmanager
 def open_plan(
-    recipe: Recipe, other_problems: Sequence[str] = (), *, weights: bool = True
+    recipe: Recipe,
+    other_problems: Sequence[str] = (),
+    *,
+    weights: bool = True,
+    earlier: Earlier | None = None,
 ) -> Iterator[Plan]:
     """Check a recipe against its models and lay out the merge; the models are open meanwhile.
 
@@ -179,6 +198,7 @@ def open_plan(
         other_problems: what is wrong with the settings, to be said with everything else.
         weights: whether weights are to be read. Without, those of a Hub model stay there, and
             only their headers are fetched.
+        earlier: results of earlier recipes.
 
     Raises:
         ValueError: something is wrong with the parameters or the output (the text also lists
@@ -189,7 +209,7 @@ def open_plan(
     with ExitStack() as stack:
         parameters, usage = check_recipe(recipe)
         usage += other_problems
-        sources, broken = _open_all(recipe.names, stack, weights)
+        sources, broken = _open_all(recipe.names, stack, weights, earlier or Earlier())
         usage += _place_problems(recipe, sources)
         by_name = dict(zip(recipe.names, sources, strict=False))
         if len(sources) == len(recipe.names):
@@ -280,12 +300,15 @@ def canonical(recipe: Recipe) -> Recipe:
 
 
 def _open_all(
-    names: tuple[str, ...], stack: ExitStack, weights: bool
+    names: tuple[str, ...], stack: ExitStack, weights: bool, earlier: Earlier
 ) -> tuple[list[ModelFolder], list[str]]:
     """Open every model that can be opened; texts on those that cannot, each once."""
     opened: list[ModelFolder] = []
     problems: dict[str, None] = {}
     for name in names:
+        if name in earlier.models:
+            opened.append(earlier.models[name])
+            continue
         try:
             opened.append(stack.enter_context(open_model_folder(name, weights=weights)))
         except ModelCompatibilityError as error:
@@ -451,6 +474,14 @@ def _main_dtype(model: ModelFolder) -> str:
         counts[info.dtype] += info.numel
     main = counts.most_common(1)[0][0]
     return next(name for name, stored in DTYPE_NAMES.items() if stored == main)
+
+
+def merged_when_read(plan: Plan) -> bool:
+    """Whether rows of the result can be merged one by one, once what they share is known."""
+    return not plan.whole_model and all(
+        task.copied or not (task.in_order or plan.method.bins(task.parameters, len(task.inputs)))
+        for task in plan.tasks
+    )
 
 
 def free_bytes(output_dir: Path) -> int:

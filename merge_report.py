@@ -6,7 +6,7 @@ from typing import Any
 
 from merge_memory import Fit
 from merge_parameters import Values
-from merge_plan import Plan, free_bytes
+from merge_plan import Earlier, Plan, free_bytes, merged_when_read
 from merge_recipe import Recipe
 from merge_settings import written
 from model_checks import EMBEDDING, is_tied
@@ -24,8 +24,8 @@ class ModelSummary:
 
     Attributes:
         name: what the user called it.
-        role: "base" or "model".
-        folder: where it lies.
+        role: "base", "model", or "of NAME", a model of an earlier recipe.
+        folder: where it lies; empty for the result of an earlier recipe.
         model_type, dtypes, vocab_size: from config.json and the headers.
         tokens: in its tokenizer; None where it has none.
         tied: its head is its embedding.
@@ -54,7 +54,8 @@ class PlanReport:
             tensors are as recipe files have them.
         slices: with their own parameters, if layers are stacked; else there are none.
         options: which tensors are merged, and what is done to every merged value.
-        models: the inputs, the base (if any) first.
+        models: the inputs, the base (if any) first; also those of earlier recipes.
+        earlier: the recipes whose results are among the inputs, one line each.
         vocabulary: mode, rows, tokens, the model that gives the tokenizer, tokens added, and by
             model the rows cut, moved and filled.
         tied: the result's head is its embedding.
@@ -77,6 +78,7 @@ class PlanReport:
     slices: tuple[Mapping[str, Any], ...]
     options: Mapping[str, Any]
     models: tuple[ModelSummary, ...]
+    earlier: tuple[str, ...]
     output_dir: str | None
     dtype: str
     vocabulary: Mapping[str, Any]
@@ -107,7 +109,8 @@ class PlanReport:
             lines.append(f"slice {number:<6}{each['sources']}")
             lines += _shown_parameters(each["parameters"])
         lines += [f"{name:<18} {_shown(value)}" for name, value in _set(self.options).items()]
-        lines += [f"{model.role:<12}{_described(model)}" for model in self.models]
+        lines += [f"{model.role:<11} {_described(model)}" for model in self.models]
+        lines += [f"earlier     {each}" for each in self.earlier]
         lines += [
             f"output      {self.output_dir or 'not named'}, {self.dtype}",
             f"tensors     {self.tensors}, {self.parameters_count:,} elements, head "
@@ -129,20 +132,25 @@ class PlanReport:
         ]
         if self.download_bytes:
             lines.append(f"download    {format_bytes(self.download_bytes)}")
+            each = {model.name: model.download_bytes for model in self.models}
+            lines += [f"  {name}: {format_bytes(size)}" for name, size in each.items() if size]
         if self.disk_free is not None:
             lines.append(f"disk free   {format_bytes(self.disk_free)}")
         return "\n".join(lines + [f"note        {note}" for note in self.notes])
 
 
-def plan_report(plan: Plan, fit: Fit) -> PlanReport:
+def plan_report(plan: Plan, fit: Fit, earlier: Earlier) -> PlanReport:
     """A plan as it is shown.
 
     Args:
         plan: the plan; its models may be open by their headers alone.
         fit: how it is made to fit into memory.
+        earlier: the results of earlier recipes among its models.
     """
+    plans = [("", plan), *earlier.plans.items()]
     recipe = plan.recipe
     notes = [*plan.notes, *fit.notes]
+    downloads = {source.path: source.download_bytes for _, each in plans for source in each.sources}
     free = None if recipe.output_dir is None else free_bytes(recipe.output_dir)
     if free is not None and free < plan.write_bytes:
         notes.append("the disk has too little room; the merge would be refused")
@@ -152,7 +160,16 @@ def plan_report(plan: Plan, fit: Fit) -> PlanReport:
         parameters=resolved_parameters(plan),
         slices=resolved_slices(plan),
         options=plan.recipe.options,
-        models=tuple(_summarise(source, plan) for source in plan.sources),
+        models=tuple(
+            _summarise(source, each, name, source.label in earlier.models)
+            for name, each in plans
+            for source in each.sources
+        ),
+        earlier=tuple(
+            f"{name}: {each.method.title} of {', '.join(each.recipe.names)}, "
+            + ("merged as it is read" if merged_when_read(each) else "merged into a folder first")
+            for name, each in earlier.plans.items()
+        ),
         output_dir=None if recipe.output_dir is None else str(recipe.output_dir),
         dtype=plan.dtype,
         vocabulary=vocabulary_summary(plan),
@@ -162,7 +179,7 @@ def plan_report(plan: Plan, fit: Fit) -> PlanReport:
         passes=plan.passes,
         read_bytes=plan.read_bytes,
         write_bytes=plan.write_bytes,
-        download_bytes=plan.download_bytes,
+        download_bytes=sum(downloads.values()),
         memory_bytes=fit.memory_bytes,
         threads=fit.threads,
         disk_free=free,
@@ -210,12 +227,13 @@ def vocabulary_summary(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _summarise(source: ModelFolder, plan: Plan) -> ModelSummary:
+def _summarise(source: ModelFolder, plan: Plan, recipe: str, is_earlier: bool) -> ModelSummary:
     tokens = source.tokens
+    role = "base" if source is plan.base else "model"
     return ModelSummary(
         name=source.label,
-        role="base" if source is plan.base else "model",
-        folder=str(source.path),
+        role=f"of {recipe}" if recipe else role,
+        folder="" if is_earlier else str(source.path),
         model_type=str(source.config.get("model_type")),
         dtypes=tuple(sorted({info.dtype for info in source.tensors.values()})),
         vocab_size=source.tensors[EMBEDDING].shape[0],
@@ -227,7 +245,9 @@ def _summarise(source: ModelFolder, plan: Plan) -> ModelSummary:
 
 
 def _described(model: ModelSummary) -> str:
-    place = model.name if model.folder == model.name else f"{model.name} in {model.folder}"
+    place = f"{model.name} in {model.folder}"
+    if model.folder in ("", model.name):
+        place = model.name
     tokens = "no tokenizer" if model.tokens is None else f"{model.tokens} tokens"
     return (
         f"{place} ({model.model_type}, {'/'.join(model.dtypes)}, {format_bytes(model.bytes)}, "

@@ -25,7 +25,7 @@ from merge_memory import (
     remember_compiled,
 )
 from merge_operations import arithmetic, make_operations, numba_problem
-from merge_plan import Plan, free_bytes, open_plan, usable_cores
+from merge_plan import Earlier, Plan, free_bytes, open_plan, usable_cores
 from merge_progress import progress_bar
 from merge_recipe import Recipe
 from merge_report import (
@@ -39,7 +39,7 @@ from merge_report import (
     vocabulary_summary,
 )
 from merge_stream import Sink, StreamSettings, stream
-from merge_yaml import write_yaml
+from merge_yaml import write_recipes
 from model_checks import HEAD
 from model_errors import ModelCompatibilityError
 from model_prep import resize_vocabulary, set_special_ids, warn_about
@@ -129,6 +129,7 @@ def plan(
     device: str = "cpu",
     threads: int | None = None,
     max_memory: str | int | None = None,
+    earlier: Earlier | None = None,
 ) -> PlanReport:
     """What a merge would do, from config.json, tokenizer files and headers alone.
 
@@ -137,8 +138,9 @@ def plan(
     Arguments and errors as `merge_to_folder`; the recipe needs no `output_dir`.
     """
     settings = RunSettings(device, threads, max_memory)
-    with open_plan(recipe, settings.problems(), weights=False) as opened:
-        return plan_report(opened, settings.fit(opened))
+    beside = 0 if earlier is None else earlier.memory_bytes
+    with open_plan(recipe, settings.problems(), weights=False, earlier=earlier) as opened:
+        return plan_report(opened, settings.fit(opened, beside), earlier or Earlier())
 
 
 def merge_to_folder(
@@ -149,12 +151,14 @@ def merge_to_folder(
     max_memory: str | int | None = None,
     findings: bool = False,
     progress: bool = True,
+    earlier: Earlier | None = None,
 ) -> MergeReport:
     """Merge model folders into a new folder, in memory that does not grow with the models.
 
     Args:
         recipe: with an `output_dir`.
         device, threads, max_memory, findings, progress: see `RunSettings`.
+        earlier: results of earlier recipes that this one uses; see `merge_chain.open_chain`.
 
     Raises:
         ValueError: something is wrong with the parameters or the output.
@@ -165,40 +169,44 @@ def merge_to_folder(
         raise ValueError("output_dir must name the folder to make, got None")
     started = time.monotonic()
     settings = RunSettings(device, threads, max_memory, findings, progress)
-    with _open_for_merging(recipe, settings) as plan:
-        fit = settings.fit(plan)
+    with _open_for_merging(recipe, settings, earlier) as plan:
+        fit = settings.fit(plan, 0 if earlier is None else earlier.memory_bytes)
         _check_space(recipe.output_dir, plan.write_bytes)
         size = parse_size(recipe.max_shard_size)
         with FolderWriter(recipe.output_dir, plan.tensors, size) as writer:
             found = _stream(plan, fit, writer, settings)
             report = _report(plan, fit, found, started)
-            _write_small_files(plan, report, writer)
+            _write_small_files(plan, report, writer, earlier or Earlier())
             _verify(writer.partial, recipe.output_dir)
             writer.commit()
         return replace(report, seconds=time.monotonic() - started)
 
 
 @contextmanager
-def _open_for_merging(recipe: Recipe, settings: RunSettings) -> Iterator[Plan]:
+def _open_for_merging(
+    recipe: Recipe, settings: RunSettings, earlier: Earlier | None = None
+) -> Iterator[Plan]:
     """A plan whose weights can be read; what speaks against it is said before any download."""
     problems = settings.problems()
-    with open_plan(recipe, problems, weights=False) as plan:
+    with open_plan(recipe, problems, weights=False, earlier=earlier) as plan:
         if not plan.download_bytes:
             yield plan
             return
-    with open_plan(recipe, problems) as plan:
+    with open_plan(recipe, problems, earlier=earlier) as plan:
         yield plan
 
 
-def _write_small_files(plan: Plan, report: MergeReport, writer: FolderWriter) -> None:
+def _write_small_files(
+    plan: Plan, report: MergeReport, writer: FolderWriter, earlier: Earlier
+) -> None:
     """Everything that belongs to a model besides its weights."""
     for path in plan.carried.copies:
         writer.copy_file(path)
     for name, edit in plan.carried.edits.items():
         writer.write_text(name, edit.make())
-    saved = saved_report(plan, report)
+    saved = saved_report(plan, report, earlier)
     writer.write_text(REPORT_FILE, json.dumps(saved, indent=2, ensure_ascii=False) + "\n")
-    writer.write_text(RECIPE_FILE, write_yaml(saved["recipe"]))
+    writer.write_text(RECIPE_FILE, write_recipes([*saved["earlier"], saved["recipe"]]))
     writer.write_text("README.md", model_card(saved))
     writer.write_text("config.json", plan.config_text)
 
@@ -311,6 +319,7 @@ def analyze_models(
     threads: int | None = None,
     max_memory: str | int | None = None,
     progress: bool = True,
+    earlier: Earlier | None = None,
 ) -> Analysis:
     """What the models of a recipe have changed and where they disagree, without merging them.
 
@@ -318,8 +327,8 @@ def analyze_models(
     needs no `output_dir`.
     """
     settings = RunSettings(device, threads, max_memory, findings=True, progress=progress)
-    with _open_for_merging(recipe, settings) as plan:
-        fit = settings.fit(plan)
+    with _open_for_merging(recipe, settings, earlier) as plan:
+        fit = settings.fit(plan, 0 if earlier is None else earlier.memory_bytes)
         tasks = [task for task in plan.tasks if not task.copied]
         if not tasks:
             raise ValueError("include and exclude leave no tensor to analyze")

@@ -543,17 +543,22 @@ class _Reader:
                 self._check_inputs(segment.task, block)
 
     def _merge(self, merge: Merge, segment: _Segment, observed: Any = None, *, check: bool) -> None:
+        for block in self.merged_blocks(merge, segment, check=check):
+            if merge.observe is not None:
+                merge.observe.take(block, observed, None)
+            self.sink.write_rows(segment.task.name, block.first, block.stored(-1))
+
+    def merged_blocks(self, merge: Merge, segment: _Segment, *, check: bool) -> Iterator[Block]:
+        """The blocks of a segment with their results."""
         assert merge.take is not None
         state = merge.start_segment(segment.number)
         for block in self._blocks(segment):
             if check:
                 self._check_inputs(segment.task, block)
             merge.take(block, state)
-            if merge.observe is not None:
-                merge.observe.take(block, observed, None)
             if not self.operations.result_is_finite(block):
                 _refuse_result(segment.task, block)
-            self.sink.write_rows(segment.task.name, block.first, block.stored(-1))
+            yield block
 
     def _blocks(self, segment: _Segment, *, sample: bool = False) -> Iterator[Block]:
         """The blocks of a segment, or some rows of some."""
@@ -627,6 +632,71 @@ def _where_not_finite(
     row, column = bad[0].tolist()
     place = row_of(block.first + row)
     return f"row {place}, column {column} ({values[row, column]}; {len(bad)} such in this block)"
+
+
+class MergedRows:
+    """Merges rows when they are asked for, from any thread.
+
+    For methods whose rows can be merged in any order once the passes before the last are done:
+    `Merge.start_segment` makes nothing for them. These passes are made when a tensor is first asked
+    for.
+
+    Args:
+        tasks: the tensors.
+        merge_group, operations, sources: as of `stream`; each tensor is a group.
+        block_bytes: memory of a block.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[TensorTask],
+        merge_group: Callable[[Sequence[TensorTask]], Passes | Merge],
+        operations: Arithmetic,
+        sources: Sequence[Source],
+        block_bytes: int = BLOCK_BYTES,
+    ) -> None:
+        self._tasks = {task.name: task for task in tasks}
+        self._merge_group = merge_group
+        self._reader = _Reader(sources, _NoSink(), operations, StreamSettings(1, block_bytes))
+        self._locks = {name: threading.Lock() for name in self._tasks}
+        self._ready: dict[str, tuple[_GroupWork, _Segment]] = {}
+        self._threads = threading.local()
+
+    def read(self, name: str, first: int, stop: int, buffer: NDArray[np.uint8]) -> NDArray[Any]:
+        """Rows of a tensor, rounded to its dtype; see `ModelFolder.read_rows`."""
+        if not hasattr(self._threads, "started"):
+            self._reader.operations.start_thread()
+            self._threads.started = True
+        with self._locks[name]:
+            if name not in self._ready:
+                self._ready[name] = self._prepared(self._tasks[name])
+        work, segment = self._ready[name]
+        assert isinstance(work.request, Merge)
+        dtype = FLOAT_DTYPES[segment.task.info.dtype]
+        length = segment.layout.row_length
+        target = buffer[: (stop - first) * length * dtype.itemsize].view(dtype)
+        target = target.reshape(stop - first, length)
+        rows = segment._replace(first=first, stop=stop)
+        for block in self._reader.merged_blocks(work.request, rows, check=not work.is_read):
+            target[block.first - first : block.first - first + block.rows] = block.stored(-1)
+        return target
+
+    def _prepared(self, task: TensorTask) -> "tuple[_GroupWork, _Segment]":
+        """A tensor whose last pass is left, and one of its segments."""
+        segments = [*self._reader.segments([task])]
+        work = _GroupWork(self._merge_group([task]), segments, 1)
+        while isinstance(work.request, Gather):
+            self._reader.work(work, work.left.popleft())
+            work.finish_segment()
+        return work, segments[0]
+
+
+class _NoSink:
+    """Takes no rows."""
+
+    def write_rows(self, name: str, first: int, rows: NDArray[Any]) -> None:
+        """Never called."""
+        raise AssertionError(name)
 
 
 class _Workers:

@@ -7,7 +7,7 @@ tags, and with bounds on what a few bytes can become: a recipe may come from any
 import json
 import math
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -195,6 +195,11 @@ def write_yaml(value: Any) -> str:
         width=100,
     )
     return text
+
+
+def write_recipes(contents: Sequence[Any]) -> str:
+    """Several recipes in one file, the last of which uses the others."""
+    return "---\n".join(map(write_yaml, contents))
 
 
 class _Reader:

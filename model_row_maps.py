@@ -148,7 +148,11 @@ def _default_donor(sides: Sequence[Side], mode: str) -> int:
 def _lay_out(sides: Sequence[Side], settings: VocabularySettings, donor: int) -> _Layout:
     mode, table = resolved_mode(settings), sides[donor].table or TokenTable({}, {})
     models = [_compared(side, table, settings.id_alias) for side in sides]
-    added = _new_tokens(models, table, settings.union_tokens) if mode == "union" else ()
+    added: tuple[Mapping[str, Any], ...] = ()
+    if mode == "union":
+        added = _new_tokens(models, table, settings.union_tokens)
+    if mode in BY_STRING and table.tokens:
+        added += _named_tokens(models, table, settings.tokens, added)
     rows = {
         "min": min(side.rows for side in sides),
         "max": max(side.rows for side in sides),
@@ -221,6 +225,24 @@ def _new_tokens(
                 token_id = donor.length + len(found)
                 found[token] = added_token(token_id, token, added.get(token, {}))
     return tuple(found.values())
+
+
+def _named_tokens(
+    models: Sequence[_Model],
+    donor: TokenTable,
+    named: Iterable[str],
+    others: Sequence[Mapping[str, Any]],
+) -> tuple[Mapping[str, Any], ...]:
+    """The tokens that the settings name and neither the donor nor a union has."""
+    known = {*donor.tokens.values(), *(entry["content"] for entry in others)}
+    first = donor.length + len(others)
+    flags: dict[str, Any] = {}
+    for model in reversed(models):
+        flags |= model.table.added
+    new = [token for token in named if token not in known]
+    return tuple(
+        added_token(first + number, token, flags.get(token, {})) for number, token in enumerate(new)
+    )
 
 
 # What speaks against it
@@ -517,8 +539,8 @@ def _added_notes(layout: _Layout) -> Iterator[str]:
     names = [entry["content"] for entry in layout.added]
     if names:
         yield f"{_count(names, 'token')} added to those of {layout.first.label}: {_some(names)}"
-    added = {token for model in layout.models for token in model.table.added}
-    if normal := [name for name in names if name not in added]:
+    normal_ones = {token for m in layout.models for token in m.differing.keys() - m.table.added}
+    if normal := [name for name in names if name in normal_ones]:
         yield (
             f"{_count(normal, 'token')} added that their models have as normal ones: text that "
             f"holds them is cut into other tokens than before: {_some(normal)}"

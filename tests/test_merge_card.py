@@ -13,6 +13,7 @@ from tiny_tokenizers import NORMAL, write_byte_level
 
 from merge_card import VERSION, model_card, public_names, publish, saved_report
 from merge_grammar import read_recipes, recipe_of
+from merge_plan import Earlier
 from merge_recipe import Recipe
 from merge_report import MergeReport
 from merge_run import merge_to_folder
@@ -69,7 +70,7 @@ def saved(*names, paths=None, notes=(), files=("tokenizer.json",), method="ties"
         "float32", vocabulary, 3, 10, 20, 1.5, 2**30, 0, files, (), tuple(notes),
         {"model.norm.weight": {"kept": 1}}, {},
     )  # fmt: skip
-    return saved_report(plan, report)
+    return saved_report(plan, report, Earlier())
 
 
 def head(card):

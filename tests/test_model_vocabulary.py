@@ -450,6 +450,22 @@ def test_a_source_that_is_not_used_is_noted():
     assert found.row_map.fills == {2: (Piece(1, 2),)}
 
 
+@pytest.mark.parametrize("mode", ["union", "base"])
+def test_tokens_that_sources_name_are_added(mode):
+    """As in mergekit: one that only a model has, one from another's row, one of zeros."""
+    sources = {
+        "<p>": TokenSource(model="b"),
+        "<q>": TokenSource(model="b", token="y"),
+        "<r>": TokenSource(),
+    }
+    found = merged(side("a", "x y"), side("b", "x y <p>", added="<p>"), mode=mode, tokens=sources)
+    assert [entry["content"] for entry in found.added] == ["<p>", "<q>", "<r>"]
+    assert found.tokens == {0: "x", 1: "y", 2: "<p>", 3: "<q>", 4: "<r>"}
+    assert found.rows == 5
+    assert found.row_map.fills == {2: (Piece(1, 2),), 3: (Piece(1, 1),), 4: ()}
+    assert not [note for note in notes_of(found) if "normal ones" in note]
+
+
 @pytest.mark.parametrize(
     ("token", "source", "text"),
     [

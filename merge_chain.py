@@ -1,0 +1,174 @@
+"""Recipes that use the results of others: merged in turn, or as the last one reads them.
+
+Where the rows of a result can be merged in any order, it is never written: what a later recipe
+reads of it is merged at that moment. Where they cannot (a trim counts along a whole tensor), it is
+merged into a folder beside the output, which is removed at the end.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from merge_grammar import Stage
+from merge_memory import anonymous_memory
+from merge_operations import make_operations
+from merge_plan import Earlier, Plan, merged_when_read, open_plan
+from merge_run import RunSettings, merge_to_folder
+from merge_stream import MergedRows
+from merge_yaml import RecipeError
+from model_config import read_config
+from model_utils import ModelFolder, open_model_folder
+
+
+class MergedModel(ModelFolder):
+    """The result of a recipe as a model: its small files lie in a folder, its weights nowhere.
+
+    Args:
+        name: of the recipe.
+        path: the folder.
+        plan: how it is made.
+        rows: merges what is read; None if nothing will be.
+    """
+
+    def __init__(self, name: str, path: Path, plan: Plan, rows: MergedRows | None) -> None:
+        super().__init__(name, path)
+        self.config_text = plan.config_text
+        self.config = read_config(plan.config_text)
+        self.tensors = plan.tensors
+        self._order = {task.name: number for number, task in enumerate(plan.tasks)}
+        self._rows = rows
+
+    def read_rows(
+        self, name: str, first: int, stop: int, buffer: NDArray[np.uint8]
+    ) -> NDArray[Any]:
+        """As `ModelFolder.read_rows`; merged now."""
+        assert self._rows is not None
+        return self._rows.read(name, first, stop, buffer)
+
+    def read_ahead(self, name: str, first: int, stop: int) -> None:
+        """Nothing: it is not known yet which rows of its models they need."""
+
+    def position(self, name: str) -> tuple[int, int]:
+        """In the order of the tensors."""
+        return 0, self._order[name]
+
+
+def final_stage(stages: Sequence[Stage]) -> Stage:
+    """The recipe whose result is wanted: the one without a name, or the last."""
+    return next((stage for stage in stages if stage.name is None), stages[-1])
+
+
+def check_stages(stages: Sequence[Stage]) -> list[str]:
+    """What the recipes of a file say that does not go together; notes on those that are not used.
+
+    Raises:
+        RecipeError: two have one name, several have none, or they use each other in a circle.
+    """
+    problems = []
+    names = [stage.name for stage in stages]
+    for index, stage in enumerate(stages):
+        if stage.name is None and None in names[:index]:
+            problems.append(
+                f"{stage.place}: a second recipe without a name. Give each but the last a name:"
+            )
+        elif stage.name is not None and stage.name in names[:index]:
+            problems.append(f"{stage.place}: a second recipe named {stage.name!r}. Rename one")
+    by_name = {stage.name: stage for stage in stages if stage.name is not None}
+    for stage in stages:
+        if stage.name is not None and stage.name in _needed(by_name, stage):
+            problems.append(f"{stage.place}: {stage.name!r} needs its own result. Break the circle")
+    if problems:
+        raise RecipeError("\n".join(problems))
+    last = final_stage(stages)
+    used = {last.name, *_needed(by_name, last)}
+    return [f"{name!r} of the recipes is not used" for name in by_name if name not in used]
+
+
+def _needed(by_name: Mapping[str, Stage], stage: Stage) -> list[str]:
+    """The names of all recipes whose results one needs, each after those that it needs itself."""
+    found: dict[str, None] = {}
+    seen: set[str] = set()
+
+    def visit(each: Stage) -> None:
+        for name in each.recipe.names:
+            if name in by_name and name not in seen:
+                seen.add(name)
+                visit(by_name[name])
+                found[name] = None
+
+    visit(stage)
+    return [*found]
+
+
+@contextmanager
+def open_earlier(
+    stages: Sequence[Stage], settings: RunSettings, output_dir: Path | None
+) -> Iterator[Earlier]:
+    """The results that the final recipe needs, as open models.
+
+    Args:
+        stages: all recipes of a file; `check_stages` finds nothing wrong with them.
+        settings: how they are merged.
+        output_dir: of the final recipe, whose models are going to be read; None if only their
+            headers are.
+    """
+    by_name = {stage.name: stage for stage in stages if stage.name is not None}
+    needed = _needed(by_name, final_stage(stages))
+    earlier, weights = Earlier(), output_dir is not None
+    if not needed:
+        yield earlier
+        return
+    with ExitStack() as stack:
+        beside = None if output_dir is None else output_dir.absolute().parent
+        place = Path(tempfile.mkdtemp(prefix=".recipes-", dir=beside))
+        stack.callback(shutil.rmtree, place, ignore_errors=True)
+        for number, name in enumerate(needed):
+            recipe, folder = by_name[name].recipe, place / str(number)
+            plan = stack.enter_context(open_plan(recipe, weights=weights, earlier=earlier))
+            rows = None
+            if merged_when_read(plan):
+                fit = settings.fit(plan)
+                earlier.memory_bytes += fit.memory_bytes - anonymous_memory()
+                if weights:
+                    rows = stack.enter_context(_rows(plan, settings, fit.block_bytes))
+            if weights and rows is None:
+                merge_to_folder(
+                    replace(recipe, output_dir=folder), **asdict(settings), earlier=earlier
+                )
+                model = open_model_folder(folder)
+                model.label = name
+            else:
+                model = MergedModel(name, _small_files(plan, folder), plan, rows)
+            stack.callback(model.close)
+            earlier.models[name], earlier.plans[name] = model, plan
+        yield earlier
+
+
+@contextmanager
+def _rows(plan: Plan, settings: RunSettings, block_bytes: int) -> Iterator[MergedRows]:
+    with make_operations(settings.device, plan.loops, finish=plan.finish) as operations:
+        yield MergedRows(
+            plan.tasks,
+            lambda tasks: plan.merge(tasks, operations),
+            operations,
+            plan.sources,
+            block_bytes,
+        )
+
+
+def _small_files(plan: Plan, folder: Path) -> Path:
+    """A folder with everything of a result but its weights."""
+    folder.mkdir()
+    for path in plan.carried.copies:
+        shutil.copyfile(path, folder / path.name)
+    for name, edit in plan.carried.edits.items():
+        (folder / name).write_text(edit.make(), encoding="utf-8")
+    (folder / "config.json").write_text(plan.config_text, encoding="utf-8")
+    return folder
