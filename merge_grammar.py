@@ -296,7 +296,7 @@ class _Reader:
             parameter = self.declared.get(key)
             if parameter is None:
                 self._undeclared(key, where)
-            elif of_model and not (parameter.per_model or self.method.most == 1):
+            elif of_model and not (parameter.per_model or parameter.of_input):
                 self.wrong(where, f"{key} is of the whole merge. Put it under its parameters")
             else:
                 found[parameter.name] = self._setting(parameter, entry, where)

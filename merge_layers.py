@@ -27,12 +27,15 @@ class Place(NamedTuple):
         slice: index of the slice that it belongs to; 0 where there are none.
         t: where in its slice its layer is, from 0 for the first to 1 for the last; 0 for what is in
             no layer, as in mergekit.
+        names: what the models that are merged, without the base, call it; for what is in no layer,
+            its name in the result.
     """
 
     aligned: AlignedTensor
     inputs: tuple[Input, ...]
     slice: int
     t: float
+    names: tuple[str, ...]
 
 
 def views(recipe: Recipe, models: Sequence[Model]) -> Sequence[Model]:
@@ -76,7 +79,8 @@ def placed(recipe: Recipe, tensors: Mapping[str, AlignedTensor], layers: int) ->
         layers: of the first model.
     """
     if not recipe.slices:
-        return {name: _of_all(name, tensor, layers) for name, tensor in tensors.items()}
+        models = len(recipe.models)
+        return {name: _of_all(name, tensor, layers, models) for name, tensor in tensors.items()}
     index = {name: number for number, name in reversed([*enumerate(recipe.names)])}
     before = [each for each in tensors.items() if each[0] == EMBEDDING]
     after = [each for each in tensors.items() if _layer(each[0]) is None and each not in before]
@@ -91,11 +95,12 @@ def placed(recipe: Recipe, tensors: Mapping[str, AlignedTensor], layers: int) ->
     return places
 
 
-def _of_all(name: str, tensor: AlignedTensor, layers: int) -> Place:
+def _of_all(name: str, tensor: AlignedTensor, layers: int, models: int) -> Place:
     """A tensor that every model has under its name."""
     layer = _layer(name)
     inputs = tuple(Input(model, source) for model, source in enumerate(tensor.sources))
-    return Place(tensor, inputs, 0, 0.0 if layer is None else _position(layer[0], layers))
+    t = 0.0 if layer is None else _position(layer[0], layers)
+    return Place(tensor, inputs, 0, t, (name,) * models)
 
 
 def _position(number: int, layers: int) -> float:
@@ -112,7 +117,7 @@ def _outside(
     for name, tensor in tensors:
         models = [index[each.model] for each in of_slice.inputs]
         inputs = tuple(Input(model, tensor.sources[model]) for model in models)
-        yield name, Place(tensor, inputs, number, 0.0)
+        yield name, Place(tensor, inputs, number, 0.0, (name,) * len(of_slice.sources))
 
 
 def _of_layer(
@@ -131,7 +136,8 @@ def _of_layer(
             Input(index[model], f"model.layers.{first + position}.{part}")
             for model, first, _ in of_slice.inputs
         )
-        yield f"model.layers.{layer}.{part}", Place(tensor, inputs, number, t)
+        names = tuple(each.tensor for each in inputs[-len(of_slice.sources) :])
+        yield f"model.layers.{layer}.{part}", Place(tensor, inputs, number, t, names)
 
 
 def config_changes(recipe: Recipe, models: Mapping[str, Model]) -> dict[str, Any]:

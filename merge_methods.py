@@ -335,6 +335,7 @@ METHODS: dict[str, Method] = {
                 None,
                 "multiplier of every tensor; by default none",
                 _check_scale,
+                of_input=True,
             ),
         ),
         base="none",

@@ -240,7 +240,7 @@ def _align(recipe: Recipe, parameters: Parameters, sources: Sequence[ModelFolder
     donor, _ = chosen_donor(recipe.names, recipe.vocabulary, recipe.tokenizer_source)
     weights = None
     if recipe.method == "linear" and not recipe.slices:
-        values, _ = parameters.at(EMBEDDING, 0.0)
+        values, _ = parameters.at(EMBEDDING, 0.0, [EMBEDDING] * len(recipe.models))
         weights = values["weights"] if values["normalize"] else None
     return align(
         views(recipe, sources),
@@ -289,14 +289,27 @@ def canonical(recipe: Recipe) -> Recipe:
     """
     if recipe.method not in ALIASES:
         return recipe
-    method, implied = ALIASES[recipe.method]
-    given = {name: value for name, value in recipe.parameters.items() if value is not None}
+    method, _ = ALIASES[recipe.method]
+    if not recipe.slices:
+        parameters = _with_implied(recipe.method, recipe.parameters)
+        return replace(recipe, method=method, parameters=parameters)
+    slices = tuple(
+        replace(each, parameters=_with_implied(recipe.method, each.parameters))
+        for each in recipe.slices
+    )
+    return replace(recipe, method=method, slices=slices)
+
+
+def _with_implied(alias: str, parameters: Values) -> Values:
+    """Parameters with those that mergekit's name for a variant stands for."""
+    given = {name: value for name, value in parameters.items() if value is not None}
+    _, implied = ALIASES[alias]
     for name, value in implied.items():
         if given.get(name, value) != value:
             raise ValueError(
-                f"{recipe.method} means {name} {value!r}, got {given[name]!r}. Leave {name} out"
+                f"{alias} means {name} {value!r}, got {given[name]!r}. Leave {name} out"
             )
-    return replace(recipe, method=method, parameters={**given, **implied})
+    return {**given, **implied}
 
 
 def _open_all(

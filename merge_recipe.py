@@ -58,6 +58,7 @@ class Parameter:
         positional: can be given by its place in the method's functions.
         only: a parameter and the values of it with which this one has an effect.
         required: where it is given for some tensors, it must be for all.
+        of_input: belongs to a model, although there is but one; `per_model` ones always do.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Parameter:
     positional: bool = False
     only: tuple[str, tuple[Any, ...]] | None = None
     required: bool = False
+    of_input: bool = False
 
     @property
     def key(self) -> str:

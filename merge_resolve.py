@@ -4,7 +4,7 @@ What holds for every tensor is checked at once; what differs from one to the nex
 known.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,12 +38,23 @@ class Parameters:
         """Whether they differ between tensors."""
         return any(_varies(value) for value in self.values.values())
 
-    def at(self, name: str, t: float) -> tuple[Values, list[str]]:
-        """The parameters of a tensor, and what is wrong with them."""
+    def at(self, name: str, t: float, inputs: Sequence[str]) -> tuple[Values, list[str]]:
+        """The parameters of a tensor, and what is wrong with them.
+
+        Args:
+            name: of the tensor in the result. Filters of what belongs to the whole merge fit it.
+            t: where in its slice its layer is.
+            inputs: what the models that are merged call it. Filters of what belongs to a model fit
+                its own name, whose layer may have another number; all this as in mergekit.
+        """
         if not self.vary:
             return self.values, []
-        values = {key: _at(value, name, t) for key, value in self.values.items()}
-        given = {key: _at(value, name, t) for key, value in self.given.items()}
+        of_input = {each.name for each in self.declared if each.of_input}
+        names = {key: inputs[0] if key in of_input else name for key in self.values}
+        values, given = (
+            {key: _at(value, names.get(key, name), t, inputs) for key, value in of.items()}
+            for of in (self.values, self.given)
+        )
         known = tuple((key, value, given.get(key)) for key, value in values.items())
         if known not in self._found:
             self._found[known] = self._settled(values, given)
@@ -68,10 +79,10 @@ def _varies(value: Any) -> bool:
     )
 
 
-def _at(value: Any, name: str, t: float) -> Any:
+def _at(value: Any, name: str, t: float, inputs: Sequence[str]) -> Any:
     """A parameter's value for a tensor: one, or one for each model."""
     if isinstance(value, list | tuple):
-        return tuple(value_at(each, name, t) for each in value)
+        return tuple(value_at(each, own, t) for each, own in zip(value, inputs, strict=True))
     return value_at(value, name, t)
 
 
@@ -133,7 +144,7 @@ def tensor_parameters(
     problems: dict[str, str] = {}
     for name in merged:
         place = places[name]
-        found[name], wrong = slices[place.slice].at(name, place.t)
+        found[name], wrong = slices[place.slice].at(name, place.t, place.names)
         for problem in wrong:
             problems.setdefault(problem.removeprefix(f"{name}: "), problem)
     problems |= {each: each for each in _together_problems(slices[0].method, found)}
