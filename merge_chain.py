@@ -16,11 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from merge_analysis import Analysis
 from merge_grammar import Stage
 from merge_memory import anonymous_memory
 from merge_operations import make_operations
 from merge_plan import Earlier, Plan, merged_when_read, open_plan
-from merge_run import RunSettings, merge_to_folder
+from merge_recipe import Recipe
+from merge_report import MergeReport, PlanReport
+from merge_run import RunSettings, analyze_models, merge_to_folder, plan
 from merge_stream import MergedRows
 from merge_yaml import RecipeError
 from model_config import read_config
@@ -76,7 +79,7 @@ def check_stages(stages: Sequence[Stage]) -> list[str]:
     for index, stage in enumerate(stages):
         if stage.name is None and None in names[:index]:
             problems.append(
-                f"{stage.place}: a second recipe without a name. Give each but the last a name:"
+                f"{stage.place}: a second recipe without a name. Give all but one a `name`"
             )
         elif stage.name is not None and stage.name in names[:index]:
             problems.append(f"{stage.place}: a second recipe named {stage.name!r}. Rename one")
@@ -107,6 +110,57 @@ def _needed(by_name: Mapping[str, Stage], stage: Stage) -> list[str]:
     return [*found]
 
 
+def plan_stages(
+    stages: Sequence[Stage], output_dir: Path | None = None, **settings: Any
+) -> PlanReport:
+    """What the final recipe of several would do; arguments and errors as `merge_run.plan`."""
+    recipe = replace(_final_recipe(stages), output_dir=output_dir)
+    with open_earlier(stages, RunSettings(**settings), None) as earlier:
+        return plan(recipe, **settings, earlier=earlier)
+
+
+def merge_stages(
+    stages: Sequence[Stage],
+    output_dir: Path,
+    *,
+    findings: bool = False,
+    progress: bool = True,
+    **settings: Any,
+) -> MergeReport:
+    """Carry out the final recipe of several; arguments and errors as `merge_run.merge_to_folder`.
+
+    What can be known of any of them from headers alone is refused before anything is merged.
+    """
+    recipe = replace(_final_recipe(stages), output_dir=output_dir)
+    run_settings = RunSettings(**settings, progress=progress)
+    with open_earlier(stages, run_settings, None) as earlier:
+        if earlier.models:
+            plan(recipe, **settings, earlier=earlier)
+    with open_earlier(stages, run_settings, output_dir) as earlier:
+        return merge_to_folder(
+            recipe, **settings, findings=findings, progress=progress, earlier=earlier
+        )
+
+
+def analyze_stages(
+    stages: Sequence[Stage], place: Path, *, progress: bool = True, **settings: Any
+) -> Analysis:
+    """Where the models of the final recipe disagree; as `merge_run.analyze_models`.
+
+    Args:
+        place: what has to be written down of earlier results is put beside it for a while.
+    """
+    recipe = _final_recipe(stages)
+    with open_earlier(stages, RunSettings(**settings, progress=progress), place) as earlier:
+        return analyze_models(recipe, **settings, progress=progress, earlier=earlier)
+
+
+def _final_recipe(stages: Sequence[Stage]) -> Recipe:
+    unused = check_stages(stages)
+    recipe = final_stage(stages).recipe
+    return replace(recipe, notes=(*recipe.notes, *unused))
+
+
 @contextmanager
 def open_earlier(
     stages: Sequence[Stage], settings: RunSettings, output_dir: Path | None
@@ -131,13 +185,13 @@ def open_earlier(
         stack.callback(shutil.rmtree, place, ignore_errors=True)
         for number, name in enumerate(needed):
             recipe, folder = by_name[name].recipe, place / str(number)
-            plan = stack.enter_context(open_plan(recipe, weights=weights, earlier=earlier))
+            opened = stack.enter_context(open_plan(recipe, weights=weights, earlier=earlier))
             rows = None
-            if merged_when_read(plan):
-                fit = settings.fit(plan)
+            if merged_when_read(opened):
+                fit = settings.fit(opened)
                 earlier.memory_bytes += fit.memory_bytes - anonymous_memory()
                 if weights:
-                    rows = stack.enter_context(_rows(plan, settings, fit.block_bytes))
+                    rows = stack.enter_context(_rows(opened, settings, fit.block_bytes))
             if weights and rows is None:
                 merge_to_folder(
                     replace(recipe, output_dir=folder), **asdict(settings), earlier=earlier
@@ -145,9 +199,9 @@ def open_earlier(
                 model = open_model_folder(folder)
                 model.label = name
             else:
-                model = MergedModel(name, _small_files(plan, folder), plan, rows)
+                model = MergedModel(name, _small_files(opened, folder), opened, rows)
             stack.callback(model.close)
-            earlier.models[name], earlier.plans[name] = model, plan
+            earlier.models[name], earlier.plans[name] = model, opened
         yield earlier
 
 

@@ -24,12 +24,12 @@ from merge_arguments import (
     parse_recipe_arguments,
     recipe_of,
 )
-from merge_chain import check_stages, final_stage, open_earlier
+from merge_chain import analyze_stages, merge_stages, plan_stages
 from merge_grammar import Stage, load_recipes, recipe_document, with_seed
-from merge_plan import Earlier, usable_cores
+from merge_plan import usable_cores
 from merge_recipe import Recipe
 from merge_report import MergeReport, PlanReport
-from merge_run import RunSettings, analyze_models, merge_to_folder, plan
+from merge_run import analyze_models, merge_to_folder, plan
 from merge_schema import recipe_schema
 from merge_yaml import write_yaml
 from model_errors import ModelCompatibilityError
@@ -105,20 +105,27 @@ def _carry_out_recipe(arguments: argparse.Namespace) -> str:
         if arguments.resolve == "json":
             return json.dumps(contents if len(contents) > 1 else contents[0], indent=2)
         return "---\n".join(map(write_yaml, contents)).rstrip()
-    unused = check_stages(stages)
-    recipe = replace(final_stage(stages).recipe, output_dir=arguments.save)
-    recipe = replace(recipe, notes=(*recipe.notes, *unused))
-    settings = RunSettings(arguments.device, arguments.threads, arguments.max_memory)
-    with open_earlier(stages, settings, None) as earlier:  # all refusals come before all work
-        report = plan(recipe, **_run_settings(arguments), earlier=earlier)
+    settings = _run_settings(arguments)
     if arguments.plan:
-        return _printed(report, as_json=arguments.json)
-    with open_earlier(stages, settings, arguments.save or arguments.analyze) as earlier:
-        return _carry_out(recipe, arguments, earlier)
+        return _printed(plan_stages(stages, arguments.save, **settings), as_json=arguments.json)
+    settings["progress"] = not arguments.quiet
+    if arguments.analyze is not None:
+        check_analysis_target(arguments.analyze)
+        analysis = analyze_stages(stages, arguments.analyze, **settings)
+        return _written(analysis, arguments)
+    report = merge_stages(stages, arguments.save, findings=arguments.findings, **settings)
+    return _printed(report, as_json=arguments.json)
 
 
 def _run_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in ("device", "threads", "max_memory")}
+
+
+def _written(analysis: Analysis, arguments: argparse.Namespace) -> str:
+    """Write an analysis down; what to print."""
+    paths = write_analysis(analysis, arguments.analyze)
+    wrote = f"\nwrote {paths[0]} and {paths[1]}"
+    return _printed(analysis, as_json=arguments.json) + ("" if arguments.json else wrote)
 
 
 def _changed(stage: Stage, arguments: argparse.Namespace) -> Stage:
@@ -174,22 +181,16 @@ def _reported(work: Callable[[], str], *, last: bool = False) -> int:
     return EXIT_OK
 
 
-def _carry_out(
-    recipe: Recipe, arguments: argparse.Namespace, earlier: Earlier | None = None
-) -> str:
+def _carry_out(recipe: Recipe, arguments: argparse.Namespace) -> str:
     """Merge, or plan a merge; what to print."""
-    settings = {**_run_settings(arguments), "earlier": earlier}
-    if arguments.analyze is not None:
-        check_analysis_target(arguments.analyze)
-        analysis = analyze_models(recipe, **settings, progress=not arguments.quiet)
-        paths = write_analysis(analysis, arguments.analyze)
-        wrote = f"\nwrote {paths[0]} and {paths[1]}"
-        return _printed(analysis, as_json=arguments.json) + ("" if arguments.json else wrote)
+    settings = _run_settings(arguments)
     if arguments.plan:
         return _printed(plan(recipe, **settings), as_json=arguments.json)
-    report = merge_to_folder(
-        recipe, **settings, findings=arguments.findings, progress=not arguments.quiet
-    )
+    settings["progress"] = not arguments.quiet
+    if arguments.analyze is not None:
+        check_analysis_target(arguments.analyze)
+        return _written(analyze_models(recipe, **settings), arguments)
+    report = merge_to_folder(recipe, **settings, findings=arguments.findings)
     return _printed(report, as_json=arguments.json)
 
 

@@ -43,8 +43,13 @@ MODULE = "default"
 NO_EFFECT = ("int8_mask", "embed_slerp")
 """Parameters of mergekit's that change no number."""
 
+OURS_ALONE = {("karcher", "weight")}
+"""Parameters that mergekit has, but not of these methods."""
+
 INSTEAD = {"pattern": "filter", "alpha": "weight", "scaling_coefficient": "weight"}
 """Words that are no longer used, or are others', and ours for them."""
+
+KINDS = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
 
 Settings = Mapping[str, Setting]
 
@@ -168,7 +173,8 @@ class _Reader:
         if self.problems:
             return None
         recipe = make_recipe(self.method_name, *given[:2], given[2], profile=profile, **settings)
-        recipe = replace(recipe, slices=given[3], notes=tuple(self.notes))
+        place = self.document.place()
+        recipe = replace(recipe, slices=given[3], notes=tuple(self.notes), place=place)
         try:
             recipe = canonical(recipe)
             _, problems = check_recipe(recipe)
@@ -177,7 +183,7 @@ class _Reader:
         for problem in problems:
             self.wrong(self._place_of(problem, content), problem)
         name = self._text(content.get("name"), ("name",))
-        return Stage(name, recipe, self.document.place())
+        return Stage(name, recipe, place)
 
     def _place_of(self, problem: str, content: Mapping[str, Any]) -> Place:
         """The entry that a text on the whole recipe begins with."""
@@ -190,7 +196,11 @@ class _Reader:
         """Whose grammar it is, and which method."""
         keys = [key for key in ("merge_method", "method") if key in content]
         if len(keys) != 1:
+            every_key = (*COMMON_KEYS, *MERGEKIT_KEYS, *OWN_KEYS)
+            self._check_keys(content, (), every_key)
             said = "both are given" if keys else "neither is given"
+            if self.problems:
+                return False  # one of them may be misspelled
             self.wrong(
                 (), f"merge_method (mergekit's conventions) or method (ours): {said}. Give one"
             )
@@ -294,7 +304,7 @@ class _Reader:
         for key, entry in self._mapping(value, place).items():
             where = (*place, key)
             parameter = self.declared.get(key)
-            if parameter is None:
+            if parameter is None or (self.is_mergekits and (self.method_name, key) in OURS_ALONE):
                 self._undeclared(key, where)
             elif of_model and not (parameter.per_model or parameter.of_input):
                 self.wrong(where, f"{key} is of the whole merge. Put it under its parameters")
@@ -304,7 +314,7 @@ class _Reader:
 
     def _undeclared(self, key: str, place: Place) -> None:
         name = self.method_name
-        if self.is_mergekits and key in (*NO_EFFECT, *_all_keys()):
+        if self.is_mergekits and (key in NO_EFFECT or key in _all_keys()):
             self.note(place, f"has no effect on {name}, here as in mergekit")
         elif key in INSTEAD and INSTEAD[key] in self.declared:
             self.wrong(place, f"unknown parameter {key!r}. It is called {INSTEAD[key]!r}")
@@ -349,7 +359,9 @@ class _Reader:
             point = kept if point else "none"
         value, wrong = converted(replace(parameter, name=parameter.key), point)
         for problem in wrong:
-            self.wrong(place, problem)
+            for of_kind, text in KINDS.items():
+                problem = problem.replace(f"of type {of_kind.__name__}", text)
+            self.wrong(place, problem.replace(parameter.name, parameter.key, 1))
         return value
 
     # Models and slices
@@ -385,7 +397,9 @@ class _Reader:
         """Base, models, parameters and slices of the recipe."""
         if self.method.base == "required" and base is None and not _bases(body):
             self.wrong(
-                (), f"{self.method_name} needs a base_model, the common ancestor of the models"
+                (),
+                f"{self.method_name} needs a base_model: the common ancestor of the models, a "
+                "folder or a Hub id",
             )
         if self.is_mergekits and self.method_name == "slerp" and base is None:
             self.wrong((), "slerp needs a base_model: the one of the two that is t = 0")
@@ -562,7 +576,7 @@ class _Reader:
         """Of the result; what mergekit computes in is always float32 here."""
         for key in ("dtype", "out_dtype"):
             value = content.get(key)
-            if value is not None and value not in DTYPE_NAMES:
+            if value is not None and not (isinstance(value, str) and value in DTYPE_NAMES):
                 self.wrong((key,), f"expected one of {', '.join(DTYPE_NAMES)}, got {_brief(value)}")
         chosen = content.get("out_dtype") or content.get("dtype")
         return chosen if isinstance(chosen, str) else None

@@ -66,7 +66,7 @@ def slice_problems(recipe: Recipe, models: Mapping[str, Model]) -> Iterator[str]
             if isinstance(count, int) and stop > count:
                 yield (
                     f"slice {number + 1}: layer_range [{first}, {stop}] of {model}, which has "
-                    f"{count} layers (0 to {count - 1})"
+                    f"{count} layers. Take some of 0 to {count - 1}: at most [0, {count}]"
                 )
 
 

@@ -184,6 +184,8 @@ CONSENSUS_DENOMINATOR = replace(
     "nothing",
 )
 
+MAYBE_WEIGHTS = replace(WEIGHTS, required=False)
+
 METHODS: dict[str, Method] = {
     "linear": Method(
         merge_linear,
@@ -234,7 +236,7 @@ METHODS: dict[str, Method] = {
         "NuSLERP",
         "mergekit's NuSLERP; see `slerp_utils.nuslerp`",
         (
-            WEIGHTS,
+            MAYBE_WEIGHTS,
             Parameter(
                 "nuslerp_flatten", bool, True, "each tensor is one vector; else each of its rows"
             ),
@@ -277,7 +279,7 @@ METHODS: dict[str, Method] = {
         "Karcher mean",
         "the Riemannian mean on the sphere, arXiv:2603.04972; see `slerp_utils.karcher`",
         (
-            WEIGHTS,
+            MAYBE_WEIGHTS,
             Parameter("max_iter", int, 10, "at most so many steps", _check_max_iter),
             Parameter(
                 "tol",
@@ -609,7 +611,7 @@ METHODS: dict[str, Method] = {
         "consensus merging",
         "TALL masks, arXiv:2405.07813; see `consensus_utils.consensus` and `consensus_ties`",
         (
-            WEIGHTS,
+            MAYBE_WEIGHTS,
             Parameter(
                 "mask_lambdas",
                 float,

@@ -207,13 +207,14 @@ def open_plan(
     """
     recipe = canonical(recipe)
     with ExitStack() as stack:
-        parameters, usage = check_recipe(recipe)
-        usage += other_problems
+        parameters, problems = check_recipe(recipe)
+        usage = [*recipe.placed(problems), *other_problems]
         sources, broken = _open_all(recipe.names, stack, weights, earlier or Earlier())
+        broken = recipe.placed(broken)
         usage += _place_problems(recipe, sources)
         by_name = dict(zip(recipe.names, sources, strict=False))
         if len(sources) == len(recipe.names):
-            usage += slice_problems(recipe, by_name)
+            usage += recipe.placed(slice_problems(recipe, by_name))
         if len(sources) == len(recipe.names):
             usage += _pattern_problems(recipe, [name for each in sources for name in each.tensors])
         if usage or len(sources) < len(recipe.names):
@@ -341,7 +342,9 @@ def _lay_out(
     dtype = recipe.dtype or _main_dtype(sources[0])
     places = placed(recipe, alignment.tensors, sources[0].config["num_hidden_layers"])
     copied = _copied(recipe, places, tied=alignment.tied)
-    parameters = tensor_parameters(slices, places, [name for name in places if name not in copied])
+    parameters = tensor_parameters(
+        recipe, slices, places, [name for name in places if name not in copied]
+    )
     tasks = [
         _task(name, place, DTYPE_NAMES[dtype], parameters.get(name), method)
         for name, place in places.items()

@@ -152,6 +152,7 @@ class Recipe:
         weight_decay: merged values are multiplied by 1 minus this; in [0, 1).
         clamp_range: lowest and highest merged value; None for no bounds.
         notes: what the user should know of how it was read.
+        place: where it was read, for messages: file and line.
     """
 
     method: str
@@ -173,6 +174,7 @@ class Recipe:
     weight_decay: float = 0.0
     clamp_range: tuple[float, float] | None = None
     notes: tuple[str, ...] = field(default=(), compare=False)
+    place: str = field(default="", compare=False)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -185,6 +187,10 @@ class Recipe:
         if isinstance(bounds, tuple):
             options["clamp_range"] = tuple(None if math.isinf(each) else each for each in bounds)
         return options
+
+    def placed(self, problems: Iterable[str]) -> list[str]:
+        """What is wrong with it, with the place where it was read."""
+        return [f"{self.place}: {each}" if self.place else each for each in problems]
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -63,7 +63,7 @@ class Parameters:
 
     def _settled(self, values: Values, given: Values) -> tuple[Values, list[str]]:
         lacking = [
-            f"{parameter.name}: no filter fits. Add an entry without a filter, for all others"
+            f"no filter of {parameter.key} fits it. Add an entry without a filter, for all others"
             for parameter in self.declared
             if parameter.required and _lacks(values[parameter.name])
         ]
@@ -133,7 +133,10 @@ def _count_problems(name: str, method: Method, count: int) -> list[str]:
 
 
 def tensor_parameters(
-    slices: list[Parameters], places: Mapping[str, Place], merged: Iterable[str]
+    recipe: Recipe,
+    slices: list[Parameters],
+    places: Mapping[str, Place],
+    merged: Iterable[str],
 ) -> dict[str, Values]:
     """The parameters of every tensor that is merged.
 
@@ -149,7 +152,7 @@ def tensor_parameters(
             problems.setdefault(problem.removeprefix(f"{name}: "), problem)
     problems |= {each: each for each in _together_problems(slices[0].method, found)}
     if problems:
-        raise ValueError("\n".join(problems.values()))
+        raise ValueError("\n".join(recipe.placed(problems.values())))
     return found
 
 

@@ -237,6 +237,11 @@ def merge_to_model(
     Arguments and errors as `merge_to_folder`; the recipe has no `output_dir` and no `dtype`.
     Warns (`UserWarning`) with what the report would note on how the models are brought together.
     """
+    if recipe.slices:
+        raise ValueError(
+            "a recipe with slices can be merged into a folder only: a model in memory has the "
+            "layers of its config. Use merge_to_folder"
+        )
     settings = RunSettings(device, threads, max_memory, progress=progress)
     with _open_for_merging(replace(recipe, dtype="float32"), settings) as plan:
         fit = settings.fit(plan, beside=_model_bytes(plan))
