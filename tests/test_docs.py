@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from merge_arguments import command_parser
+from merge_grammar import COMMON_KEYS, MERGEKIT_KEYS, OWN_KEYS, read_recipes
 from merge_methods import METHODS
 from merge_parameters import PROFILES
 from merge_plan import check_recipe
 from merge_recipe import make_recipe
+from model_chat_templates import CHAT_TEMPLATES
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "methods"
@@ -237,6 +239,20 @@ def test_links_resolve(path):
     assert targets
     local = [target for target in targets if not target.startswith("https://")]
     assert [target for target in local if not (path.parent / target).is_file()] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md"])
+def test_recipes_on_a_page_are_sound(page):
+    recipes = blocks(ROOT / page, "yaml")
+    assert recipes
+    for text in recipes:
+        assert read_recipes(text)
+
+
+def test_the_page_on_recipes_has_every_key():
+    text = read(ROOT / "docs" / "recipes.md")
+    for key in (*COMMON_KEYS, *MERGEKIT_KEYS, *OWN_KEYS, *CHAT_TEMPLATES):
+        assert key in text, key
 
 
 def test_the_index_links_every_page():

@@ -476,3 +476,36 @@ def test_models_that_do_not_fit_are_refused_before_any_weights_are_downloaded(tm
     assert "error: org/b: 9 tensors" in result.stderr
     assert 0 < hub.count_bytes(".safetensors") <= 2 * HEADER_REQUEST
     assert not [*(tmp_path / "cache").rglob("model.safetensors")]
+
+
+def test_a_revision_is_looked_for_and_one_that_is_not_there_refused(hub, tmp_path):
+    with hub as url:
+        found = find("org/a@main", url=url, cache="cache", cwd=tmp_path)
+        answer = find("org/a@v9", url=url, cache="cache", cwd=tmp_path)
+    assert "models--org--a/snapshots/" in found
+    assert (
+        answer
+        == "org/a@v9: this Hub model has no such revision. Give a branch, tag or commit it has"
+    )
+    again = find("org/a@main", url=DEAD, cache="cache", cwd=tmp_path, HF_HUB_OFFLINE="1")
+    assert again == found
+
+
+def test_a_recipe_of_hub_models_is_planned_without_weights_and_merged_from_the_cache(tmp_path):
+    hub = HubStandIn(tmp_path / "hub")
+    models = [make_llama(hub.root / f"org/{name}", tokenizer=True, **WIDE) for name in "ab"]
+    text = "merge_method: linear\nparameters: {weight: 0.5}\nmodels:\n"
+    (tmp_path / "r.yml").write_text(text + "- model: org/a@main\n- model: org/b\n")
+    arguments = (ROOT / "merge.py", "r.yml", "out", "--quiet")
+    with hub as url:
+        planned = run(*arguments, "--plan", url=url, cache="cache", cwd=tmp_path)
+        assert not [*(tmp_path / "cache").rglob("*.safetensors")]
+        merged = run(*arguments, url=url, cache="cache", cwd=tmp_path)
+    assert (planned.returncode, planned.stderr) == (0, "")
+    each = [format_bytes(weight_bytes(model)) for model in models]
+    assert f"download    {format_bytes(sum(map(weight_bytes, models)))}\n" in planned.stdout
+    assert f"\n  org/a@main: {each[0]}\n  org/b: {each[1]}\n" in planned.stdout
+    assert (merged.returncode, merged.stderr) == (0, "")
+    report = json.loads((tmp_path / "out/merge_report.json").read_text())
+    assert report["base_models"] == ["org/a", "org/b"]
+    assert report["revisions"].keys() == {"org/a@main", "org/b"}
