@@ -79,7 +79,9 @@ def saved_report(plan: Plan, report: MergeReport, earlier: Earlier) -> dict[str,
         "findings": report.findings,
         "task_vectors": report.task_vectors,
     }
-    public: dict[str, Any] = publish(json.loads(json.dumps(content)), public_names(names))
+    public: dict[str, Any] = publish(
+        json.loads(json.dumps(content)), public_names(names, [*earlier.models])
+    )
     return public
 
 
@@ -131,8 +133,12 @@ def is_hub_id(name: str) -> bool:
     return bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 
-def public_names(names: Sequence[str]) -> dict[str, str]:
+def public_names(names: Sequence[str], taken: Collection[str] = ()) -> dict[str, str]:
     """What models are called in public, by what the user called them; no two folders the same.
+
+    Args:
+        names: of the models.
+        taken: names of something else, which no model may have.
 
     >>> public_names(["/home/me/models/chat", "/home/me/old/chat", "/data/code/", "chat"])
     {'chat': 'chat', '/home/me/models/chat': 'chat-2', '/home/me/old/chat': 'chat-3', \
@@ -144,7 +150,7 @@ def public_names(names: Sequence[str]) -> dict[str, str]:
         path = name if is_hub_id(name) else os.path.abspath(name)
         if path not in by_path:
             short = name if is_hub_id(name) else Path(path).name or "model"
-            by_path[path] = _unique(short, by_path.values())
+            by_path[path] = _unique(short, {*by_path.values(), *taken})
         public[name] = by_path[path]
     return public
 

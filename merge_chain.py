@@ -20,7 +20,7 @@ from merge_analysis import Analysis
 from merge_grammar import Stage
 from merge_memory import anonymous_memory
 from merge_operations import make_operations
-from merge_plan import Earlier, Plan, merged_when_read, open_plan
+from merge_plan import Earlier, Plan, merged_when_read, open_plan, place_problems
 from merge_recipe import Recipe
 from merge_report import MergeReport, PlanReport
 from merge_run import RunSettings, analyze_models, merge_to_folder, plan
@@ -91,7 +91,9 @@ def check_stages(stages: Sequence[Stage]) -> list[str]:
         raise RecipeError("\n".join(problems))
     last = final_stage(stages)
     used = {last.name, *_needed(by_name, last)}
-    return [f"{name!r} of the recipes is not used" for name in by_name if name not in used]
+    notes = [f"{name!r} of the recipes is not used" for name in by_name if name not in used]
+    hidden = [name for name in by_name if Path(name).exists()]
+    return notes + [f"{name!r} is the recipe of that name, not the folder" for name in hidden]
 
 
 def _needed(by_name: Mapping[str, Stage], stage: Stage) -> list[str]:
@@ -115,7 +117,7 @@ def plan_stages(
 ) -> PlanReport:
     """What the final recipe of several would do; arguments and errors as `merge_run.plan`."""
     recipe = replace(_final_recipe(stages), output_dir=output_dir)
-    with open_earlier(stages, RunSettings(**settings), None) as earlier:
+    with open_earlier(stages, _checked(RunSettings(**settings)), None) as earlier:
         return plan(recipe, **settings, earlier=earlier)
 
 
@@ -132,9 +134,12 @@ def merge_stages(
     What can be known of any of them from headers alone is refused before anything is merged.
     """
     recipe = replace(_final_recipe(stages), output_dir=output_dir)
-    run_settings = RunSettings(**settings, progress=progress)
+    run_settings = _checked(RunSettings(**settings, progress=progress))
     with open_earlier(stages, run_settings, None) as earlier:
         if earlier.models:
+            sources = [source for each in earlier.plans.values() for source in each.sources]
+            if wrong := place_problems(recipe, sources):
+                raise ValueError("\n".join(wrong))
             plan(recipe, **settings, earlier=earlier)
     with open_earlier(stages, run_settings, output_dir) as earlier:
         return merge_to_folder(
@@ -151,8 +156,15 @@ def analyze_stages(
         place: what has to be written down of earlier results is put beside it for a while.
     """
     recipe = _final_recipe(stages)
-    with open_earlier(stages, RunSettings(**settings, progress=progress), place) as earlier:
+    run_settings = _checked(RunSettings(**settings, progress=progress))
+    with open_earlier(stages, run_settings, place) as earlier:
         return analyze_models(recipe, **settings, progress=progress, earlier=earlier)
+
+
+def _checked(settings: RunSettings) -> RunSettings:
+    if wrong := settings.problems():
+        raise ValueError("\n".join(wrong))
+    return settings
 
 
 def _final_recipe(stages: Sequence[Stage]) -> Recipe:
@@ -180,9 +192,9 @@ def open_earlier(
         yield earlier
         return
     with ExitStack() as stack:
-        beside = None if output_dir is None else output_dir.absolute().parent
+        beside = None if output_dir is None else _existing(output_dir.absolute().parent)
         place = Path(tempfile.mkdtemp(prefix=".recipes-", dir=beside))
-        stack.callback(shutil.rmtree, place, ignore_errors=True)
+        stack.callback(_remove, place)
         for number, name in enumerate(needed):
             recipe, folder = by_name[name].recipe, place / str(number)
             opened = stack.enter_context(open_plan(recipe, weights=weights, earlier=earlier))
@@ -203,6 +215,20 @@ def open_earlier(
             stack.callback(model.close)
             earlier.models[name], earlier.plans[name] = model, opened
         yield earlier
+
+
+def _existing(folder: Path) -> Path:
+    """A folder, or the nearest above it that exists."""
+    return next(each for each in (folder, *folder.parents) if each.is_dir())
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, even if it is interrupted once."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except KeyboardInterrupt:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 @contextmanager

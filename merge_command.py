@@ -24,14 +24,14 @@ from merge_arguments import (
     parse_recipe_arguments,
     recipe_of,
 )
-from merge_chain import analyze_stages, merge_stages, plan_stages
+from merge_chain import analyze_stages, check_stages, final_stage, merge_stages, plan_stages
 from merge_grammar import Stage, load_recipes, recipe_document, with_seed
 from merge_plan import usable_cores
-from merge_recipe import Recipe
+from merge_recipe import Recipe, printable
 from merge_report import MergeReport, PlanReport
 from merge_run import analyze_models, merge_to_folder, plan
 from merge_schema import recipe_schema
-from merge_yaml import write_yaml
+from merge_yaml import write_recipes
 from model_errors import ModelCompatibilityError
 from model_verify import Findings, verify_folder
 
@@ -96,15 +96,18 @@ def _check_parts(
 
 def _carry_out_recipe(arguments: argparse.Namespace) -> str:
     """What is asked for with a recipe file; what to print."""
-    stages = [_changed(stage, arguments) for stage in load_recipes(arguments.recipe)]
+    stages = load_recipes(arguments.recipe)
+    last = final_stage(stages)
+    stages = [_changed(each, arguments, last=each is last) for each in stages]
     if arguments.resolve:
         contents = [
             ({"name": stage.name} if stage.name else {}) | recipe_document(stage.recipe)
             for stage in stages
         ]
+        check_stages(stages)
         if arguments.resolve == "json":
             return json.dumps(contents if len(contents) > 1 else contents[0], indent=2)
-        return "---\n".join(map(write_yaml, contents)).rstrip()
+        return write_recipes(contents).rstrip()
     settings = _run_settings(arguments)
     if arguments.plan:
         return _printed(plan_stages(stages, arguments.save, **settings), as_json=arguments.json)
@@ -128,11 +131,13 @@ def _written(analysis: Analysis, arguments: argparse.Namespace) -> str:
     return _printed(analysis, as_json=arguments.json) + ("" if arguments.json else wrote)
 
 
-def _changed(stage: Stage, arguments: argparse.Namespace) -> Stage:
-    """A recipe with what the command line says instead."""
+def _changed(stage: Stage, arguments: argparse.Namespace, *, last: bool) -> Stage:
+    """A recipe with what the command line says instead; of the result's form, if it is the last."""
     recipe = stage.recipe
-    given = {"dtype": arguments.dtype, "max_shard_size": arguments.max_shard_size}
-    recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
+    if last:
+        given = {"dtype": arguments.dtype, "max_shard_size": arguments.max_shard_size}
+        given = {key: value for key, value in given.items() if value is not None}
+        recipe = replace(recipe, **given)
     if arguments.seed is not None:
         recipe = with_seed(recipe, arguments.seed)
     return stage._replace(recipe=recipe)
@@ -169,7 +174,8 @@ def _reported(work: Callable[[], str], *, last: bool = False) -> int:
             text = work()
     except (ValueError, ModelCompatibilityError, OSError) as error:
         for line in _text(error).splitlines():
-            print(line if line.startswith(" ") else f"error: {line}", file=sys.stderr)
+            shown = printable(line)
+            print(shown if line.startswith(" ") else f"error: {shown}", file=sys.stderr)
         return _exit_code(error)
     except KeyboardInterrupt as error:
         print("error: interrupted; nothing has been written", file=sys.stderr)
@@ -227,10 +233,10 @@ def _signals_interrupt(*, last: bool) -> Iterator[None]:
 
 
 def _text(error: Exception) -> str:
-    """What an error says, without the number that Python puts before our own texts."""
-    if isinstance(error, OSError) and error.strerror and error.filename is None:
-        return error.strerror
-    return str(error)
+    """What an error says, without the number that Python puts before it."""
+    if not (isinstance(error, OSError) and error.strerror):
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
 
 
 def _exit_code(error: Exception) -> int:

@@ -5,6 +5,7 @@ One with `method` is ours: the same grammar, with our defaults. In both, everyth
 that is wrong, with the line and the path of the entry.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -14,13 +15,16 @@ from merge_methods import ALIASES, METHODS, Method
 from merge_parameters import PROFILES
 from merge_plan import canonical, check_recipe
 from merge_recipe import (
+    KEYS,
     OPTIONS,
     LayerRange,
     Parameter,
     Recipe,
     Slice,
+    brief,
     converted,
     make_recipe,
+    printable,
     unknown_name,
 )
 from merge_settings import Choice, Setting, joined, written
@@ -40,6 +44,12 @@ OWN_KEYS = ("method", "vocabulary")
 MODULE = "default"
 """The one module of a language model, as mergekit calls it."""
 
+NAME = re.compile(r"[\w.-]+")
+"""What a recipe of a file may be called."""
+
+MOST_SAID = 40
+"""Problems that are said of a file; a broken one can have thousands."""
+
 NO_EFFECT = ("int8_mask", "embed_slerp")
 """Parameters of mergekit's that change no number."""
 
@@ -52,6 +62,15 @@ INSTEAD = {"pattern": "filter", "alpha": "weight", "scaling_coefficient": "weigh
 KINDS = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
 
 Settings = Mapping[str, Setting]
+
+
+class _Body(NamedTuple):
+    """Base, models, parameters and slices of a recipe."""
+
+    base_model: str | None
+    models: tuple[str, ...]
+    parameters: dict[str, Any]
+    slices: tuple[Slice, ...] = ()
 
 
 class Stage(NamedTuple):
@@ -95,8 +114,14 @@ def read_recipes(text: str | bytes, source: str = "recipe") -> list[Stage]:
     if not problems and not stages:
         problems.append(f"{source}: empty. Expected a recipe with merge_method and models")
     if problems:
-        raise RecipeError("\n".join(problems))
+        raise RecipeError(_said(problems))
     return stages
+
+
+def _said(problems: list[str]) -> str:
+    """The first problems, a line each, and how many there are besides."""
+    more = len(problems) - MOST_SAID
+    return "\n".join(problems[:MOST_SAID] + ([f"and {more} more"] if more > 0 else []))
 
 
 def recipe_of(content: Mapping[str, Any], source: str = "recipe") -> Recipe:
@@ -108,7 +133,7 @@ def recipe_of(content: Mapping[str, Any], source: str = "recipe") -> Recipe:
     reader = _Reader(Document(content, source))
     stage = reader.stage()
     if stage is None or reader.problems:
-        raise RecipeError("\n".join(reader.problems))
+        raise RecipeError(_said(reader.problems))
     return stage.recipe
 
 
@@ -149,7 +174,7 @@ class _Reader:
 
     def wrong(self, place: Place, text: str) -> None:
         """Something is wrong with an entry."""
-        self.problems.append(f"{self.document.place(place)}: {text}")
+        self.problems.append(printable(f"{self.document.place(place)}: {text}"))
 
     def note(self, place: Place, text: str) -> None:
         """An entry is left out; published with the result, so without the file's path."""
@@ -169,26 +194,34 @@ class _Reader:
         settings = self._fields(content)
         body, body_place, shared = self._body(content)
         base = self._reference(content.get("base_model"), ("base_model",))
-        given = self._merged_parts(body, body_place, base, shared)
+        parts = self._merged_parts(body, body_place, base, shared)
         if self.problems:
             return None
-        recipe = make_recipe(self.method_name, *given[:2], given[2], profile=profile, **settings)
+        base, models, parameters, slices = parts
+        recipe = make_recipe(
+            self.method_name, base, models, parameters, profile=profile, **settings
+        )
         place = self.document.place()
-        recipe = replace(recipe, slices=given[3], notes=tuple(self.notes), place=place)
+        recipe = replace(recipe, slices=slices, notes=tuple(self.notes), place=place)
         try:
             recipe = canonical(recipe)
             _, problems = check_recipe(recipe)
         except ValueError as error:
             problems = [str(error)]
         for problem in problems:
-            self.wrong(self._place_of(problem, content), problem)
-        name = self._text(content.get("name"), ("name",))
+            self.wrong(self._place_of(problem), problem)
+        name = self._name(content.get("name"))
         return Stage(name, recipe, place)
 
-    def _place_of(self, problem: str, content: Mapping[str, Any]) -> Place:
-        """The entry that a text on the whole recipe begins with."""
-        word = problem.split()[0].rstrip(":")
-        return (word,) if word in content else ()
+    def _place_of(self, problem: str) -> Place:
+        """The entry that a text on the whole recipe is about, by the words that it begins with."""
+        if found := re.match(r"slice (\d+): ", problem):
+            return ("slices", int(found[1]) - 1)
+        word = re.split(r"[^\w]", problem)[0]
+        words = {word, KEYS.get(word, word)}
+        if word == "vocabulary":  # what the recipe says of it is called otherwise in mergekit's
+            words = {"mode", "source", "tokenizer_source", "vocabulary"}
+        return next((path for path in self.document.lines if words & {*path[-1:]}), ())
 
     # The method and what it knows
 
@@ -235,20 +268,27 @@ class _Reader:
             return {}
         if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
             return value
-        self.wrong(place, f"expected entries such as `key: value`, got {_brief(value)}")
+        self.wrong(place, f"expected entries such as `key: value`, got {brief(value)}")
         return {}
 
     def _list(self, value: Any, place: Place, of: str) -> Sequence[Any]:
         if isinstance(value, list) and value:
             return value
-        self.wrong(place, f"expected a list of {of}, each after a hyphen, got {_brief(value)}")
+        self.wrong(place, f"expected a list of {of}, each after a hyphen, got {brief(value)}")
         return []
 
     def _text(self, value: Any, place: Place) -> str | None:
         if value is None or (isinstance(value, str) and value):
             return value
-        self.wrong(place, f"expected a text, got {_brief(value)}. Put it into quotes")
+        self.wrong(place, f"expected a text, got {brief(value)}. Put it into quotes")
         return None
+
+    def _name(self, value: Any) -> str | None:
+        """A recipe's own name: one that can be published, and is no path."""
+        name = self._text(value, ("name",))
+        if name is not None and not NAME.fullmatch(name):
+            self.wrong(("name",), f"{name!r} is no name. Use letters, digits, - _ and .")
+        return name
 
     def _check_keys(self, content: Mapping[str, Any], place: Place, known: Sequence[str]) -> None:
         """Say which keys are not known, and where they may belong."""
@@ -269,6 +309,8 @@ class _Reader:
     def _reference(self, value: Any, place: Place) -> str | None:
         """A model: PATH[@REVISION], or mergekit's mapping of the same."""
         if isinstance(value, Mapping):
+            if value.get("model") is None:
+                self.wrong(place, "model is missing. Give a folder or a Hub id")
             self._check_keys(value, place, ("model", "lora", "override_architecture"))
             for key in ("lora", "override_architecture"):
                 if value.get(key) is not None:
@@ -307,7 +349,10 @@ class _Reader:
             if parameter is None or (self.is_mergekits and (self.method_name, key) in OURS_ALONE):
                 self._undeclared(key, where)
             elif of_model and not (parameter.per_model or parameter.of_input):
-                self.wrong(where, f"{key} is of the whole merge. Put it under its parameters")
+                if self.is_mergekits:
+                    self.note(where, "has no effect on a model, here as in mergekit")
+                else:
+                    self.wrong(where, f"{key} is of the whole merge. Put it under its parameters")
             else:
                 found[parameter.name] = self._setting(parameter, entry, where)
         return found
@@ -393,7 +438,7 @@ class _Reader:
 
     def _merged_parts(
         self, body: Mapping[str, Any], place: Place, base: str | None, shared: list[Settings]
-    ) -> tuple[str | None, tuple[str, ...], dict[str, Any], tuple[Slice, ...]]:
+    ) -> _Body:
         """Base, models, parameters and slices of the recipe."""
         if self.method.base == "required" and base is None and not _bases(body):
             self.wrong(
@@ -401,7 +446,7 @@ class _Reader:
                 f"{self.method_name} needs a base_model: the common ancestor of the models, a "
                 "folder or a Hub id",
             )
-        if self.is_mergekits and self.method_name == "slerp" and base is None:
+        if self.is_mergekits and self.method_name == "slerp" and base is None and not _bases(body):
             self.wrong((), "slerp needs a base_model: the one of the two that is t = 0")
         if body.get("slices") is not None:
             return self._sliced(body["slices"], (*place, "slices"), base, shared)
@@ -412,7 +457,7 @@ class _Reader:
         of_base, models = self._parted(entries, base, place, must_list=False)
         parameters = self._parameters(models, shared)
         name = None if of_base is None else of_base.model
-        return name, tuple(each.model for each in models), parameters, ()
+        return _Body(name, tuple(each.model for each in models), parameters)
 
     def _entry(self, value: Any, place: Place, *, layers: bool = False) -> _Entry:
         """A model with its parameters, and with the layers that are taken."""
@@ -435,24 +480,33 @@ class _Reader:
             return value[0], value[1]
         self.wrong(
             place,
-            f"expected [first, last + 1], counted from 0, such as [0, 16], got {_brief(value)}",
+            f"expected [first, last + 1], counted from 0, such as [0, 16], got {brief(value)}",
         )
         return 0, 1
 
-    def _sliced(
-        self, value: Any, place: Place, base: str | None, shared: list[Settings]
-    ) -> tuple[str | None, tuple[str, ...], dict[str, Any], tuple[Slice, ...]]:
+    def _sliced(self, value: Any, place: Place, base: str | None, shared: list[Settings]) -> _Body:
         slices = []
         for number, each in enumerate(self._list(value, place, "slices")):
             slices.append(self._slice(each, (*place, number), base, shared))
+        if self.is_mergekits and slices and len(slices[-1].inputs) > len(slices[0].inputs):
+            self.note(
+                (*place, len(slices) - 1),
+                "has more sources than the first: mergekit leaves the others out of the final norm "
+                "and the head; here all are merged",
+            )
         inputs = [source.model for each in slices for source in each.inputs]
         first = [base] if base is not None else []
         with_base = [each.base is not None for each in slices]
+        if any(with_base) and not all(with_base):
+            self.wrong(
+                (*place, with_base.index(False)),
+                "no base_model, but another slice has one. Give one to all slices, or to none",
+            )
         if any(with_base):
             of_recipe = base or next(each.base.model for each in slices if each.base is not None)
             others = [name for name in dict.fromkeys(inputs) if name != of_recipe]
-            return of_recipe, tuple(others), {}, tuple(slices)
-        return None, tuple(dict.fromkeys([*first, *inputs])), {}, tuple(slices)
+            return _Body(of_recipe, tuple(others), {}, tuple(slices))
+        return _Body(None, tuple(dict.fromkeys([*first, *inputs])), {}, tuple(slices))
 
     def _slice(self, value: Any, place: Place, base: str | None, shared: list[Settings]) -> Slice:
         content = self._mapping(value, place)
@@ -474,8 +528,10 @@ class _Reader:
         base = self._reference(content.get("base_model"), (*place, "base_model")) or base
         of_base, models = self._parted(entries, base, place, must_list=True)
         parameters = self._parameters(models, [own, *shared])
+        if not models and listed:
+            self.wrong(sources, "no model besides the base. Add one, or take these layers from it")
         return Slice(
-            sources=tuple(map(_layers, models)) or (LayerRange("", 0, 1),),
+            sources=tuple(map(_layers, models)) or (LayerRange("none", 0, 1),),
             base=None if of_base is None else _layers(of_base),
             parameters=parameters,
         )
@@ -491,11 +547,14 @@ class _Reader:
                 before = [each for each in entries[:index] if each.model == entry.model]
                 if before:
                     self.wrong(entry.place, f"{entry.model} is listed twice. Leave one out")
-        if self.method.base == "none":
+        if self.method.base == "none" and base is not None:
+            if not self.is_mergekits and not must_list:
+                said = f"{self.method_name} takes no base_model. List it first among the models"
+                self.wrong(("base_model",), said)
             listed = [*of_base, *models]
-            if base is not None and not of_base and not must_list:
+            if not of_base and not must_list:
                 listed = [_Entry(base, ("base_model",), {}), *models]
-            return None, listed if base is not None else entries
+            return None, listed
         if base is None:
             return None, entries
         if not of_base and must_list:
@@ -577,7 +636,7 @@ class _Reader:
         for key in ("dtype", "out_dtype"):
             value = content.get(key)
             if value is not None and not (isinstance(value, str) and value in DTYPE_NAMES):
-                self.wrong((key,), f"expected one of {', '.join(DTYPE_NAMES)}, got {_brief(value)}")
+                self.wrong((key,), f"expected one of {', '.join(DTYPE_NAMES)}, got {brief(value)}")
         chosen = content.get("out_dtype") or content.get("dtype")
         return chosen if isinstance(chosen, str) else None
 
@@ -651,11 +710,6 @@ def _all_keys() -> set[str]:
     return {parameter.key for method in METHODS.values() for parameter in method.parameters}
 
 
-def _brief(value: object) -> str:
-    text = "nothing" if value is None else repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
-
-
 def with_seed(recipe: Recipe, seed: int) -> Recipe:
     """A recipe with another seed; one whose method draws nothing at random as it is."""
     if all(parameter.name != "seed" for parameter in METHODS[recipe.method].parameters):
@@ -679,8 +733,9 @@ def recipe_document(recipe: Recipe, *, complete: bool = False) -> dict[str, Any]
     """
     declared = {parameter.name: parameter for parameter in METHODS[recipe.method].parameters}
     content: dict[str, Any] = {"method": recipe.method, "profile": recipe.profile}
-    if recipe.base_model is not None:
-        content["base_model"] = recipe.base_model
+    first = _config_giver(recipe)
+    if first is not None:
+        content["base_model"] = first
     if recipe.slices:
         content["slices"] = [_written_slice(each, declared) for each in recipe.slices]
     else:
@@ -698,6 +753,14 @@ def recipe_document(recipe: Recipe, *, complete: bool = False) -> dict[str, Any]
             content[name] = [*value] if isinstance(value, tuple) else value
     vocabulary = _written_vocabulary(recipe.vocabulary, complete=complete)
     return content | ({"vocabulary": vocabulary} if vocabulary else {})
+
+
+def _config_giver(recipe: Recipe) -> str | None:
+    """The base; or the model that gives config.json where it is not the first that is stacked."""
+    inputs = [source.model for each in recipe.slices for source in each.inputs]
+    if recipe.base_model is None and inputs and recipe.models[0] != inputs[0]:
+        return recipe.models[0]
+    return recipe.base_model
 
 
 def _written_slice(each: Slice, declared: Mapping[str, Parameter]) -> dict[str, Any]:

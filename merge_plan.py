@@ -120,6 +120,14 @@ class Plan:
         return kinds.pop() if len(kinds) == 1 else "some"
 
     @property
+    def same_models(self) -> bool:
+        """Whether all tensors are merged from the same models: what is found out can be added."""
+        inputs = {
+            tuple(each.model for each in task.inputs) for task in self.tasks if not task.copied
+        }
+        return len(inputs) == 1
+
+    @property
     def most_models(self) -> int:
         """How many models, besides the base, feed a tensor at most."""
         return max(len(task.inputs) for task in self.tasks) - (self.base is not None)
@@ -211,11 +219,11 @@ def open_plan(
         usage = [*recipe.placed(problems), *other_problems]
         sources, broken = _open_all(recipe.names, stack, weights, earlier or Earlier())
         broken = recipe.placed(broken)
-        usage += _place_problems(recipe, sources)
+        usage += place_problems(recipe, sources)
         by_name = dict(zip(recipe.names, sources, strict=False))
         if len(sources) == len(recipe.names):
             usage += recipe.placed(slice_problems(recipe, by_name))
-        if len(sources) == len(recipe.names):
+        if len(sources) == len(recipe.names) and not recipe.slices:  # whose tensors are named anew
             usage += _pattern_problems(recipe, [name for each in sources for name in each.tensors])
         if usage or len(sources) < len(recipe.names):
             broken += _fit_problems(recipe, sources)
@@ -354,12 +362,14 @@ def _lay_out(
     notes = [*recipe.notes, *dict.fromkeys(advice), *_model_notes(sources), *alignment.notes]
     notes += carried.notes
     if copied:
+        owners = dict.fromkeys(sources[places[name].inputs[0].model].label for name in copied)
         notes.append(
             f"{len(copied)} of {len(tasks)} tensors are not merged but those of "
-            f"{sources[0].label}: {', '.join(copied[:3])}{', ...' if len(copied) > 3 else ''}"
+            f"{', '.join(owners)}: {', '.join(copied[:3])}{', ...' if len(copied) > 3 else ''}"
         )
     if recipe.dtype is None:
         notes += _rounding_notes(sources[0], dtype)
+        notes += _precision_notes(sources, dtype)
     return Plan(
         recipe=recipe,
         parameters=tuple(each.values for each in slices),
@@ -434,7 +444,7 @@ def _pattern_problems(recipe: Recipe, names: Iterable[str]) -> list[str]:
     ]
 
 
-def _place_problems(recipe: Recipe, sources: Sequence[ModelFolder]) -> list[str]:
+def place_problems(recipe: Recipe, sources: Sequence[ModelFolder]) -> list[str]:
     """An output that would lie inside one of the models."""
     if recipe.output_dir is None:
         return []
@@ -480,6 +490,16 @@ def _rounding_notes(model: ModelFolder, dtype: str) -> Iterator[str]:
             f"{model.label}: stores {'/'.join(sorted(set(others)))} in {len(others)} of "
             f"{len(model.tensors)} tensors, {stored} in most; the result is {dtype} throughout "
             "(set dtype for another)"
+        )
+
+
+def _precision_notes(sources: Sequence[ModelFolder], dtype: str) -> Iterator[str]:
+    """Says where other models than the first are stored in float32, and the result is not."""
+    finer = [each.label for each in sources[1:] if _main_dtype(each) == "float32"]
+    if finer and dtype != "float32":
+        yield (
+            f"the result is {dtype} as {sources[0].label}, although {', '.join(finer)} store "
+            "float32 (set dtype for another)"
         )
 
 

@@ -21,6 +21,9 @@ from scalar_utils import check_clamp_range, check_weight_decay
 
 DEFAULT_SHARD_SIZE = "5GB"
 
+MOST_SHOWN = 100
+"""Characters of a value in a message."""
+
 OPTIONS = (
     "include",
     "exclude",
@@ -253,7 +256,7 @@ def model_name(model: str | os.PathLike[str], argument: str = "base_model_path")
     """A model as a recipe holds it; `TypeError` for anything but a folder or Hub id."""
     if not isinstance(model, str | os.PathLike) or not os.fspath(model):
         raise TypeError(
-            f"{argument} must be the name of a model folder or a Hub id, got {_brief(model)}"
+            f"{argument} must be the name of a model folder or a Hub id, got {brief(model)}"
         )
     return os.fspath(model)
 
@@ -261,14 +264,22 @@ def model_name(model: str | os.PathLike[str], argument: str = "base_model_path")
 def model_names(models: Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
     """Models as a recipe holds them; `TypeError` for one path instead of a list of them."""
     if isinstance(models, str | os.PathLike) or not isinstance(models, Iterable):
-        raise TypeError(f"ft_model_paths must be a list of models, got the single {_brief(models)}")
+        raise TypeError(f"ft_model_paths must be a list of models, got the single {brief(models)}")
     return tuple(model_name(model, "each of ft_model_paths") for model in models)
 
 
-def _brief(value: object) -> str:
+def brief(value: object) -> str:
     """A value for a message: models and tensors print whole pages."""
     text = repr(value)
-    return text if len(text) <= 100 else f"a {type(value).__name__}"
+    if len(text) <= MOST_SHOWN:
+        return text
+    is_text = isinstance(value, str | int | float)
+    return f"{text[:MOST_SHOWN]}..." if is_text else f"a {type(value).__name__}"
+
+
+def printable(text: str) -> str:
+    """A text in which what would act on a terminal, or begin a new line, is escaped."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def resolve_parameters(
@@ -348,12 +359,12 @@ def _convert(parameter: Parameter, value: Any) -> Any:
     """One value in the kind that is declared; an int is a float, a bool is neither."""
     if parameter.choices and not (isinstance(value, str) and value in parameter.choices):
         raise ValueError(
-            f"{parameter.name} must be one of {', '.join(parameter.choices)}, got {value!r}"
+            f"{parameter.name} must be one of {', '.join(parameter.choices)}, got {brief(value)}"
         )
     accepted = {float: numbers.Real, int: numbers.Integral}.get(parameter.kind, parameter.kind)
     if not isinstance(value, accepted) or (isinstance(value, bool) and parameter.kind is not bool):
         raise ValueError(
-            f"{parameter.name} must be of type {parameter.kind.__name__}, got {value!r}"
+            f"{parameter.name} must be of type {parameter.kind.__name__}, got {brief(value)}"
         )
     parameter.check(value)
     return parameter.kind(value)
@@ -418,6 +429,6 @@ def output_problems(recipe: Recipe) -> list[str]:
 def unknown_name(noun: str, name: object, known: Iterable[str]) -> str:
     """The text for a name that does not exist, with the nearest one that does."""
     known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=1)
+    near = difflib.get_close_matches(str(name)[:MOST_SHOWN], known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"unknown {noun} {name!r}; there are: {', '.join(known)}.{hint}"
+    return f"unknown {noun} {brief(name)}; there are: {', '.join(known)}.{hint}"

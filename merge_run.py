@@ -158,7 +158,7 @@ def merge_to_folder(
     Args:
         recipe: with an `output_dir`.
         device, threads, max_memory, findings, progress: see `RunSettings`.
-        earlier: results of earlier recipes that this one uses; see `merge_chain.open_chain`.
+        earlier: results of earlier recipes that this one uses; see `merge_chain.open_earlier`.
 
     Raises:
         ValueError: something is wrong with the parameters or the output.
@@ -170,6 +170,8 @@ def merge_to_folder(
     started = time.monotonic()
     settings = RunSettings(device, threads, max_memory, findings, progress)
     with _open_for_merging(recipe, settings, earlier) as plan:
+        if findings:
+            _check_same_models(plan)
         fit = settings.fit(plan, 0 if earlier is None else earlier.memory_bytes)
         _check_space(recipe.output_dir, plan.write_bytes)
         size = parse_size(recipe.max_shard_size)
@@ -333,6 +335,7 @@ def analyze_models(
     """
     settings = RunSettings(device, threads, max_memory, findings=True, progress=progress)
     with _open_for_merging(recipe, settings, earlier) as plan:
+        _check_same_models(plan)
         fit = settings.fit(plan, 0 if earlier is None else earlier.memory_bytes)
         tasks = [task for task in plan.tasks if not task.copied]
         if not tasks:
@@ -354,6 +357,15 @@ def analyze_models(
             )
         return make_analysis(
             plan, {task.name: findings[task.name] for task in plan.tasks if task.name in findings}
+        )
+
+
+def _check_same_models(plan: Plan) -> None:
+    """What models have changed cannot be added up where slices have other models."""
+    if not plan.same_models:
+        raise ValueError(
+            "--findings and --analyze compare the same models in all layers, and these slices have "
+            "different ones. Ask without slices, or of slices of the same models"
         )
 
 

@@ -140,14 +140,12 @@ _KINDS = {float: "number", int: "integer", bool: "boolean", str: "string"}
 
 
 def _vocabulary() -> dict[str, Any]:
-    sources = {"type": "object"}
-    schema = _object(
+    return _object(
         {
             "mode": _TEXT,
-            "tokens": _described(sources, "where the rows of single tokens come from"),
+            "tokens": _described({"type": "object"}, "where the rows of single tokens come from"),
             "pad_to_multiple_of": _POSITIVE,
             "id_alias": {"type": "array", "items": {"type": "integer", "minimum": 0}},
             **{name: {"enum": [*choices]} for name, choices in CHOICES.items()},
         }
     )
-    return schema

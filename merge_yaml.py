@@ -178,6 +178,8 @@ class _Dumper(yaml.SafeDumper):
 def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
     looks_like_more = any(form.fullmatch(text) for form in _CORE.values())
     style = "'" if looks_like_more else "|" if "\n" in text else None
+    if not text.replace("\n", "").isprintable():
+        style = '"'  # escaped: YAML would fold or refuse some of it
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
 
 

@@ -544,9 +544,10 @@ def parse_size(size: str | int, name: str = "size") -> int:
     >>> parse_size("1.5GB")
     1500000000
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]B)?", str(size).strip().upper())
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?) ?([KMGT]B)?", str(size).strip().upper())
     if match is None or float(match[1]) <= 0:
-        raise ValueError(f"{name} must be a size such as 5GB or 500MB, got {size!r}")
+        shown = f"{str(size)[:60]}..." if len(str(size)) > 60 else repr(size)
+        raise ValueError(f"{name} must be a size such as 5GB or 500MB, got {shown}")
     if match[2] is None and float(match[1]) < SMALLEST_PLAIN:
         raise ValueError(f"{name} {size} would be bytes. Say the unit, as in {size}MB or {size}GB")
     return max(1, int(float(match[1]) * _UNITS.get(match[2] or "", 1)))

@@ -226,7 +226,7 @@ BROKEN = {
     "weights sum 0": (
         "merge_method: linear\nmodels:\n- {model: a, parameters: {weight: 1}}\n- {model: b, parameters: {weight: -1}}\n",
         [
-            "r.yml:1: weights [1.0, -1.0] sum to 0, so they cannot be normalized. Change a weight, or turn normalize off to take the plain sum"
+            "r.yml:3: models[0].parameters.weight: weights [1.0, -1.0] sum to 0, so they cannot be normalized. Change a weight, or turn normalize off to take the plain sum"
         ],
     ),
     "too few": (
@@ -325,3 +325,36 @@ def test_everything_wrong_is_said_at_once(models, monkeypatch, capsys):
     assert merge.main(["r.yml", "out", "--quiet"]) == 2
     places = [line.split(": ")[1] for line in capsys.readouterr().err.splitlines()]
     assert places == ["r.yml:10", "r.yml:9", "r.yml:3", "r.yml:12"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "merge_method: linear\nmodels: [{model: {}}]",
+        "merge_method: linear\nmodels: [[]]\ndtype: [float32]\nprofile: {}\nname: [x]",
+        "merge_method: linear\nmodels: [a]\nmax_shard_size: " + "9" * 400,
+        "merge_method: linear\nmodels: [a]\ntokenizer: {source: 5, tokens: [1]}\nclamp_range: {}",
+        "merge_method: [ties]\nmodels: 5\nbase_model: 7\nparameters: []",
+        "method: linear\nmodels: [a]\ninclude: {x: 1}\nweight_decay: []\nvocabulary: [union]",
+        "method: ties\nbase_model: b\nslices: [{sources: [{model: b, layer_range: [0, 1]}]}]",
+        "method: slerp\nslices: [5, {sources: {}}, {sources: [a]}]",
+    ],
+)
+def test_nonsense_is_refused_without_a_traceback(models, monkeypatch, capsys, text):
+    monkeypatch.chdir(models)
+    Path("r.yml").write_text(text)
+    assert merge.main(["r.yml", "--resolve", "yaml"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines
+    assert all(line.startswith("error: r.yml") and len(line) < 600 for line in lines)
+
+
+def test_what_a_recipe_says_acts_on_no_terminal_and_fills_no_screen(models, monkeypatch, capsys):
+    monkeypatch.chdir(models)
+    keys = "".join(f"key{number}: 1\n" for number in range(3000))
+    Path("r.yml").write_text('method: linear\nmodels: ["\\e[31ma\\nerror: all is well"]\n' + keys)
+    assert merge.main(["r.yml", "--plan"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 41
+    assert all(line.isprintable() and line.startswith("error: ") for line in lines)
+    assert lines[-1] == "error: and 2960 more"

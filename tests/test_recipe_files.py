@@ -11,8 +11,9 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from tiny_checkpoints import make_llama, read_tensors, tensor_hashes
 
 import merge
@@ -103,6 +104,9 @@ def test_merge_keys_give_way_to_own_ones():
         max_leaves=8,
     )
 )
+@example("a\x85b")
+@example({"\u2028": "\ufeff\n", "010": "1e-3"})
+@example("\n ")
 @settings(max_examples=300)
 def test_what_is_written_is_read_as_the_same(content):
     assert value(write_yaml({"x": content}))["x"] == content
@@ -398,6 +402,70 @@ slices:
     assert out[part(0)].allclose(tensors["a"][part(0)].float(), rtol=1e-6, atol=1e-7)
 
 
+def test_findings_are_of_the_same_models_in_all_layers(models):
+    same = "[{model: a, layer_range: [0, 2]}, {model: b, layer_range: [2, 4]}]"
+    other = "[{model: a, layer_range: [0, 2]}, {model: c, layer_range: [2, 4]}]"
+    Path("same.yml").write_text(
+        f"method: linear\nslices: [{{sources: {same}}}, {{sources: {same}}}]"
+    )
+    Path("other.yml").write_text(
+        f"method: linear\nslices: [{{sources: {same}}}, {{sources: {other}}}]"
+    )
+    assert run("same.yml", "--analyze", "found")[0] == 0
+    assert run("same.yml", "one", "--findings")[0] == 0
+    for arguments in (["--analyze", "x"], ["two", "--findings"]):
+        status, _, err = run("other.yml", *arguments)
+        assert status == 2
+        assert err.startswith("error: --findings and --analyze compare the same models")
+    assert not Path("two").exists()
+
+
+def test_scale_goes_by_the_name_in_the_model(models):
+    text = """
+method: passthrough
+slices:
+- sources: [{model: a, layer_range: [2, 4], parameters: {scale: {filter: "layers.3.", value: 2}}}]
+"""
+    with open_plan(recipe(text), weights=False) as plan:
+        scales = {task.name: task.parameters["scale"] for task in plan.tasks}
+    assert scales["model.layers.1.mlp.up_proj.weight"] == 2
+    assert scales["model.layers.0.mlp.up_proj.weight"] is None
+
+
+def test_patterns_are_of_the_results_names(models):
+    text = "method: task_arithmetic\nbase_model: base\nslices:\n"
+    for first in (0, 2, 1):
+        layers = f"layer_range: [{first}, {first + 2}]"
+        text += f"- sources: [{{model: base, {layers}}}, {{model: a, {layers}}}]\n"
+    Path("r.yml").write_text(text + "exclude: ['*.layers.5.*', 'lm_head*']\n")
+    status, out, _ = run("r.yml", "out")
+    assert status == 0
+    assert "10 of 57 tensors are not merged but those of base" in out
+    found, base = read_tensors(Path("out")), read_tensors(Path("base"))
+    name = "mlp.up_proj.weight"
+    assert found[f"model.layers.5.{name}"].equal(base[f"model.layers.2.{name}"])
+
+
+def test_a_model_that_only_gives_the_config_is_kept(models):
+    text = """
+method: passthrough
+base_model: c
+slices:
+- sources: [{model: a, layer_range: [0, 2]}]
+- sources: [{model: b, layer_range: [2, 4]}]
+"""
+    found = recipe(text)
+    assert found.models == ("c", "a", "b")
+    assert recipe_of(recipe_document(found)) == found
+
+
+def test_slerp_may_have_its_base_in_the_slices():
+    text = "merge_method: slerp\nparameters: {t: 0.3}\nslices: [{base_model: m, sources: "
+    text += "[{model: n, layer_range: [0, 3]}, {model: m, layer_range: [1, 4]}]}]"
+    found = recipe(text).slices[0]
+    assert found.sources == (LayerRange("m", 1, 4), LayerRange("n", 0, 3))
+
+
 def test_a_stack_is_not_made_in_memory(models):
     text = "method: passthrough\nslices: [{sources: [{model: a, layer_range: [0, 1]}]}]"
     with pytest.raises(ValueError, match="can be merged into a folder only"):
@@ -482,6 +550,55 @@ def test_a_recipe_that_is_not_used_is_noted(models):
     status, out, _ = run("r.yml", "--plan")
     assert status == 0
     assert "note        'x' of the recipes is not used" in out
+
+
+def test_what_counts_along_a_tensor_is_written_first(models):
+    texts = chain_of(CHAINS["through a folder"])
+    Path("chain.yml").write_text(f"name: x0\n{texts[0]}---\nname: x1\n{texts[1]}---\n{texts[2]}")
+    out = run("chain.yml", "--plan")[1]
+    assert "earlier     x0: TIES of base, a, b, merged into a folder first\n" in out
+
+
+def test_weights_that_are_read_when_merged_are_looked_at(models):
+    broken = read_tensors(Path("a"))
+    broken["model.layers.2.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(broken, "a/model.safetensors")
+    linear = "method: linear\nmodels: [{}, c]\n".format
+    Path("r.yml").write_text(f"name: x\n{linear('a')}---\n{linear('x')}")
+    status, _, err = run("r.yml", "out")
+    assert status == 3
+    assert err.startswith("error: a: model.layers.2.mlp.up_proj.weight has NaN or infinite weights")
+    assert not [name for name in os.listdir() if name.startswith((".recipes", ".out", "out"))]
+
+
+def test_a_recipes_name_is_never_taken_for_a_folder(models):
+    (models / "deeper").mkdir()
+    os.rename("b", "deeper/x")
+    linear = "method: linear\nmodels: [{}, {}]\n".format
+    Path("r.yml").write_text(f"name: x\n{linear('a', 'c')}---\n{linear('x', 'deeper/x')}")
+    assert run("r.yml", "out")[0] == 0
+    left = (models / "out/merge_recipe.yml").read_text()
+    os.rename("deeper/x", "x-2")
+    Path("again.yml").write_text(left)
+    assert run("again.yml", "again")[0] == 0
+    assert tensor_hashes(Path("again")) == tensor_hashes(Path("out"))
+
+
+def test_an_output_inside_a_model_of_an_earlier_recipe_is_refused(models):
+    linear = "method: linear\nmodels: [{}]\n".format
+    Path("r.yml").write_text(f"name: x\n{linear('a')}---\n{linear('x')}")
+    status, _, err = run("r.yml", "a/out")
+    assert (status, err) == (
+        2, "error: a/out: the output lies inside the model 'a'. Choose another place\n"
+    )  # fmt: skip
+    assert run("r.yml", "new/place/out")[0] == 0
+
+
+def test_the_form_of_the_result_is_asked_for_of_the_last_recipe_alone(models):
+    texts = chain_of(CHAINS["read as merged"])
+    Path("chain.yml").write_text(f"name: x0\n{texts[0]}---\nname: x1\n{texts[1]}---\n{texts[2]}")
+    resolved = run("chain.yml", "--resolve", "json", "--dtype", "float32")[1]
+    assert [each["dtype"] for each in json.loads(resolved)] == ["bfloat16", "float16", "float32"]
 
 
 # The command
@@ -575,7 +692,7 @@ def test_chat_templates_by_name(models, name):
     assert text.index("Hi") < text.index("Ho")
     if name == "chatml":
         start = "<|im_start|>assistant\n"
-        expected = f"<|im_start|>user\nHi<|im_end|>\n{start}Ho<|im_end|>\n"
+        expected = f"<|im_start|>user\n Hi <|im_end|>\n{start}Ho<|im_end|>\n"
         assert text == expected
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert prompt == expected + start
