@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from merge_grammar import recipe_document
+from merge_document import recipe_document
 from merge_methods import METHODS
 from merge_plan import Earlier, Plan
 from merge_recipe import Recipe

@@ -25,7 +25,8 @@ from merge_arguments import (
     recipe_of,
 )
 from merge_chain import analyze_stages, check_stages, final_stage, merge_stages, plan_stages
-from merge_grammar import Stage, load_recipes, recipe_document, with_seed
+from merge_document import recipe_document
+from merge_grammar import Stage, load_recipes, with_seed
 from merge_plan import usable_cores
 from merge_recipe import Recipe, printable
 from merge_report import MergeReport, PlanReport

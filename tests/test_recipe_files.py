@@ -18,7 +18,8 @@ from tiny_checkpoints import make_llama, read_tensors, tensor_hashes
 
 import merge
 from benchmarks.random_recipes import RecipeMaker
-from merge_grammar import load_recipes, read_recipes, recipe_document, recipe_of
+from merge_document import recipe_document
+from merge_grammar import load_recipes, read_recipes, recipe_of
 from merge_methods import ALIASES, METHODS
 from merge_plan import open_plan
 from merge_recipe import LayerRange, make_recipe
