@@ -145,7 +145,7 @@ def _unknown(method: str, parser: CommandParser, option: str) -> str:
 
 def _names(parameter: Parameter) -> tuple[str, ...]:
     """How a parameter can be called."""
-    return parameter.name, parameter.key, _plain(parameter.flag), f"no_{parameter.name}"
+    return parameter.name, _plain(parameter.flag), f"no_{parameter.name}"
 
 
 def command_parser(method: str, description: str) -> CommandParser:
@@ -218,7 +218,8 @@ def parse_recipe_arguments(
     for option in parser.unknown_options(argv):
         name, near = _plain(option), parser.nearest(option)
         meant = _MEANT_WITH_RECIPE.get(name)
-        if meant is None and any(name in _names(p) for m in METHODS.values() for p in m.parameters):
+        parameters = [p for method in METHODS.values() for p in method.parameters]
+        if meant is None and any(name in (p.key, *_names(p)) for p in parameters):
             meant = "It belongs into the recipe, under parameters"
         hint = meant or (f"Did you mean {near}?" if near else "")
         problems.append(f"unknown option {option}. {hint}".rstrip(" ."))
