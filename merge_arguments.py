@@ -40,7 +40,10 @@ _MEANT = {"out": "--save", "output": "--save", "output_dir": "--save", "model": 
 
 _MEANT_WITH_RECIPE = {
     "cuda": "It is written --device cuda",
-    "out_shard_size": "It is written --max-shard-size",
+    "out_shard_size": "It is written --max-shard-size, in bytes, such as 5GB",
+    "clone_tensors": "Leave it out: there is nothing to clone",
+    "read_to_gpu": "It is written --device cuda",
+    "v": "Leave it out; --quiet shows less",
     "random_seed": "It is written --seed",
     "num_threads": "It is written --threads",
     "lazy_unpickle": "Leave it out: memory is bounded anyway, and pickles are not read",

@@ -5,6 +5,7 @@ One with `method` is ours: the same grammar, with our defaults. In both, everyth
 that is wrong, with the line and the path of the entry.
 """
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -27,10 +28,11 @@ from merge_recipe import (
     printable,
     unknown_name,
 )
-from merge_settings import Choice, Setting, joined
+from merge_settings import ANY, Choice, Setting, joined
 from merge_yaml import Document, RecipeError, path_text, read_documents
 from merge_yaml import Path as Place
 from model_chat_templates import CHAT_TEMPLATES
+from model_companions import AUTO_TEMPLATE, NO_TEMPLATE
 from model_safetensors import DTYPE_NAMES
 from model_vocabulary import BY_MODEL, VocabularySettings, token_source
 
@@ -50,6 +52,9 @@ NAME = re.compile(r"[\w.-]+")
 MOST_SAID = 40
 """Problems that are said of a file; a broken one can have thousands."""
 
+IGNORED = ("random_seed",)
+"""Keys of published recipes that mergekit ignores as well: there it is an option of the command."""
+
 NO_EFFECT = ("int8_mask", "embed_slerp")
 """Parameters of mergekit's that change no number."""
 
@@ -58,6 +63,12 @@ OURS_ALONE = {("karcher", "weight")}
 
 INSTEAD = {"pattern": "filter", "alpha": "weight", "scaling_coefficient": "weight"}
 """Words that are no longer used, or are others', and ours for them."""
+
+SHORT_DTYPES = {
+    **dict.fromkeys(("fp16", "f16", "half"), "float16"),
+    **dict.fromkeys(("bf16", "brain"), "bfloat16"),
+    **dict.fromkeys(("fp32", "f32", "float"), "float32"),
+}
 
 KINDS = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
 
@@ -162,11 +173,15 @@ class _Reader:
         document: the document.
         problems: what is wrong, one line each.
         notes: what has no effect.
+        troubled: the entries that something is wrong with.
+        merged: where the models stand that are merged, without slices.
     """
 
     document: Document
     problems: list[str] = field(default_factory=list)
     notes: dict[str, None] = field(default_factory=dict)
+    troubled: set[Place] = field(default_factory=set)
+    merged: list[Place] = field(default_factory=list)
     is_mergekits: bool = False
     method_name: str = ""
     method: Method = METHODS["linear"]
@@ -175,6 +190,7 @@ class _Reader:
     def wrong(self, place: Place, text: str) -> None:
         """Something is wrong with an entry."""
         self.problems.append(printable(f"{self.document.place(place)}: {text}"))
+        self.troubled.add(place)
 
     def note(self, place: Place, text: str) -> None:
         """An entry is left out; published with the result, so without the file's path."""
@@ -187,6 +203,11 @@ class _Reader:
         content = self._mapping(self.document.value, ())
         if self.problems or not self._choose_method(content):
             return None
+        for key in IGNORED:
+            if self.is_mergekits and key in content:
+                self.note(
+                    (key,), "has no effect, here as in mergekit: --seed and parameters.seed do"
+                )
         self._check_keys(content, (), self._top_keys())
         profile = self._profile(content.get("profile"))
         declared = self.method.parameters_of(profile)
@@ -217,6 +238,8 @@ class _Reader:
         """The entry that a text on the whole recipe is about, by the words that it begins with."""
         if found := re.match(r"slice (\d+): ", problem):
             return ("slices", int(found[1]) - 1)
+        if (found := re.search(r"\(model (\d+)\)", problem)) and self.merged:
+            return self.merged[int(found[1]) - 1]
         word = re.split(r"[^\w]", problem)[0]
         words = {word, KEYS.get(word, word)}
         if word == "vocabulary":  # what the recipe says of it is called otherwise in mergekit's
@@ -250,7 +273,7 @@ class _Reader:
         return True
 
     def _top_keys(self) -> tuple[str, ...]:
-        return (*COMMON_KEYS, *(MERGEKIT_KEYS if self.is_mergekits else OWN_KEYS))
+        return (*COMMON_KEYS, *((*MERGEKIT_KEYS, *IGNORED) if self.is_mergekits else OWN_KEYS))
 
     def _profile(self, value: Any) -> str:
         default = "mergekit" if self.is_mergekits else "default"
@@ -295,7 +318,9 @@ class _Reader:
         for key in content:
             if key in known:
                 continue
-            if key in INSTEAD and INSTEAD[key] in known:
+            if key in KEYS:
+                text = f"{key!r} is {KEYS[key]!r} under the parameters of each model"
+            elif key in INSTEAD and INSTEAD[key] in known:
                 text = f"unknown key {key!r}. It is called {INSTEAD[key]!r}"
             elif key in self.declared or key in _all_keys() or key in NO_EFFECT:
                 text = f"{key!r} is a parameter. Put it under parameters:"
@@ -372,6 +397,10 @@ class _Reader:
             entry = [entry]
         if isinstance(entry, list) and any(isinstance(each, Mapping) for each in entry):
             choices = [self._choice(parameter, each, (*place, i)) for i, each in enumerate(entry)]
+            filters = [choice.filter for choice in choices]
+            first = filters.index(ANY) if ANY in filters else len(filters)
+            for number in range(first + 1, len(filters)):
+                self.note((*place, number), "is never used: an entry before it fits everything")
             return Setting(tuple(choices))
         return Setting((Choice(self._values(parameter, entry, place)),))
 
@@ -455,6 +484,9 @@ class _Reader:
             listed = self._list(body["models"], (*place, "models"), "models")
             entries = [self._entry(each, (*place, "models", i)) for i, each in enumerate(listed)]
         of_base, models = self._parted(entries, base, place, must_list=False)
+        self.merged = [entry.place for entry in models]
+        if self.method_name == "slerp" and base is not None and len(entries) == 2 < len(models):
+            self.wrong(("base_model",), f"{base} is none of the two models. Name one of them")
         parameters = self._parameters(models, shared)
         name = None if of_base is None else of_base.model
         return _Body(name, tuple(each.model for each in models), parameters)
@@ -546,7 +578,8 @@ class _Reader:
             for index, entry in enumerate(entries):
                 before = [each for each in entries[:index] if each.model == entry.model]
                 if before:
-                    self.wrong(entry.place, f"{entry.model} is listed twice. Leave one out")
+                    remedy = "Leave one out, or write method: instead of merge_method:"
+                    self.wrong(entry.place, f"{entry.model} is listed twice. {remedy}")
         if self.method.base == "none" and base is not None:
             if not self.is_mergekits and not must_list:
                 said = f"{self.method_name} takes no base_model. List it first among the models"
@@ -578,7 +611,8 @@ class _Reader:
                 if single or of_all:
                     given[parameter.name] = joined([*single, *of_all])
                 elif parameter.required and self.is_mergekits:
-                    self.wrong((), f"{parameter.key} is missing. Give it under parameters")
+                    said = f"{parameter.key} is missing. Give it under parameters of the recipe"
+                    self.wrong((), said)
                 continue
             if not of_all and not any(parameter.name in each for each in own):
                 if parameter.required and self.is_mergekits:
@@ -599,6 +633,8 @@ class _Reader:
 
     def _missing(self, parameter: Parameter, models: list[_Entry]) -> None:
         for entry in models:
+            if any(place[: len(entry.place)] == entry.place for place in self.troubled):
+                continue  # it may be there, misspelled or misplaced
             self.wrong(
                 entry.place,
                 f"{parameter.key} of {entry.model} is missing. Give it under its parameters, or "
@@ -622,6 +658,12 @@ class _Reader:
         given["dtype"] = self._dtype(content)
         template = self._text(content.get("chat_template"), ("chat_template",))
         if template is not None:
+            known = {*CHAT_TEMPLATES, AUTO_TEMPLATE, NO_TEMPLATE}
+            near = difflib.get_close_matches(template[:40], known, n=1, cutoff=0.75)
+            if near and template not in known and not Path(template).exists():
+                self.wrong(
+                    ("chat_template",), f"{template!r} is no template. Did you mean {near[0]!r}?"
+                )
             given["chat_template"] = CHAT_TEMPLATES.get(template, template)
         if self.is_mergekits:
             given["vocabulary"] = self._tokenizer(content)
@@ -636,7 +678,10 @@ class _Reader:
         for key in ("dtype", "out_dtype"):
             value = content.get(key)
             if value is not None and not (isinstance(value, str) and value in DTYPE_NAMES):
-                self.wrong((key,), f"expected one of {', '.join(DTYPE_NAMES)}, got {brief(value)}")
+                near = SHORT_DTYPES.get(str(value).lower())
+                hint = f". Did you mean {near!r}?" if near else ""
+                said = f"expected one of {', '.join(DTYPE_NAMES)}, got {brief(value)}{hint}"
+                self.wrong((key,), said)
         chosen = content.get("out_dtype") or content.get("dtype")
         return chosen if isinstance(chosen, str) else None
 
@@ -660,7 +705,11 @@ class _Reader:
 
     def _token_mode(self, source: Any, place: Place) -> str | None:
         name = self._reference(source, place)
-        return name if name in (None, "union", "base") else f"{BY_MODEL}{name}"
+        if name in (None, "union", "base"):
+            return name
+        if near := difflib.get_close_matches(str(name), ("union", "base"), n=1, cutoff=0.75):
+            self.wrong(place, f"{name!r} is neither union nor base. Did you mean {near[0]!r}?")
+        return f"{BY_MODEL}{str(name).removeprefix(BY_MODEL)}"  # as older recipes write it
 
     def _tokens(self, value: Any, place: Place) -> dict[str, Any]:
         found = {}

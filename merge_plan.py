@@ -20,7 +20,7 @@ from merge_methods import ALIASES, METHODS, Method
 from merge_operations import Finish, Loops, Operations
 from merge_parameters import PROFILES, Values
 from merge_recipe import Recipe, option_problems, output_problems, unknown_name
-from merge_resolve import Parameters, distinct, resolve, tensor_parameters
+from merge_resolve import Parameters, distinct, resolve, tensor_parameters, unused_filters
 from merge_stream import Merge, Passes, TensorTask
 from model_checks import EMBEDDING, HEAD, model_problems
 from model_companions import CarriedFiles, carry
@@ -216,7 +216,9 @@ def open_plan(
     recipe = canonical(recipe)
     with ExitStack() as stack:
         parameters, problems = check_recipe(recipe)
-        usage = [*recipe.placed(problems), *other_problems]
+        of_output = output_problems(recipe)  # which the recipe does not name
+        usage = recipe.placed(each for each in problems if each not in of_output)
+        usage += [*of_output, *other_problems]
         sources, broken = _open_all(recipe.names, stack, weights, earlier or Earlier())
         broken = recipe.placed(broken)
         usage += place_problems(recipe, sources)
@@ -359,8 +361,8 @@ def _lay_out(
     ]
     by_name = dict(zip(recipe.names, sources, strict=True))
     advice = [text for values in distinct(parameters.values()) for text in method.advice(values)]
-    notes = [*recipe.notes, *dict.fromkeys(advice), *_model_notes(sources), *alignment.notes]
-    notes += carried.notes
+    notes = [*recipe.notes, *unused_filters(slices, places), *dict.fromkeys(advice)]
+    notes += [*_model_notes(sources), *alignment.notes, *carried.notes]
     if copied:
         owners = dict.fromkeys(sources[places[name].inputs[0].model].label for name in copied)
         notes.append(

@@ -429,6 +429,7 @@ def output_problems(recipe: Recipe) -> list[str]:
 def unknown_name(noun: str, name: object, known: Iterable[str]) -> str:
     """The text for a name that does not exist, with the nearest one that does."""
     known = list(known)
-    near = difflib.get_close_matches(str(name)[:MOST_SHOWN], known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    lower = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(str(name)[:MOST_SHOWN].lower(), lower, n=1)
+    hint = f" Did you mean {lower[near[0]]!r}?" if near else ""
     return f"unknown {noun} {brief(name)}; there are: {', '.join(known)}.{hint}"

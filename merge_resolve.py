@@ -12,7 +12,7 @@ from merge_layers import Place
 from merge_methods import METHODS, Method
 from merge_parameters import PROFILES, Values, settled
 from merge_recipe import Parameter, Recipe, resolve_parameters
-from merge_settings import Setting, value_at
+from merge_settings import ANY, Setting, value_at
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,24 @@ def tensor_parameters(
     if problems:
         raise ValueError("\n".join(recipe.placed(problems.values())))
     return found
+
+
+def unused_filters(slices: Sequence[Parameters], places: Mapping[str, Place]) -> Iterator[str]:
+    """Says which filters are part of no tensor's name."""
+    names = {*places, *(name for place in places.values() for name in place.names)}
+    filters: dict[tuple[str, str], None] = {}
+    for each in slices:
+        keys = {parameter.name: parameter.key for parameter in each.declared}
+        for name, value in each.values.items():
+            settings = value if isinstance(value, tuple) else (value,)
+            found = (one for one in settings if isinstance(one, Setting))
+            filters |= {
+                (keys[name], choice.filter): None for one in found for choice in one.choices
+            }
+    for key, pattern in filters:
+        if pattern != ANY and not any(pattern in name for name in names):
+            hint = ". A filter is a part of the name; * within it means nothing" * ("*" in pattern)
+            yield f"the filter {pattern!r} of {key} is part of no tensor's name{hint}"
 
 
 def _together_problems(method: Method, found: Mapping[str, Values]) -> Iterator[str]:

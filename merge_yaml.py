@@ -147,6 +147,8 @@ def _read_yaml(text: str, source: str) -> list[Document]:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark is not None else ""
         said = " ".join(filter(None, (error.context, error.problem)))
+        if "'\\t'" in said:
+            said = "a tab. Indent by spaces"
         raise RecipeError(f"{source}{line}: no YAML: {said}. Check indents and quotes") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{source}: no YAML: {' '.join(str(error).split())}") from None

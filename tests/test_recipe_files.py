@@ -232,6 +232,61 @@ def test_rescale_is_a_truth_value_in_mergekits_files():
     assert recipe(profile).parameters["rescale"] == "inverse_density"
 
 
+def test_filters_that_decide_nothing_are_noted(models):
+    text = """
+method: slerp
+models: [a, b]
+parameters: {t: [{filter: self_atn, value: 1}, {filter: "*.mlp.*", value: 1}, {value: 0}]}
+"""
+    Path("r.yml").write_text(text)
+    out = run("r.yml", "--plan")[1]
+    assert "note        the filter 'self_atn' of t is part of no tensor's name\n" in out
+    assert "the filter '*.mlp.*' of t is part of no tensor's name. A filter is a part of" in out
+    found = recipe(
+        "method: slerp\nmodels: [a, b]\nparameters: {t: [{value: 1}, {filter: x, value: 0}]}"
+    )
+    assert found.notes == (
+        "parameters.t[1] in the recipe is never used: an entry before it fits everything",
+    )
+
+
+def test_forms_of_older_recipes_are_known():
+    text = "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: o/a}, {model: o/b}]\n"
+    found = recipe(text + "tokenizer_source: model:o/b\nrandom_seed: 0\n")
+    assert found.vocabulary.mode == "model:o/b"
+    (note,) = found.notes
+    assert note.startswith("random_seed in the recipe has no effect")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("merge_method: TIES", "unknown method 'TIES'; there are: "),
+        ("method: linear\nmodels: [a]\ndtype: bf16", "got 'bf16'. Did you mean 'bfloat16'?"),
+        ("method: linear\nmodels: [a]\nchat_template: llama-3", "Did you mean 'llama3'?"),
+        (
+            "merge_method: linear\nparameters: {weight: 1}\nmodels: [a]\n"
+            "tokenizer: {source: unoin}",
+            "'unoin' is neither union nor base. Did you mean 'union'?",
+        ),
+        (
+            "merge_method: slerp\nbase_model: x\nparameters: {t: 0.5}\nmodels: [a, b]",
+            "base_model: x is none of the two models. Name one of them",
+        ),
+        ("method: ties\nbase_model: b\nweights: [1]\nmodels: [a]", "'weights' is 'weight' under"),
+        (
+            "method: della\nbase_model: b\nparameters: {epsilon: 0.2}\n"
+            "models:\n- {model: a, parameters: {density: 0.1}}\n- b2\n",
+            "recipe:5: models[0]: epsilons must leave",
+        ),
+    ],
+)
+def test_slips_are_named(text, said):
+    with pytest.raises(RecipeError) as caught:
+        read_recipes(text)
+    assert said in str(caught.value)
+
+
 def test_models_are_named_by_path_and_revision():
     text = "merge_method: linear\nparameters: {weight: 1}\nmodels:\n"
     text += "- model: {model: {path: o/a, revision: v1}}\n- model: o/b@v2\n"
