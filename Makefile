@@ -28,10 +28,12 @@ bare: .venv/installed
 	rm -rf .venv-bare && $(PYTHON) -m venv .venv-bare
 	.venv-bare/bin/pip install --quiet torch==2.13.0
 	.venv-bare/bin/pip install --quiet .
-	cd .venv-bare && for command in bin/*-llama; do $$command --help > /dev/null || exit 1; done
+	cd .venv-bare && for command in bin/*-llama bin/llama-merge; do \
+		$$command --help > /dev/null || exit 1; done
 	cd .venv-bare && bin/ties-llama ../examples/tiny_llamas/base --save merged --ft_models \
 		../examples/tiny_llamas/capitals ../examples/tiny_llamas/elements
 	cd .venv-bare && bin/python -c "from model_utils import get_llama; get_llama('merged')"
+	.venv-bare/bin/llama-merge examples/recipes/stages.yml .venv-bare/stages
 	rm -rf .venv-bare
 
 fix: .venv/installed
