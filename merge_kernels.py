@@ -173,6 +173,49 @@ def _widen(parts: Any, index: Any, start: Any, size: Any, values: Any) -> None:
 
 
 @_kernel()
+def widen(parts: Any, size: Any, values: Any) -> None:
+    """The first input as float32."""
+    _widen(parts, 0, 0, size, values)
+
+
+@_kernel()
+def lora_delta(left: Any, right: Any, scale: Any, delta: Any) -> None:
+    """`lora_utils.lora_delta` of some rows; `left` (rows, r), `right` (r, length), in `delta`.
+
+    Four products at a time, for fewer trips to the caches; they are added one after the other.
+    """
+    ranks, length = right.shape
+    for i in range(left.shape[0]):
+        for start in range(0, length, PIECE):
+            sums = delta[i, start : start + PIECE]
+            size = len(sums)
+            row, by = right[0, start : start + size], left[i, 0]
+            for j in range(size):
+                sums[j] = by * row[j]
+            done = 1
+            while done + 4 <= ranks:
+                by_0, by_1 = left[i, done], left[i, done + 1]
+                by_2, by_3 = left[i, done + 2], left[i, done + 3]
+                row_0 = right[done, start : start + size]
+                row_1 = right[done + 1, start : start + size]
+                row_2 = right[done + 2, start : start + size]
+                row_3 = right[done + 3, start : start + size]
+                for j in range(size):
+                    value = sums[j] + by_0 * row_0[j]
+                    value = value + by_1 * row_1[j]
+                    value = value + by_2 * row_2[j]
+                    sums[j] = value + by_3 * row_3[j]
+                done += 4
+            while done < ranks:
+                row, by = right[done, start : start + size], left[i, done]
+                for j in range(size):
+                    sums[j] += by * row[j]
+                done += 1
+            for j in range(size):
+                sums[j] *= scale
+
+
+@_kernel()
 def _subtract(parts: Any, index: Any, start: Any, size: Any, base: Any, delta: Any) -> None:
     """`size` elements of an input's task vector from `start` on."""
     memory, place, kind = parts.memory, parts.places[index], parts.kinds[index]
