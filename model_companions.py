@@ -47,11 +47,11 @@ from model_utils import ModelFolder
 from model_vocabulary import MergedVocabulary, model_index, what_is_wrong
 
 MISTRAL_FORMS = ("tekken.json", "tokenizer.model.v*")
-DONOR_FILES = (
+TOKENIZER_FILES = (
     *("tokenizer*.json", "tokenizer*.model", *MISTRAL_FORMS, VOCABULARY, "vocab.txt", MERGES),
-    *(SPECIAL, ADDED, GENERATION, "chat_template*.jinja", OLD_TEMPLATE),
+    *(SPECIAL, ADDED, "chat_template*.jinja", OLD_TEMPLATE),
 )
-"""Files that come from the donor."""
+"""Files that come from the donor, with its generation config."""
 
 MAIN_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 """Roles whose token a loader adds to a tokenizer that lacks it."""
@@ -191,13 +191,14 @@ def carry(
 
 def _draft(models: Sequence[ModelFolder], vocabulary: MergedVocabulary) -> _Draft:
     """All files of the donor, as they are."""
-    sides: dict[Path, Companions] = {}
-    for index, model in enumerate(models):
-        sides.setdefault(model.path.resolve(), Companions(index, model))
-    by_model = [sides[model.path.resolve()] for model in models]
+    sides: dict[tuple[Path, Path], Companions] = {}
+    places = [(model.path.resolve(), model.tokenizer_path.resolve()) for model in models]
+    for index, (place, model) in enumerate(zip(places, models, strict=True)):
+        sides.setdefault(place, Companions(index, model))
+    by_model = [sides[place] for place in places]
     donor = by_model[vocabulary.donor]
-    files = {file.name: file for file in files_in(donor.path, DONOR_FILES)}
-    return _Draft(by_model, donor, vocabulary, files)
+    files = [*files_in(donor.tokenizer_path, TOKENIZER_FILES), *files_in(donor.path, (GENERATION,))]
+    return _Draft(by_model, donor, vocabulary, {file.name: file for file in files})
 
 
 def _carried(draft: _Draft, template: Companions | None) -> CarriedFiles:
@@ -244,7 +245,8 @@ def _taken_problems(draft: _Draft, template: Companions | None) -> list[str]:
     first = draft.sides[0]
     taken = [(draft.donor, draft.files.values()), (first, files_in(first.path, LICENCES))]
     if template is not None:
-        own = template.template_files or {n: template.path / n for n in (CONFIG, OLD_TEMPLATE)}
+        place = template.tokenizer_path
+        own = template.template_files or {n: place / n for n in (CONFIG, OLD_TEMPLATE)}
         taken.append((template, [file for file in own.values() if file.exists()]))
     problems = [problem for side, files in taken for problem in _file_problems(side, files)]
     return list(dict.fromkeys(problems))
@@ -255,7 +257,7 @@ def _file_problems(side: Companions, files: Iterable[Path]) -> Iterator[str]:
     for file in files:
         if not file.exists():
             yield f"{side.label}: {file.name} is a link to nothing. Download the model again"
-        elif _leads_out(file, side.path):
+        elif _leads_out(file, side.path) and _leads_out(file, side.tokenizer_path):
             yield (
                 f"{side.label}: {file.name} is a link out of the model's folder, and a result may "
                 "be published. Put the file itself there"

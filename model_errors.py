@@ -1,4 +1,4 @@
-"""The error for models that cannot be merged."""
+"""The errors for models that cannot be merged."""
 
 from collections.abc import Iterable
 
@@ -16,3 +16,7 @@ class ModelCompatibilityError(Exception):
     def __init__(self, problems: str | Iterable[str]) -> None:
         self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
         super().__init__("\n".join(self.problems))
+
+
+class AdapterGivenError(ModelCompatibilityError):
+    """A LoRA adapter was named where a model is wanted."""

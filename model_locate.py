@@ -1,18 +1,18 @@
-"""From what a user calls a model to a folder with a config.json.
+"""From what a user calls a model, or a LoRA adapter, to its folder.
 
-A model is a folder, a folder somewhere above one (Kaggle mounts models a few levels deep), or
-the id of a model on the Hugging Face Hub.
+Either is a folder, a folder somewhere above one (Kaggle mounts models a few levels deep), or an id
+on the Hugging Face Hub. `BASE+ADAPTER` is a model with an adapter on top.
 """
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from model_errors import ModelCompatibilityError
+from model_errors import AdapterGivenError, ModelCompatibilityError
 
 if TYPE_CHECKING:
     from model_safetensors import TensorInfo  # loads torch, which finding a folder does not need
@@ -26,18 +26,90 @@ HUB_NEEDED = ("config.json", HUB_WEIGHTS, "*.safetensors.index.json")
 HUB_OTHERS = ("*/*", "consolidated*")
 """Subfolders, and the weights once more in another format."""
 
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+
 MAX_DEPTH = 5
 MAX_LISTED = 10
 
+_STRENGTH = re.compile(r"(.+):(-?(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)")
+"""An adapter and how much of its change is taken."""
 
-def find_model_folder(model: str | os.PathLike[str], *, weights: bool = True) -> Path:
-    """The folder of a model that a user named.
+
+class AdapterName(NamedTuple):
+    """A LoRA adapter as a user names it, ADAPTER or ADAPTER:STRENGTH.
+
+    Attributes:
+        name: a folder or Hub id.
+        strength: its change is multiplied by this.
+    """
+
+    name: str
+    strength: float = 1.0
+
+
+class ModelName(NamedTuple):
+    """A model as a user names it, MODEL or MODEL+ADAPTER+...
+
+    Attributes:
+        model: a folder or Hub id.
+        adapters: LoRA adapters on top of it.
+    """
+
+    model: str
+    adapters: tuple[AdapterName, ...] = ()
+
+
+def split_adapters(name: str) -> ModelName:
+    """The parts of a model's name.
+
+    A folder may have a + in its name: what exists is taken for one name, the longest first.
+
+    >>> split_adapters("org/base@main+org/chat+code:-0.5")
+    ModelName(model='org/base@main', adapters=(AdapterName(name='org/chat', strength=1.0), \
+AdapterName(name='code', strength=-0.5)))
+    """
+    model, *others = _names(name)
+    return ModelName(model, tuple(map(_adapter_name, others)))
+
+
+def _names(name: str) -> list[str]:
+    """What stands between the + of a name."""
+    parts = name.split("+")
+    for count in range(len(parts), 1, -1):
+        first = "+".join(parts[:count])
+        if Path(first).exists() or Path(_adapter_name(first).name).exists():
+            break
+    else:
+        count = 1
+    rest = _names("+".join(parts[count:])) if count < len(parts) else []
+    return ["+".join(parts[:count]), *rest]
+
+
+def _adapter_name(text: str) -> AdapterName:
+    found = None if Path(text).exists() else _STRENGTH.fullmatch(text)
+    return AdapterName(text) if found is None else AdapterName(found[1], float(found[2]))
+
+
+def join_adapters(model: str, adapters: Iterable[AdapterName]) -> str:
+    """The name of a model with adapters on top; what `split_adapters` takes apart.
+
+    >>> join_adapters("base", [AdapterName("chat"), AdapterName("code", 0.5)])
+    'base+chat+code:0.5'
+    """
+    return "+".join([model, *(name if by == 1.0 else f"{name}:{by:g}" for name, by in adapters)])
+
+
+def find_model_folder(
+    model: str | os.PathLike[str], *, weights: bool = True, config: str = CONFIG
+) -> Path:
+    """The folder of a model, or of a LoRA adapter, that a user named.
 
     Args:
         model: a folder with config.json; a folder with exactly one such folder at most five
             levels below it; or a Hub id such as "org/name" or "org/name@revision", taken from the
             local cache or downloaded into it.
         weights: download the weights of a Hub model too, not only its small files.
+        config: what makes a folder one: `CONFIG`, or `ADAPTER_CONFIG` for an adapter.
 
     Raises:
         ModelCompatibilityError: there is none, there are several (they are listed), or the Hub
@@ -47,14 +119,14 @@ def find_model_folder(model: str | os.PathLike[str], *, weights: bool = True) ->
     if not str(model):
         raise ModelCompatibilityError("a model's name is empty. Give a folder or a Hub id")
     if path.is_dir():
-        return _folder_below(path)
+        return _folder_below(path, config)
     if path.exists():
         raise ModelCompatibilityError(
-            f"{model}: expected a model folder with config.json and safetensors files, got a file"
+            f"{model}: expected a folder with {config} and safetensors files, got a file"
         )
     if HUB_ID.fullmatch(str(model)):
         try:
-            return _with_config(str(model), _download(str(model), weights))
+            return _with_config(str(model), _download(str(model), weights), config)
         except ModelCompatibilityError as error:
             raise ModelCompatibilityError(f"{error}{_neighbours(path)}") from error
     raise ModelCompatibilityError(
@@ -71,54 +143,67 @@ def _neighbours(path: Path) -> str:
     return f"; the folder {path.parent} holds {', '.join(names[:MAX_LISTED]) or 'nothing'}"
 
 
-def _with_config(model_id: str, snapshot: Path) -> Path:
-    """The snapshot of a Hub model, which must be a transformers model."""
-    _refuse_adapter(model_id, snapshot)
-    if not (snapshot / "config.json").is_file():
+def _with_config(model_id: str, snapshot: Path, config: str) -> Path:
+    """The snapshot of a Hub model, which must be what is wanted."""
+    _refuse_other(model_id, snapshot, config)
+    if not (snapshot / config).is_file():
         raise ModelCompatibilityError(
-            f"{model_id}: this Hub model has no config.json, so it is none of transformers (GGUF "
-            "files alone cannot be merged). Give the original model"
+            f"{model_id}: this Hub model has no {config}, so it is no "
+            + ("LoRA adapter of PEFT" if config == ADAPTER_CONFIG else "model of transformers")
+            + " (GGUF files alone cannot be merged). Give the original"
         )
     return snapshot
 
 
-def _refuse_adapter(label: str, path: Path) -> None:
-    if (path / "adapter_config.json").is_file():
+def is_adapter(path: Path) -> bool:
+    """Whether a folder holds a LoRA adapter, and no model."""
+    return (path / ADAPTER_CONFIG).is_file()
+
+
+def _refuse_other(label: str, path: Path, config: str) -> None:
+    """An adapter where a model is wanted, or the other way round."""
+    if config == CONFIG and is_adapter(path):
+        raise AdapterGivenError(
+            f"{label}: is a LoRA adapter, not a model (it has {ADAPTER_CONFIG}). Name its base "
+            f"with it: BASE+{label}"
+        )
+    if config == ADAPTER_CONFIG and (path / CONFIG).is_file() and not is_adapter(path):
         raise ModelCompatibilityError(
-            f"{label}: is a LoRA adapter, not a model (it has adapter_config.json). "
-            "Fold it into its base first (PEFT: merge_and_unload, then save_pretrained)"
+            f"{label}: is a model, not a LoRA adapter (it has no {ADAPTER_CONFIG}). After a + "
+            "stands an adapter; models are given one by one"
         )
 
 
-def _folder_below(path: Path) -> Path:
-    _refuse_adapter(str(path), path)
-    if (path / "config.json").is_file():
+def _folder_below(path: Path, config: str) -> Path:
+    _refuse_other(str(path), path, config)
+    if (path / config).is_file():
         return path
-    found = sorted(_walk(path, MAX_DEPTH))
+    found = sorted(_walk(path, MAX_DEPTH, config))
     if len(found) == 1:
+        _refuse_other(str(found[0]), found[0], config)
         return found[0]
     if found:
         listed = "".join(f"\n    {folder}" for folder in found[:MAX_LISTED])
         more = f"\n    and {len(found) - MAX_LISTED} more" if len(found) > MAX_LISTED else ""
         raise ModelCompatibilityError(
-            f"{path}: has no config.json itself and {len(found)} model folders below it. "
+            f"{path}: has no {config} itself and {len(found)} folders with one below it. "
             f"Name one of them:{listed}{more}"
         )
     raise ModelCompatibilityError(
-        f"{path}: no config.json in this folder or up to {MAX_DEPTH} levels below it. "
-        "Expected a model folder as saved by save_pretrained"
+        f"{path}: no {config} in this folder or up to {MAX_DEPTH} levels below it. "
+        "Expected a folder as saved by save_pretrained"
     )
 
 
-def _walk(path: Path, depth: int) -> Iterator[Path]:
-    """Folders with a config.json below `path`, none inside another, hidden ones left out."""
+def _walk(path: Path, depth: int, config: str) -> Iterator[Path]:
+    """Folders with such a file below `path`, none inside another, hidden ones left out."""
     for child in sorted(path.iterdir()):
         if child.name.startswith(".") or not child.is_dir():
             continue
-        if (child / "config.json").is_file():
+        if (child / config).is_file():
             yield child
         elif depth > 1:
-            yield from _walk(child, depth - 1)
+            yield from _walk(child, depth - 1, config)
 
 
 def split_revision(name: str) -> tuple[str, str | None]:

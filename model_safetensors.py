@@ -78,6 +78,29 @@ def widen(stored: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     return stored.astype(np.float32, copy=False)
 
 
+def widen_into(stored: NDArray[Any], dtype: str, values: NDArray[np.float32]) -> None:
+    """As `widen`, into an array of the same shape."""
+    if dtype == "BF16":
+        np.left_shift(stored, np.uint32(16), out=values.view(np.uint32), dtype=np.uint32)
+    else:
+        values[...] = stored
+
+
+def narrow(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    """Values rounded to a dtype, to nearest even, as numpy holds them; `widen` undoes it.
+
+    >>> widen(narrow(np.array([1.0, 1.005], dtype=np.float32), "BF16"), "BF16")
+    array([1.       , 1.0078125], dtype=float32)
+    """
+    if dtype != "BF16":
+        with np.errstate(over="ignore"):  # infinity is found where results are checked
+            return values.astype(FLOAT_DTYPES[dtype])
+    bits = values.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    # Rounding the bits of a NaN could make a number of it.
+    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
+
+
 def read_header(descriptor: int, label: str) -> dict[str, HeaderEntry]:
     """Read and check the header of an open safetensors file.
 

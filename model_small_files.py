@@ -28,6 +28,8 @@ class Companions:
     Attributes:
         index: of the model among all, 0 for the first one.
         model: the open folder.
+        path: has the generation config and the licence.
+        tokenizer_path: has tokenizer and chat template.
     """
 
     def __init__(self, index: int, model: ModelFolder) -> None:
@@ -35,6 +37,7 @@ class Companions:
         self.model = model
         self.label = model.label
         self.path = model.path
+        self.tokenizer_path = model.tokenizer_path
 
     @cached_property
     def generation(self) -> dict[str, Any] | None:
@@ -63,8 +66,9 @@ class Companions:
     @cached_property
     def template_files(self) -> dict[str, Path]:
         """Files that hold a chat template, by its name."""
-        more = sorted((self.path / TEMPLATE_FOLDER).glob("*.jinja"))
-        named = {DEFAULT: self.path / TEMPLATE} | {file.stem: file for file in more}
+        place = self.tokenizer_path
+        more = sorted((place / TEMPLATE_FOLDER).glob("*.jinja"))
+        named = {DEFAULT: place / TEMPLATE} | {file.stem: file for file in more}
         return {name: file for name, file in named.items() if file.is_file()}
 
     @cached_property
@@ -109,10 +113,11 @@ class Companions:
         return list(found)
 
     def _object(self, name: str) -> dict[str, Any] | None:
-        if not (self.path / name).is_file():
+        file = (self.path if name == GENERATION else self.tokenizer_path) / name
+        if not file.is_file():
             return None
         try:
-            return read_config((self.path / name).read_bytes().decode("utf-8"))
+            return read_config(file.read_bytes().decode("utf-8"))
         except ValueError as error:
             raise ModelCompatibilityError(
                 f"{self.label}: {name} is not a valid JSON object ({error}). "

@@ -71,15 +71,32 @@ def _place(descriptor: int, entry: HeaderEntry) -> _Place:
     return _Place(descriptor, entry.begin, row_bytes, row_length, dtype)
 
 
+class Origin(NamedTuple):
+    """Something that a model is read from.
+
+    Attributes:
+        name: what the user called it.
+        path: its folder.
+        download_bytes: size of its weight files that are on the Hub only.
+    """
+
+    name: str
+    path: Path
+    download_bytes: int
+
+
 class ModelFolder:
     """An open model folder: its config, its tensors, and rows of them on request.
 
     Attributes:
         label: what the user called the model.
         path: the folder with config.json.
+        tokenizer_path: the one with tokenizer and chat template.
         config_text: config.json as it stands.
         config: the same, parsed.
         tensors: dtype and shape of every tensor, by name.
+        strengths: of the LoRA adapters that it has.
+        notes: what the user should know of it.
 
     Reading is safe from several threads. Close it, or use it in a `with` block.
     """
@@ -87,6 +104,9 @@ class ModelFolder:
     def __init__(self, label: str, path: Path, on_hub: Mapping[str, int] | None = None) -> None:
         self.label = label
         self.path = path
+        self.tokenizer_path = path
+        self.strengths: tuple[float, ...] = ()
+        self.notes: tuple[str, ...] = ()
         self._on_hub = dict(on_hub or {})
         self.config_text = ""
         self.config: dict[str, Any] = {}
@@ -99,10 +119,25 @@ class ModelFolder:
         """Size of the weight files that are on the Hub only; their tensors cannot be read."""
         return sum(self._on_hub[file] for file in fnmatch.filter(self._on_hub, "*.safetensors"))
 
+    @property
+    def memory_bytes(self) -> int:
+        """What reading it keeps in memory."""
+        return 0
+
+    @property
+    def origins(self) -> tuple[Origin, ...]:
+        """What it is read from."""
+        return (Origin(self.label, self.path, self.download_bytes),)
+
+    @property
+    def stored_tensors(self) -> Mapping[str, TensorInfo]:
+        """Its tensors as they are stored, which decides the dtype of a result by default."""
+        return self.tensors
+
     @functools.cached_property
     def tokens(self) -> TokenTable | None:
         """The tokens of its tokenizer files; None where there are none."""
-        return read_tokens(self.path, self.label)
+        return read_tokens(self.tokenizer_path, self.label)
 
     def read_rows(
         self, name: str, first: int, stop: int, buffer: NDArray[np.uint8]
@@ -159,8 +194,18 @@ class ModelFolder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open_weights(self) -> None:
-        """Open the weight files and take in their headers."""
+    def open_file(self, file: str, missing: str) -> None:
+        """Take in the tensors of a single weight file.
+
+        Raises:
+            ModelCompatibilityError: the file is corrupt, or there is none: with the text `missing`.
+        """
+        if not self._has(file):
+            raise ModelCompatibilityError(missing)
+        self._add_file(file, {})
+
+    def open_weights(self) -> None:
+        """Open the weight files of a model and take in their headers."""
         index = self._read_index()
         files = sorted(set(index.values())) if index else [WEIGHTS]
         missing = [name for name in files if not self._has(name)]
@@ -247,7 +292,7 @@ def open_model_folder(model: str | os.PathLike[str], *, weights: bool = True) ->
     try:
         folder.config_text = (folder.path / "config.json").read_bytes().decode("utf-8")
         folder.config = read_config(folder.config_text)
-        folder._open_weights()
+        folder.open_weights()
     except ValueError as error:
         folder.close()
         raise ModelCompatibilityError(
@@ -373,6 +418,7 @@ class FolderWriter:
         output_dir: the folder to make; it must not exist, or be empty.
         tensors: dtype and shape of every tensor, in the order in which they are stored.
         max_shard_size: bytes of tensors per file, at most (a larger tensor gets a file alone).
+        file: the name of a single weight file.
 
     Raises:
         FileExistsError: `output_dir` exists and is not an empty folder.
@@ -380,12 +426,16 @@ class FolderWriter:
     """
 
     def __init__(
-        self, output_dir: Path, tensors: Mapping[str, TensorInfo], max_shard_size: int
+        self,
+        output_dir: Path,
+        tensors: Mapping[str, TensorInfo],
+        max_shard_size: int,
+        file: str = WEIGHTS,
     ) -> None:
         check_output_dir(output_dir)
         self.output_dir = Path(os.path.abspath(output_dir))
         self.tensors = tensors
-        self.shards = plan_shards(tensors, max_shard_size)
+        self.shards = plan_shards(tensors, max_shard_size, file)
         self.partial = self.output_dir.with_name(
             f".{self.output_dir.name}.partial-{secrets.token_hex(4)}"
         )
@@ -512,7 +562,9 @@ def check_output_dir(output_dir: Path) -> None:
         )
 
 
-def plan_shards(tensors: Mapping[str, TensorInfo], max_shard_size: int) -> dict[str, list[str]]:
+def plan_shards(
+    tensors: Mapping[str, TensorInfo], max_shard_size: int, file: str = WEIGHTS
+) -> dict[str, list[str]]:
     """File names and the tensors in each, filled in order up to `max_shard_size` bytes.
 
     >>> info = TensorInfo("F16", (4,))
@@ -528,7 +580,7 @@ def plan_shards(tensors: Mapping[str, TensorInfo], max_shard_size: int) -> dict[
         shards[-1].append(name)
         room -= info.nbytes
     if len(shards) == 1:
-        return {WEIGHTS: shards[0]}
+        return {file: shards[0]}
     return {
         f"model-{number:05}-of-{len(shards):05}.safetensors": names
         for number, names in enumerate(shards, 1)

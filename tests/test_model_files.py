@@ -166,7 +166,7 @@ def test_a_folder_is_found_and_so_is_the_only_one_below(tmp_path):
 
 def test_several_folders_below_are_listed(tmp_path):
     one, two = (make_llama(tmp_path / "models" / name) for name in ("a/1", "b/1"))
-    with pytest.raises(ModelCompatibilityError, match="2 model folders below it") as caught:
+    with pytest.raises(ModelCompatibilityError, match="2 folders with one below it") as caught:
         find_model_folder(tmp_path / "models")
     assert f"\n    {one}\n    {two}" in str(caught.value)
 
@@ -177,9 +177,9 @@ def test_several_folders_below_are_listed(tmp_path):
         (None, "a model's name is empty"),
         ("nowhere/at/all", "no such folder, and not the id of a Hub model"),
         ("empty", "no config.json in this folder or up to 5 levels below"),
-        ("adapter", "is a LoRA adapter, not a model .* merge_and_unload"),
-        ("both", "is a LoRA adapter, not a model .* merge_and_unload"),
-        ("file", "expected a model folder .* got a file"),
+        ("adapter", r"is a LoRA adapter, not a model .* BASE\+.*adapter"),
+        ("both", r"is a LoRA adapter, not a model .* BASE\+.*both"),
+        ("file", "expected a folder with config.json .* got a file"),
     ],
 )
 def test_what_is_not_a_model_is_refused(tmp_path, name, text):
