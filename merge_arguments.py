@@ -12,6 +12,7 @@ from merge_methods import METHODS
 from merge_parameters import PROFILES
 from merge_recipe import DEFAULT_SHARD_SIZE, Parameter, Recipe
 from model_companions import AUTO_TEMPLATE
+from model_lora import ROUNDINGS, TYINGS
 from model_safetensors import DTYPE_NAMES
 from model_tokenizer import read_object
 from model_vocabulary import CHOICES, VocabularySettings, token_source
@@ -163,12 +164,13 @@ def command_parser(method: str, description: str) -> CommandParser:
     elif METHODS[method].base == "optional":
         parser.add_argument("--base", metavar="BASE", help=f"{ancestor} (default: none)")
     parser.add_argument(
-        *_spellings("--ft_models"),
+        *spellings("--ft_models"),
         nargs="+",
         action="extend",
         required=True,
         metavar="MODEL",
-        help="the fine-tuned models: folders or Hub ids",
+        help="the fine-tuned models: folders or Hub ids, maybe with LoRA adapters: MODEL+ADAPTER"
+        + ("; an ADAPTER alone is put on the base" if METHODS[method].base != "none" else ""),
     )
     for parameter in METHODS[method].parameters:
         _add_parameter(parser, parameter)
@@ -182,8 +184,9 @@ def command_parser(method: str, description: str) -> CommandParser:
     parser.add_argument("--save", type=Path, metavar="OUT", help="the folder to make")
     _add_parts(parser)
     _add_tensors(parser)
+    add_lora(parser)
     _add_vocabulary(parser)
-    _add_settings(parser)
+    add_settings(parser)
     return parser
 
 
@@ -203,11 +206,11 @@ def recipe_parser(description: str) -> CommandParser:
     parser.add_argument("--schema", action="store_true", help=SCHEMA_HELP)
     parser.add_argument(
         "--seed",
-        type=_number(int),
+        type=number(int),
         metavar="INT",
         help="of the random masks, instead of the recipe's (default: 0)",
     )
-    _add_settings(parser)
+    add_settings(parser)
     parser.set_defaults(max_shard_size=None)
     return parser
 
@@ -269,29 +272,50 @@ def _add_tensors(parser: argparse.ArgumentParser) -> None:
         )
     for name, what in (("merge_embeddings", "the embedding"), ("merge_lm_head", "the head")):
         group.add_argument(
-            *_spellings(f"--{name}"),
+            *spellings(f"--{name}"),
             action=argparse.BooleanOptionalAction,
             default=True,
             help=f"merge {what} (default: on)",
         )
     group.add_argument(
-        *_spellings("--weight_decay"),
-        type=_number(float),
+        *spellings("--weight_decay"),
+        type=number(float),
         default=0.0,
         metavar="FLOAT",
         help="multiply merged values by 1 minus this (default: 0)",
     )
     group.add_argument(
-        *_spellings("--clamp_range"),
-        type=_number(float),
+        *spellings("--clamp_range"),
+        type=number(float),
         nargs=2,
         metavar=("LOWEST", "HIGHEST"),
         help="keep merged values in this range (default: no bounds)",
     )
 
 
+def add_lora(parser: argparse.ArgumentParser) -> None:
+    """Arguments on how adapters are put on their bases."""
+    group = parser.add_argument_group(
+        "LoRA adapters", "a model can be MODEL+ADAPTER, or MODEL+ADAPTER:STRENGTH+ADAPTER..."
+    )
+    group.add_argument(
+        *spellings("--lora_rounding"),
+        choices=ROUNDINGS,
+        help="of base plus adapter: none, to the base's dtype as a folded folder has it (sum), or "
+        "the change as well, as PEFT does with adapters in 16 bits (delta) (default: none, with "
+        "profile mergekit sum, with peft delta)",
+    )
+    group.add_argument(
+        *spellings("--tied_lora"),
+        choices=TYINGS,
+        help="where an adapter changes a tied embedding or head alone: untie them, as it was "
+        "trained, or change both, as PEFT's merge_and_unload (default: untie; with profiles "
+        "mergekit and peft shared)",
+    )
+
+
 def _add_parameter(parser: argparse.ArgumentParser, parameter: Parameter) -> None:
-    flags = [*_spellings(parameter.flag), *_spellings(f"--{parameter.name}")]
+    flags = [*spellings(parameter.flag), *spellings(f"--{parameter.name}")]
     if parameter.kind is bool:
         on_or_off = {None: "", True: " (default: on)", False: " (default: off)"}
         parser.add_argument(
@@ -306,7 +330,7 @@ def _add_parameter(parser: argparse.ArgumentParser, parameter: Parameter) -> Non
     parser.add_argument(
         *flags,
         dest=parameter.name,
-        type=_number(parameter.kind) if parameter.kind in (float, int) else str,
+        type=number(parameter.kind) if parameter.kind in (float, int) else str,
         nargs="+" if parameter.per_model else None,
         action="extend" if parameter.per_model else "store",
         choices=parameter.choices or None,
@@ -315,7 +339,7 @@ def _add_parameter(parser: argparse.ArgumentParser, parameter: Parameter) -> Non
     )
 
 
-def _number(kind: type) -> Callable[[str], Any]:
+def number(kind: type) -> Callable[[str], Any]:
     """Converts an argument to a number."""
 
     def convert(text: str) -> Any:
@@ -341,21 +365,21 @@ def _add_vocabulary(parser: argparse.ArgumentParser) -> None:
         "one model; all matched by their strings. error: no difference (default: %(default)s)",
     )
     group.add_argument(
-        *_spellings("--tokenizer_source"),
+        *spellings("--tokenizer_source"),
         metavar="MODEL",
         help="whose tokenizer, chat template, generation config and special tokens the result has "
         "(default: the base's, or the first model's; with max, of the one with the most tokens)",
     )
     group.add_argument(
-        *_spellings("--chat_template"),
+        *spellings("--chat_template"),
         default=AUTO_TEMPLATE,
         metavar="MODEL",
         help="auto (the tokenizer's model's, or the only one there is), none, or the model that "
         "gives it (default: %(default)s)",
     )
     group.add_argument(
-        *_spellings("--pad_to_multiple_of"),
-        type=_number(int),
+        *spellings("--pad_to_multiple_of"),
+        type=number(int),
         metavar="INT",
         help="round the number of rows up to a multiple of this",
     )
@@ -370,14 +394,14 @@ def _add_vocabulary(parser: argparse.ArgumentParser) -> None:
     for name, text in helps.items():
         default = getattr(DEFAULT_VOCABULARY, name)
         group.add_argument(
-            *_spellings(f"--{name}"),
+            *spellings(f"--{name}"),
             choices=CHOICES[name],
             default=default,
             help=f"{text} (default: {default})",
         )
     group.add_argument(
-        *_spellings("--id_alias"),
-        type=_number(int),
+        *spellings("--id_alias"),
+        type=number(int),
         nargs="+",
         action="extend",
         default=[],
@@ -420,6 +444,8 @@ def recipe_of(method: str, arguments: argparse.Namespace) -> Recipe:
         merge_lm_head=arguments.merge_lm_head,
         weight_decay=arguments.weight_decay,
         clamp_range=None if arguments.clamp_range is None else tuple(arguments.clamp_range),
+        lora_rounding=arguments.lora_rounding,
+        tied_lora=arguments.tied_lora,
     )
 
 
@@ -445,14 +471,15 @@ def _token_sources(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Arguments on the form of the result, and on how a merge is run."""
     parser.add_argument(
         "--dtype",
         choices=tuple(DTYPE_NAMES),
         help="of the result (default: as the base, or the first model where there is no base)",
     )
     parser.add_argument(
-        *_spellings("--max_shard_size"),
+        *spellings("--max_shard_size"),
         default=DEFAULT_SHARD_SIZE,
         metavar="SIZE",
         help="weights per file, such as 5GB or 500MB (default: %(default)s)",
@@ -465,12 +492,12 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--threads",
-        type=_number(int),
+        type=number(int),
         metavar="INT",
         help="parts of tensors worked on at once; each takes some memory (default: one per core)",
     )
     parser.add_argument(
-        *_spellings("--max_memory"),
+        *spellings("--max_memory"),
         metavar="SIZE",
         help="most memory of the process, such as 2GB, without files that the system caches "
         "(default: no limit; a merge takes about 130 MB, and --plan says how much)",
@@ -478,6 +505,6 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="show no progress")
 
 
-def _spellings(flag: str) -> list[str]:
+def spellings(flag: str) -> list[str]:
     """An option with underscores, and with hyphens."""
     return [] if not flag else list(dict.fromkeys((flag, "--" + flag[2:].replace("_", "-"))))

@@ -23,7 +23,7 @@ from merge_recipe import Recipe
 from merge_report import REPORT_FILE, MergeReport
 from merge_yaml import write_recipes
 from model_companions import AUTO_TEMPLATE, NO_TEMPLATE
-from model_locate import HUB_ID, split_revision
+from model_locate import HUB_ID, join_adapters, split_adapters, split_revision
 from model_tokenizer import FORMS
 from model_vocabulary import BY_MODEL, model_index
 
@@ -36,7 +36,7 @@ def saved_report(plan: Plan, report: MergeReport, earlier: Earlier) -> dict[str,
     Returns:
         "recipe" (resolved, as a recipe file has it), "earlier" (those whose results it uses),
         "base_model" and "models" (the inputs),
-        "base_models" (Hub ids among the inputs), "revisions" (their commits,
+        "base_models" (Hub ids among the inputs, adapters too), "revisions" (their commits,
         where known), "versions", "result", "notes", "findings" per tensor, and what the models
         have changed, "task_vectors", empty unless it was asked for.
     """
@@ -47,7 +47,8 @@ def saved_report(plan: Plan, report: MergeReport, earlier: Earlier) -> dict[str,
         for name, source in zip(each.recipe.names, each.sources, strict=True)
         if name not in earlier.models
     }
-    names = [*sources]
+    origins = {origin.name: origin for each in sources.values() for origin in each.origins}
+    names = [*dict.fromkeys([*sources, *origins])]
     content = {
         "recipe": recipe_document(resolved_recipe(plan), complete=True),
         "earlier": [
@@ -56,11 +57,11 @@ def saved_report(plan: Plan, report: MergeReport, earlier: Earlier) -> dict[str,
         ],
         "base_model": plan.recipe.base_model,
         "models": plan.recipe.models,
-        "base_models": [*dict.fromkeys(split_revision(n)[0] for n in names if is_hub_id(n))],
+        "base_models": [*dict.fromkeys(split_revision(n)[0] for n in origins if is_hub_id(n))],
         "revisions": {
-            name: source.path.name
-            for name, source in sources.items()
-            if is_hub_id(name) and source.path.parent.name == "snapshots"
+            name: origin.path.name
+            for name, origin in origins.items()
+            if is_hub_id(name) and origin.path.parent.name == "snapshots"
         },
         "versions": {
             "llama-merge": VERSION,
@@ -143,15 +144,26 @@ def public_names(names: Sequence[str], taken: Collection[str] = ()) -> dict[str,
     >>> public_names(["/home/me/models/chat", "/home/me/old/chat", "/data/code/", "chat"])
     {'chat': 'chat', '/home/me/models/chat': 'chat-2', '/home/me/old/chat': 'chat-3', \
 '/data/code/': 'code'}
+    >>> public_names(["/data/base+/data/chat:0.5"])["/data/base+/data/chat:0.5"]
+    'base+chat:0.5'
     """
     public: dict[str, str] = {}
     by_path: dict[str, str] = {}
-    for name in sorted(dict.fromkeys(names), key=lambda name: "/" in name):
+    with_adapters = {name: split_adapters(name) for name in names}
+    single = [
+        part
+        for name, (model, adapters) in with_adapters.items()
+        for part in (model, *(adapter.name for adapter in adapters))
+    ]
+    for name in sorted(dict.fromkeys(single), key=lambda name: "/" in name):
         path = name if is_hub_id(name) else os.path.abspath(name)
         if path not in by_path:
             short = name if is_hub_id(name) else Path(path).name or "model"
             by_path[path] = _unique(short, {*by_path.values(), *taken})
         public[name] = by_path[path]
+    for name, (model, adapters) in with_adapters.items():
+        shown = [adapter._replace(name=public[adapter.name]) for adapter in adapters]
+        public[name] = join_adapters(public[model], shown)
     return public
 
 

@@ -27,6 +27,7 @@ from merge_run import RunSettings, analyze_models, merge_to_folder, plan
 from merge_stream import MergedRows
 from merge_yaml import RecipeError
 from model_config import read_config
+from model_locate import split_adapters
 from model_utils import ModelFolder, open_model_folder
 
 
@@ -102,7 +103,7 @@ def _needed(by_name: Mapping[str, Stage], stage: Stage) -> list[str]:
     seen: set[str] = set()
 
     def visit(each: Stage) -> None:
-        for name in each.recipe.names:
+        for name in (split_adapters(each).model for each in each.recipe.names):
             if name in by_name and name not in seen:
                 seen.add(name)
                 visit(by_name[name])

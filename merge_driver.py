@@ -90,6 +90,19 @@ OF_THE_TENSORS = (
         tuple[float, float] | None,
         "lowest and highest merged value, such as (-2.0, 2.0); by default there are no bounds.",
     ),
+    Setting(
+        "lora_rounding",
+        None,
+        str | None,
+        'of a base with LoRA adapters: "none", "sum" or "delta"; see `model_lora.LoraSettings`.',
+    ),
+    Setting(
+        "tied_lora",
+        None,
+        str | None,
+        'what becomes of a tied head of which adapters change one side: "untie" or "shared"; see '
+        "`model_lora.LoraSettings`.",
+    ),
 )
 OF_A_FOLDER = (
     Setting(

@@ -332,36 +332,28 @@ class _Reader:
             self.wrong((*place, key), text)
 
     def _reference(self, value: Any, place: Place) -> str | None:
-        """A model: PATH[@REVISION], or mergekit's mapping of the same."""
+        """A model: PATH[@REVISION][+ADAPTER[@REVISION]], or mergekit's mapping of the same."""
         if isinstance(value, Mapping):
             if value.get("model") is None:
                 self.wrong(place, "model is missing. Give a folder or a Hub id")
             self._check_keys(value, place, ("model", "lora", "override_architecture"))
-            for key in ("lora", "override_architecture"):
-                if value.get(key) is not None:
-                    self._unsupported(key, (*place, key))
-            path = value.get("model")
-            if isinstance(path, Mapping):
-                self._check_keys(path, (*place, "model"), ("path", "revision"))
-                revision = self._text(path.get("revision"), (*place, "model", "revision"))
-                name = self._text(path.get("path"), (*place, "model", "path"))
-                return f"{name}@{revision}" if name and revision else name
-            value = path
-        name = self._text(value, place)
-        if name is None:
-            return None
-        model, _, adapter = name.partition("+")
-        if adapter and not Path(name).exists():
-            self._unsupported(f"{name}: lora", place)
-            return model
-        return name
+            if value.get("override_architecture") is not None:
+                where = (*place, "override_architecture")
+                self.wrong(where, "override_architecture is not supported. Leave it out")
+            parts = [
+                self._path(value[key], (*place, key)) for key in ("model", "lora") if value.get(key)
+            ]
+            return "+".join(part for part in parts if part) or None
+        return self._text(value, place)
 
-    def _unsupported(self, what: str, place: Place) -> None:
-        if "lora" in what:
-            remedy = "Fold the adapter into its base first (PEFT's merge_and_unload)"
-        else:
-            remedy = "Leave it out"
-        self.wrong(place, f"{what} is not supported. {remedy}")
+    def _path(self, value: Any, place: Place) -> str | None:
+        """PATH[@REVISION], or mergekit's mapping of the same."""
+        if not isinstance(value, Mapping):
+            return self._text(value, place)
+        self._check_keys(value, place, ("path", "revision"))
+        revision = self._text(value.get("revision"), (*place, "revision"))
+        name = self._text(value.get("path"), (*place, "path"))
+        return f"{name}@{revision}" if name and revision else name
 
     # Parameters
 

@@ -148,6 +148,7 @@ def _needed(plan: Plan, packages: Sequence[str], block_bytes: int, findings: boo
     compiles = _kind(plan) not in _compiled
     fixed += sum(ARITHMETIC_BYTES[each] for each in packages if each != "numba" or compiles)
     histograms = max(plan.method.bins(each, models) for each in plan.variants)
+    fixed += sum(source.memory_bytes for source in plan.sources)
     counts = 8 * histograms * (FINE_BINS + 2 * group)
     return _Need(fixed, max(blocks) + COLLECTIONS * counts, max(1, sum(segments)))
 
@@ -161,6 +162,8 @@ def _block_bytes(plan: Plan, packages: Sequence[str], task: TensorTask, layout: 
     """What a thread takes for a block."""
     elements = layout.rows * layout.row_length
     mapped = 10 * elements if task.row_map is not None else 0  # a model's own rows, widened
+    if any(plan.sources[each.model].memory_bytes for each in task.inputs):
+        mapped += 12 * elements  # the base's rows, and what an adapter adds
     copies = plan.method.copies * len(task.inputs) + 4 if "torch" in packages else 0
     return layout.nbytes + mapped + 4 * elements * copies
 

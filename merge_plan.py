@@ -16,6 +16,7 @@ from typing import Any
 
 from merge_findings import observed
 from merge_layers import Place, config_changes, placed, slice_problems, views
+from merge_lora import open_model
 from merge_methods import ALIASES, METHODS, Method
 from merge_operations import Finish, Loops, Operations
 from merge_parameters import PROFILES, Values
@@ -28,7 +29,7 @@ from model_config import merged_config
 from model_errors import ModelCompatibilityError
 from model_prep import Alignment, align, fit_problems
 from model_safetensors import DTYPE_NAMES, TensorInfo
-from model_utils import ModelFolder, open_model_folder
+from model_utils import ModelFolder, Origin
 from model_vocabulary import chosen_donor, settings_problems
 
 
@@ -162,8 +163,12 @@ class Plan:
     @property
     def download_bytes(self) -> int:
         """Bytes of weights that are on the Hub only."""
-        folders = {source.path: source.download_bytes for source in self.sources}
-        return sum(folders.values())
+        return sum({each.path: each.download_bytes for each in self.origins}.values())
+
+    @property
+    def origins(self) -> list[Origin]:
+        """What all models are read from."""
+        return [origin for source in self.sources for origin in source.origins]
 
     @property
     def write_bytes(self) -> int:
@@ -219,7 +224,7 @@ def open_plan(
         of_output = output_problems(recipe)  # which the recipe does not name
         usage = recipe.placed(each for each in problems if each not in of_output)
         usage += [*of_output, *other_problems]
-        sources, broken = _open_all(recipe.names, stack, weights, earlier or Earlier())
+        sources, broken = _open_all(recipe, stack, weights, earlier or Earlier())
         broken = recipe.placed(broken)
         usage += place_problems(recipe, sources)
         by_name = dict(zip(recipe.names, sources, strict=False))
@@ -324,17 +329,22 @@ def _with_implied(alias: str, parameters: Values) -> Values:
 
 
 def _open_all(
-    names: tuple[str, ...], stack: ExitStack, weights: bool, earlier: Earlier
+    recipe: Recipe, stack: ExitStack, weights: bool, earlier: Earlier
 ) -> tuple[list[ModelFolder], list[str]]:
     """Open every model that can be opened; texts on those that cannot, each once."""
     opened: list[ModelFolder] = []
     problems: dict[str, None] = {}
-    for name in names:
+    for index, name in enumerate(recipe.names):
         if name in earlier.models:
             opened.append(earlier.models[name])
             continue
+        # An adapter alone is put on the base, where there is one.
+        below = recipe.base_model if index else None
         try:
-            opened.append(stack.enter_context(open_model_folder(name, weights=weights)))
+            model = open_model(
+                name, recipe.lora, weights=weights, base_model=below, earlier=earlier.models
+            )
+            opened.append(stack.enter_context(model))
         except ModelCompatibilityError as error:
             problems.update(dict.fromkeys(error.problems))
     return opened, list(problems)
@@ -362,7 +372,7 @@ def _lay_out(
     by_name = dict(zip(recipe.names, sources, strict=True))
     advice = [text for values in distinct(parameters.values()) for text in method.advice(values)]
     notes = [*recipe.notes, *unused_filters(slices, places), *dict.fromkeys(advice)]
-    notes += [*_model_notes(sources), *alignment.notes, *carried.notes]
+    notes += [*dict.fromkeys(_model_notes(sources)), *alignment.notes, *carried.notes]
     if copied:
         owners = dict.fromkeys(sources[places[name].inputs[0].model].label for name in copied)
         notes.append(
@@ -451,7 +461,8 @@ def place_problems(recipe: Recipe, sources: Sequence[ModelFolder]) -> list[str]:
     if recipe.output_dir is None:
         return []
     place = recipe.output_dir.resolve()
-    around = [source.label for source in sources if source.path.resolve() in place.parents]
+    origins = [origin for source in sources for origin in source.origins]
+    around = [origin.name for origin in origins if origin.path.resolve() in place.parents]
     return [
         f"{recipe.output_dir}: the output lies inside the model {label!r}. Choose another place"
         for label in dict.fromkeys(around)
@@ -475,22 +486,24 @@ def _config_text(
 
 def _model_notes(sources: Sequence[ModelFolder]) -> Iterator[str]:
     """Says where one folder stands for two models."""
-    seen: dict[Path, str] = {}
+    seen: dict[tuple[object, ...], str] = {}
     for source in sources:
-        path = source.path.resolve()
-        if path in seen:
-            yield f"{source.label}: the same model as {seen[path]}"
-        seen.setdefault(path, source.label)
+        model = (*(origin.path.resolve() for origin in source.origins), source.strengths)
+        if model in seen:
+            yield f"{source.label}: the same model as {seen[model]}"
+        seen.setdefault(model, source.label)
+        yield from source.notes
 
 
 def _rounding_notes(model: ModelFolder, dtype: str) -> Iterator[str]:
     """Says that a model stores some tensors in another dtype than most, and the result does not."""
     stored = DTYPE_NAMES[dtype]
-    others = [info.dtype for info in model.tensors.values() if info.dtype != stored]
+    tensors = model.stored_tensors
+    others = [info.dtype for info in tensors.values() if info.dtype != stored]
     if others:
         yield (
             f"{model.label}: stores {'/'.join(sorted(set(others)))} in {len(others)} of "
-            f"{len(model.tensors)} tensors, {stored} in most; the result is {dtype} throughout "
+            f"{len(tensors)} tensors, {stored} in most; the result is {dtype} throughout "
             "(set dtype for another)"
         )
 
@@ -508,7 +521,7 @@ def _precision_notes(sources: Sequence[ModelFolder], dtype: str) -> Iterator[str
 def _main_dtype(model: ModelFolder) -> str:
     """The dtype in which most of a model's elements are stored."""
     counts: Counter[str] = Counter()
-    for info in model.tensors.values():
+    for info in model.stored_tensors.values():
         counts[info.dtype] += info.numel
     main = counts.most_common(1)[0][0]
     return next(name for name, stored in DTYPE_NAMES.items() if stored == main)

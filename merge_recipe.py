@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from merge_settings import Choice, Setting, joined
+from model_lora import ROUNDINGS, TYINGS, LoraSettings, Rounding, Tying
 from model_safetensors import DTYPE_NAMES
 from model_utils import check_output_dir, parse_size
 from model_vocabulary import VocabularySettings, vocabulary_settings
@@ -31,8 +32,16 @@ OPTIONS = (
     "merge_lm_head",
     "weight_decay",
     "clamp_range",
+    "lora_rounding",
+    "tied_lora",
 )
 """Fields of a recipe that every method has beside its parameters."""
+
+_LORA_OF_PROFILES = {
+    "peft": LoraSettings("delta", "shared"),
+    "mergekit": LoraSettings("sum", "shared"),
+}
+"""Where they differ from ours. mergekit folds with PEFT, which then loads adapters in float32."""
 
 KEYS = {
     "weights": "weight",
@@ -154,6 +163,8 @@ class Recipe:
             base's (the first model's).
         weight_decay: merged values are multiplied by 1 minus this; in [0, 1).
         clamp_range: lowest and highest merged value; None for no bounds.
+        lora_rounding, tied_lora: how LoRA adapters are put on their bases; see
+            `model_lora.LoraSettings`. None for the profile's way.
         notes: what the user should know of how it was read.
         place: where it was read, for messages: file and line.
     """
@@ -176,6 +187,8 @@ class Recipe:
     merge_lm_head: bool = True
     weight_decay: float = 0.0
     clamp_range: tuple[float, float] | None = None
+    lora_rounding: Rounding | None = None
+    tied_lora: Tying | None = None
     notes: tuple[str, ...] = field(default=(), compare=False)
     place: str = field(default="", compare=False)
 
@@ -190,6 +203,13 @@ class Recipe:
         if isinstance(bounds, tuple):
             options["clamp_range"] = tuple(None if math.isinf(each) else each for each in bounds)
         return options
+
+    @property
+    def lora(self) -> LoraSettings:
+        """How adapters are put on their bases: as they were trained, or as the profile has it."""
+        family = str(self.profile).partition("-")[0]
+        rounding, tied = _LORA_OF_PROFILES.get(family, LoraSettings())
+        return LoraSettings(self.lora_rounding or rounding, self.tied_lora or tied)
 
     def placed(self, problems: Iterable[str]) -> list[str]:
         """What is wrong with it, with the place where it was read."""
@@ -380,6 +400,11 @@ def option_problems(recipe: Recipe) -> list[str]:
         wrong = [each for each in getattr(recipe, name) if not isinstance(each, str)]
         if wrong:
             problems.append(f"{name} must be patterns of names, got {wrong[0]!r}")
+    for name, choices in (("lora_rounding", ROUNDINGS), ("tied_lora", TYINGS)):
+        if getattr(recipe, name) not in (None, *choices):
+            problems.append(
+                f"{name} must be one of {', '.join(choices)}, got {brief(getattr(recipe, name))}"
+            )
     decay: Any = recipe.weight_decay
     if not isinstance(decay, float | int):
         problems.append(f"weight_decay must be a number, got {decay!r}")

@@ -150,7 +150,7 @@ def plan_report(plan: Plan, fit: Fit, earlier: Earlier) -> PlanReport:
     plans = [("", plan), *earlier.plans.items()]
     recipe = plan.recipe
     notes = [*plan.notes, *fit.notes]
-    downloads = {source.path: source.download_bytes for _, each in plans for source in each.sources}
+    downloads = {origin.path: origin.download_bytes for _, each in plans for origin in each.origins}
     free = None if recipe.output_dir is None else free_bytes(recipe.output_dir)
     if free is not None and free < plan.write_bytes:
         notes.append("the disk has too little room; the merge would be refused")
@@ -233,20 +233,20 @@ def _summarise(source: ModelFolder, plan: Plan, recipe: str, is_earlier: bool) -
     return ModelSummary(
         name=source.label,
         role=f"of {recipe}" if recipe else role,
-        folder="" if is_earlier else str(source.path),
+        folder="" if is_earlier else " + ".join(str(each.path) for each in source.origins),
         model_type=str(source.config.get("model_type")),
-        dtypes=tuple(sorted({info.dtype for info in source.tensors.values()})),
+        dtypes=tuple(sorted({info.dtype for info in source.stored_tensors.values()})),
         vocab_size=source.tensors[EMBEDDING].shape[0],
         tokens=None if tokens is None else len(tokens.tokens),
         tied=is_tied(source),
         bytes=sum(info.nbytes for info in source.tensors.values()),
-        download_bytes=source.download_bytes,
+        download_bytes=sum(origin.download_bytes for origin in source.origins),
     )
 
 
 def _described(model: ModelSummary) -> str:
     place = f"{model.name} in {model.folder}"
-    if model.folder in ("", model.name):
+    if model.folder.replace(" + ", "+") in ("", model.name):
         place = model.name
     tokens = "no tokenizer" if model.tokens is None else f"{model.tokens} tokens"
     return (

@@ -247,7 +247,9 @@ def merge_to_model(
     settings = RunSettings(device, threads, max_memory, progress=progress)
     with _open_for_merging(replace(recipe, dtype="float32"), settings) as plan:
         fit = settings.fit(plan, beside=_model_bytes(plan))
-        warn_about(plan.alignment, stacklevel=5)  # where a driver's function is called
+        of_models = [note for source in plan.sources for note in source.notes]
+        # where a driver's function is called
+        warn_about(plan.alignment, stacklevel=5, of_models=of_models)
         model = get_llama(plan.template.path)
         resize_vocabulary(model, plan.alignment.vocabulary.rows, tied=plan.alignment.tied)
         set_special_ids(model, plan.alignment.special_ids)

@@ -5,6 +5,7 @@ from typing import Any
 from merge_methods import ALIASES, METHODS, Method
 from merge_parameters import PROFILES
 from merge_recipe import Parameter
+from model_lora import ROUNDINGS, TYINGS
 from model_safetensors import DTYPE_NAMES
 from model_vocabulary import CHOICES
 
@@ -53,12 +54,18 @@ def recipe_schema() -> dict[str, Any]:
                 "minItems": 2,
                 "maxItems": 2,
             },
+            "lora_rounding": {"enum": [*ROUNDINGS]},
+            "tied_lora": {"enum": [*TYINGS]},
         },
         "additionalProperties": False,
         "oneOf": [{"required": ["models"]}, {"required": ["slices"]}],
         "allOf": [_of_method(name) for name in names],
         "$defs": {
-            "model": _described(_TEXT, "a folder, or a Hub id, maybe with @REVISION"),
+            "model": _described(
+                _TEXT,
+                "a folder, or a Hub id, maybe with @REVISION; LoRA adapters on top follow a +, "
+                "maybe with :STRENGTH",
+            ),
             "entry": {
                 "anyOf": [
                     {"$ref": "#/$defs/model"},

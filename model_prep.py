@@ -269,15 +269,18 @@ def prepare_models_for_merging(
     return base, list(ft_models)
 
 
-def warn_about(alignment: Alignment, stacklevel: int, *, always: bool = False) -> None:
-    """One warning with everything that the user should know.
+def warn_about(
+    alignment: Alignment, stacklevel: int, *, always: bool = False, of_models: Sequence[str] = ()
+) -> None:
+    """One warning with everything that the user should know, of the models themselves too.
 
     That ids were taken to agree is worth one only beside something else (or `always`): models in
     memory seldom have their tokenizers with them.
     """
     assumption = None if always else alignment.vocabulary.assumption
-    if any(note != assumption for note in alignment.notes):
-        warnings.warn("\n".join(alignment.notes), stacklevel=stacklevel)
+    notes = [*dict.fromkeys(of_models), *alignment.notes]
+    if any(note != assumption for note in notes):
+        warnings.warn("\n".join(notes), stacklevel=stacklevel)
 
 
 def _give_vocabulary(models: "Sequence[PreTrainedModel]", alignment: Alignment) -> None:

@@ -207,10 +207,8 @@ BROKEN = {
         ],
     ),
     "lora": (
-        changed("model: a", "model: a+lora"),
-        [
-            "r.yml:2: models[0].model: a+lora: lora is not supported. Fold the adapter into its base first (PEFT's merge_and_unload)"
-        ],
+        changed("model: a", "model: {model: a, lora: {path: b, rank: 8}}"),
+        ["r.yml:2: models[0].model.lora.rank: unknown key 'rank'; there are: path, revision."],
     ),
     "tokenizer twice": (
         GOOD + "tokenizer_source: union\ntokenizer: {source: base}\n",

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import hub_stand_in
 import pytest
+import torch
 from hub_stand_in import HubStandIn, Reply
-from tiny_checkpoints import make_llama, tensor_hashes
+from tiny_adapters import change_of, make_lora
+from tiny_checkpoints import make_llama, read_tensors, tensor_hashes
 
 from model_errors import ModelCompatibilityError
 from model_utils import format_bytes, open_model_folder
@@ -448,7 +450,7 @@ def test_a_hub_repository_that_is_no_model_is_told_from_one(tmp_path):
         (tmp_path / "hub/org" / name / file).write_text("{}")
     with HubStandIn(tmp_path / "hub") as url:
         answers = open_models("org/gguf", "org/adapter", url=url, cache="cache", cwd=tmp_path)
-    assert answers[0].startswith("org/gguf: this Hub model has no config.json, so it is none of")
+    assert answers[0].startswith("org/gguf: this Hub model has no config.json, so it is no model")
     assert answers[1].startswith("org/adapter: is a LoRA adapter, not a model (it has adapter_conf")
 
 
@@ -509,3 +511,26 @@ def test_a_recipe_of_hub_models_is_planned_without_weights_and_merged_from_the_c
     report = json.loads((tmp_path / "out/merge_report.json").read_text())
     assert report["base_models"] == ["org/a", "org/b"]
     assert report["revisions"].keys() == {"org/a@main", "org/b"}
+
+
+def test_a_base_with_an_adapter_is_planned_without_weights_and_merged(tmp_path):
+    hub = HubStandIn(tmp_path / "hub")
+    base = make_llama(tmp_path / "hub/org/base", layers=1)
+    make_lora(tmp_path / "hub/org/chat", base, changes={"base_model_name_or_path": "org/base"})
+    where = {"url": None, "cache": "cache", "cwd": tmp_path}
+    with hub as url:
+        where["url"] = url
+        planned = merge("org/base+org/chat", "--plan", "--json", **where)
+        assert not [*(tmp_path / "cache").rglob("*.safetensors")]
+        done = merge("org/base+org/chat", "--save", "out", **where)
+    assert planned.returncode == done.returncode == 0, done.stderr
+    [model] = json.loads(planned.stdout)["models"]
+    adapter = (tmp_path / "hub/org/chat/adapter_model.safetensors").stat().st_size
+    assert model["download_bytes"] == weight_bytes(base) + adapter
+    saved = json.loads((tmp_path / "out/merge_report.json").read_text())
+    assert saved["base_models"] == ["org/base", "org/chat"]
+    assert saved["revisions"].keys() == {"org/base", "org/chat"}
+    assert saved["models"] == ["org/base+org/chat"]
+    expected = change_of(tmp_path / "hub/org/chat", base)
+    found = read_tensors(tmp_path / "out")
+    assert all(torch.equal(value.bfloat16(), found[name]) for name, value in expected.items())

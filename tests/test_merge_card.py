@@ -17,6 +17,7 @@ from merge_plan import Earlier
 from merge_recipe import Recipe
 from merge_report import MergeReport
 from merge_run import merge_to_folder
+from model_utils import Origin
 from model_vocabulary import TokenSource, VocabularySettings
 
 SIZES = {"layers": 1, "hidden_size": 8, "intermediate_size": 8, "heads": 2}
@@ -59,7 +60,10 @@ def saved(*names, paths=None, notes=(), files=("tokenizer.json",), method="ties"
     paths = paths or [Path("/cache") / name for name in names]
     plan = SimpleNamespace(
         recipe=recipe,
-        sources=[SimpleNamespace(path=path) for path in paths],
+        sources=[
+            SimpleNamespace(origins=(Origin(name, path, 0),))
+            for name, path in zip(names, paths, strict=True)
+        ],
         alignment=SimpleNamespace(tied=False, vocabulary=SimpleNamespace(donor=0)),
         parameters=({},),
         dtype="float32",
