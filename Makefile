@@ -20,7 +20,7 @@ unit: .venv/installed  ## all tests, with transformers 5
 
 transformers4: .venv-transformers4/installed  ## what loads results, with transformers 4
 	.venv-transformers4/bin/pytest tests/test_loads.py tests/test_model_companions.py \
-		tests/test_in_memory.py tests/test_tiny_llamas.py
+		tests/test_in_memory.py tests/test_tiny_llamas.py tests/test_lora_parity.py
 
 # Only what a user gets: development packages hide a missing requirement. torch comes from the
 # pinned install, so that this does not fetch it twice.

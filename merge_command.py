@@ -14,6 +14,7 @@ from pathlib import Path
 from signal import SIGHUP, SIGINT, SIGTERM
 from typing import Any
 
+from merge_adapters import AdapterReport
 from merge_analysis import Analysis, check_analysis_target, write_analysis
 from merge_arguments import (
     CHECK_HELP,
@@ -57,10 +58,10 @@ def run_command(method: str, description: str, argv: Sequence[str] | None = None
     """
     arguments_given = sys.argv[1:] if argv is None else list(argv)
     if any(each.split("=")[0] == "--check" for each in arguments_given):
-        return _check(arguments_given)
+        return run_check(arguments_given)
     parser, arguments = parse_arguments(method, description, arguments_given)
     _check_parts(parser, arguments, "--save OUT", "--save")
-    return _reported(lambda: _carry_out(recipe_of(method, arguments), arguments), last=argv is None)
+    return reported(lambda: carry_out(recipe_of(method, arguments), arguments), last=argv is None)
 
 
 def run_recipe_command(description: str, argv: Sequence[str] | None = None) -> int:
@@ -70,15 +71,15 @@ def run_recipe_command(description: str, argv: Sequence[str] | None = None) -> i
     """
     given = sys.argv[1:] if argv is None else list(argv)
     if any(each.split("=")[0] == "--check" for each in given):
-        return _check(given)
+        return run_check(given)
     if given == ["--schema"]:
-        return _reported(lambda: json.dumps(recipe_schema(), indent=2))
+        return reported(lambda: json.dumps(recipe_schema(), indent=2))
     parser, arguments = parse_recipe_arguments(description, given)
     if arguments.schema:
         parser.error("--schema stands alone")
     if not arguments.resolve:
         _check_parts(parser, arguments, "OUT, the folder to make,", "OUT")
-    return _reported(lambda: _carry_out_recipe(arguments), last=argv is None)
+    return reported(lambda: _carry_out_recipe(arguments), last=argv is None)
 
 
 def _check_parts(
@@ -111,14 +112,14 @@ def _carry_out_recipe(arguments: argparse.Namespace) -> str:
         return write_recipes(contents).rstrip()
     settings = _run_settings(arguments)
     if arguments.plan:
-        return _printed(plan_stages(stages, arguments.save, **settings), as_json=arguments.json)
+        return printed(plan_stages(stages, arguments.save, **settings), as_json=arguments.json)
     settings["progress"] = not arguments.quiet
     if arguments.analyze is not None:
         check_analysis_target(arguments.analyze)
         analysis = analyze_stages(stages, arguments.analyze, **settings)
         return _written(analysis, arguments)
     report = merge_stages(stages, arguments.save, findings=arguments.findings, **settings)
-    return _printed(report, as_json=arguments.json)
+    return printed(report, as_json=arguments.json)
 
 
 def _run_settings(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -129,7 +130,7 @@ def _written(analysis: Analysis, arguments: argparse.Namespace) -> str:
     """Write an analysis down; what to print."""
     paths = write_analysis(analysis, arguments.analyze)
     wrote = f"\nwrote {paths[0]} and {paths[1]}"
-    return _printed(analysis, as_json=arguments.json) + ("" if arguments.json else wrote)
+    return printed(analysis, as_json=arguments.json) + ("" if arguments.json else wrote)
 
 
 def _changed(stage: Stage, arguments: argparse.Namespace, *, last: bool) -> Stage:
@@ -144,7 +145,7 @@ def _changed(stage: Stage, arguments: argparse.Namespace, *, last: bool) -> Stag
     return stage._replace(recipe=recipe)
 
 
-def _check(argv: Sequence[str]) -> int:
+def run_check(argv: Sequence[str]) -> int:
     """`--check FOLDER`, which stands alone: none of the other arguments is needed."""
     parser = CommandParser("--check FOLDER")
     parser.add_argument("--check", type=Path, required=True, metavar="FOLDER", help=CHECK_HELP)
@@ -158,13 +159,13 @@ def _check(argv: Sequence[str]) -> int:
         nonlocal sound
         findings = verify_folder(arguments.check, threads=usable_cores())
         sound = not findings.problems
-        return _printed(findings, as_json=arguments.json)
+        return printed(findings, as_json=arguments.json)
 
-    status = _reported(check)
+    status = reported(check)
     return status if status or sound else EXIT_BAD_INPUT
 
 
-def _reported(work: Callable[[], str], *, last: bool = False) -> int:
+def reported(work: Callable[[], str], *, last: bool = False) -> int:
     """Do the work and print what it returns, or in one line what went wrong; the exit status.
 
     `last` says that the process does nothing else: once the work is done, no signal makes a failure
@@ -188,20 +189,23 @@ def _reported(work: Callable[[], str], *, last: bool = False) -> int:
     return EXIT_OK
 
 
-def _carry_out(recipe: Recipe, arguments: argparse.Namespace) -> str:
+def carry_out(recipe: Recipe, arguments: argparse.Namespace) -> str:
     """Merge, or plan a merge; what to print."""
     settings = _run_settings(arguments)
     if arguments.plan:
-        return _printed(plan(recipe, **settings), as_json=arguments.json)
+        return printed(plan(recipe, **settings), as_json=arguments.json)
     settings["progress"] = not arguments.quiet
     if arguments.analyze is not None:
         check_analysis_target(arguments.analyze)
         return _written(analyze_models(recipe, **settings), arguments)
     report = merge_to_folder(recipe, **settings, findings=arguments.findings)
-    return _printed(report, as_json=arguments.json)
+    return printed(report, as_json=arguments.json)
 
 
-def _printed(report: PlanReport | MergeReport | Analysis | Findings, *, as_json: bool) -> str:
+def printed(
+    report: PlanReport | MergeReport | Analysis | Findings | AdapterReport, *, as_json: bool
+) -> str:
+    """A report for people, or for programs."""
     return json.dumps(report.to_dict(), indent=2) if as_json else report.summary()
 
 

@@ -1,0 +1,509 @@
+"""LoRA adapters merged into one adapter: exactly, to a rank, or by TIES and DARE.
+
+The base is not needed. What a module's factors say is scaled and weighted; the modules that only
+some adapters have are merged from those.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from merge_memory import peak_memory
+from merge_progress import progress_bar
+from merge_recipe import brief, unknown_name
+from model_checks import layer_order
+from model_errors import ModelCompatibilityError
+from model_lora import AdapterFolder, AdapterParts, ModuleFactors, open_adapter, parts_of
+from model_lora_writer import NewAdapter, write_adapter
+from model_safetensors import DTYPE_NAMES
+from model_utils import check_output_dir, format_bytes
+
+if TYPE_CHECKING:
+    from lora_utils import Factors, Truncated
+
+METHODS = {
+    "auto": "cat while the rank stays within max_rank, else svd",
+    "cat": "the sum of the changes, exactly; the ranks add up",
+    "svd": "the sum, brought to a rank by singular values",
+    "ties": "TIES on the changes, brought to a rank",
+    "dare_linear": "DARE on the changes, brought to a rank",
+    "dare_ties": "DARE with TIES' election on the changes, brought to a rank",
+    "linear": "approximate: the factors are added, as by PEFT's linear",
+}
+"""Ways to merge adapters into one."""
+
+SPARSE = ("ties", "dare_linear", "dare_ties")
+
+MAX_RANK = 256
+"""Of what `auto` leaves exact."""
+
+
+@dataclass(frozen=True)
+class AdapterMerge:
+    """What is to be merged, and how.
+
+    Attributes:
+        adapters: folders or Hub ids.
+        method: a name of `METHODS`.
+        weights: one for each adapter, of any sign; None for 1.0 each.
+        rank: of the result, for what is brought to a rank; None for the largest of the adapters.
+        max_rank: up to which `auto` is `cat`.
+        densities: share of a change that is kept, in [0, 1]; one for each adapter, for TIES and
+            DARE; None for 1.0 each.
+        lam: scale of the merged change, for TIES and DARE.
+        seed: of DARE's masks.
+        dtype: of the result.
+    """
+
+    adapters: tuple[str, ...]
+    method: str = "auto"
+    weights: tuple[float, ...] | None = None
+    rank: int | None = None
+    max_rank: int = MAX_RANK
+    densities: tuple[float, ...] | None = None
+    lam: float = 1.0
+    seed: int = 0
+    dtype: str = "float32"
+
+    def problems(self) -> list[str]:
+        """What is wrong with it, as far as that can be said without opening an adapter."""
+        found = []
+        if not self.adapters:
+            found.append("no adapter is given. Name at least one")
+        if self.method not in METHODS:
+            found.append(unknown_name("method", self.method, METHODS))
+        for name in ("weights", "densities"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.adapters):
+                found.append(
+                    f"{name} must have one entry per adapter: got {len(values)} for "
+                    f"{len(self.adapters)}"
+                )
+            if values is not None and not all(_is_number(each) for each in values):
+                found.append(f"{name} must be finite numbers, got {brief(values)}")
+        if self.densities is not None and not all(0 <= each <= 1 for each in self.densities):
+            found.append(f"densities must be in [0, 1], got {brief(self.densities)}")
+        if self.densities is not None and self.method not in SPARSE:
+            found.append(f"densities have no effect with {self.method}. Leave them out")
+        if self.method == "ties" and any(each < 0 for each in self.weights or ()):
+            found.append(
+                f"weights of ties must not be negative, got {brief(self.weights)}: the mean of "
+                "those that agree could have any size. Use dare_linear, svd or cat"
+            )
+        for name in ("rank", "max_rank"):
+            value = getattr(self, name)
+            if value is not None and not (type(value) is int and value >= 1):
+                found.append(f"{name} must be a whole number of at least 1, got {brief(value)}")
+        if self.rank is not None and self.method in ("cat", "linear"):
+            found.append(f"rank has no effect with {self.method}: use svd, or leave it out")
+        if not _is_number(self.lam):
+            found.append(f"lam must be a finite number, got {brief(self.lam)}")
+        if not (type(self.seed) is int and 0 <= self.seed < 2**64):
+            found.append(f"seed must be a whole number in [0, 2**64), got {brief(self.seed)}")
+        if self.dtype not in DTYPE_NAMES:
+            found.append(unknown_name("dtype", self.dtype, DTYPE_NAMES))
+        return found
+
+
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and bool(np.isfinite(value))
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What was made.
+
+    Attributes:
+        method: how.
+        inputs: adapters, or the base and the tuned model.
+        output_dir, dtype: of the result.
+        modules: how many have factors.
+        ranks: the lowest and the highest.
+        error: norm of what the result lacks of the exact change, by the norm of that; over all
+            modules.
+        errors: the same by module, where it is not 0.
+        bytes_written: of its tensors.
+        seconds: wall time.
+        peak_memory: highest resident memory of the process so far, in bytes.
+        notes: what the user should know.
+    """
+
+    method: str
+    inputs: tuple[str, ...]
+    output_dir: str
+    dtype: str
+    modules: int
+    ranks: tuple[int, int]
+    error: float
+    errors: Mapping[str, float]
+    bytes_written: int
+    seconds: float
+    peak_memory: int
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON can hold it."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """The report in a few lines."""
+        low, high = self.ranks
+        rank = f"rank {low}" if low == high else f"ranks {low} to {high}"
+        lines = [
+            f"{self.method} of {', '.join(self.inputs)} into {self.output_dir}: an adapter of "
+            f"{self.modules} modules, {rank}, {self.dtype}, {format_bytes(self.bytes_written)}",
+            f"{self.seconds:.1f} s, peak memory {format_bytes(self.peak_memory)}",
+            f"relative error {self.error:.2e}"
+            + ("" if self.errors else ": exact but for rounding"),
+        ]
+        worst = sorted(self.errors.items(), key=lambda item: -item[1])[:3]
+        if worst:
+            lines.append(f"largest: {', '.join(f'{name} {error:.2e}' for name, error in worst)}")
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+
+class Errors:
+    """Errors of modules, added up to that of the whole."""
+
+    def __init__(self) -> None:
+        self.by_module: dict[str, float] = {}
+        self._missing = self._whole = 0.0
+
+    def add(self, module: str, found: "Truncated") -> None:
+        """Take in a module."""
+        if found.error > NO_ERROR:
+            self.by_module[module] = found.error
+        self._missing += (found.error * found.norm) ** 2
+        self._whole += found.norm**2
+
+    @property
+    def total(self) -> float:
+        """Of all modules together."""
+        return (self._missing / self._whole) ** 0.5 if self._whole else 0.0
+
+
+NO_ERROR = 1e-6
+"""What rounding to float32 leaves; not reported by module."""
+
+
+class _Input(NamedTuple):
+    """An open adapter.
+
+    Attributes:
+        adapter: the folder.
+        weight: its multiplier.
+        parts: what it holds.
+    """
+
+    adapter: AdapterFolder
+    weight: float
+    parts: AdapterParts
+
+
+def merge_adapters(
+    merge: AdapterMerge, output_dir: Path, *, progress: bool = True
+) -> AdapterReport:
+    """Merge adapters into one, which PEFT loads with the right scale.
+
+    Args:
+        merge: what to merge.
+        output_dir: the folder to make; it must not exist, or be empty.
+        progress: show how far it is, on stderr.
+
+    Raises:
+        ValueError: something is wrong with the settings.
+        ModelCompatibilityError: adapters cannot be read, or cannot be merged into one.
+        OSError: the disk is full, or a file cannot be read or written.
+    """
+    started = time.monotonic()
+    if problems := merge.problems():
+        raise ValueError("\n".join(problems))
+    check_output_dir(output_dir)
+    with ExitStack() as stack:
+        inputs = _open(merge, stack)
+        shapes = _shapes(inputs)
+        new = NewAdapter(_base_name(inputs))
+        whole, settings = _carried(inputs)
+        new.whole, new.settings = whole, settings
+        method = _chosen_method(merge, inputs)
+        errors = Errors()
+        modules = sorted(shapes, key=lambda module: layer_order(f"{module}."))
+        nbytes = {
+            m: 4
+            * sum(i.parts.factors[m].rank for i in inputs if m in i.parts.factors)
+            * sum(shapes[m])
+            for m in modules
+        }
+        with progress_bar(sum(nbytes.values()), method, show=progress) as on_bytes:
+            for module in modules:
+                found = _merged(merge, method, inputs, module, shapes[module])
+                errors.add(module, found)
+                embeds = any(
+                    i.parts.factors[module].embeds for i in inputs if module in i.parts.factors
+                )
+                lora_a, lora_b = (each.numpy() for each in found.factors)
+                new.factors[module] = lora_a, lora_b, embeds
+                on_bytes(nbytes[module])
+        new.target_modules = _targets(inputs, modules)
+        notes = _notes(merge, method, inputs)
+        size = write_adapter(new, output_dir, DTYPE_NAMES[merge.dtype], {})
+    ranks = [*new.ranks.values()]
+    return AdapterReport(
+        method=method,
+        inputs=merge.adapters,
+        output_dir=str(output_dir),
+        dtype=merge.dtype,
+        modules=len(modules),
+        ranks=(min(ranks), max(ranks)),
+        error=errors.total,
+        errors=errors.by_module,
+        bytes_written=size,
+        seconds=time.monotonic() - started,
+        peak_memory=peak_memory(),
+        notes=tuple(notes),
+    )
+
+
+def _open(merge: AdapterMerge, stack: ExitStack) -> list[_Input]:
+    """The adapters; what cannot be merged into an adapter is refused, all at once."""
+    inputs: list[_Input] = []
+    problems: list[str] = []
+    for name, weight in zip(
+        merge.adapters, merge.weights or (1.0,) * len(merge.adapters), strict=True
+    ):
+        try:
+            adapter = stack.enter_context(open_adapter(name))
+            inputs.append(_Input(adapter, weight, parts_of(adapter)))
+        except ModelCompatibilityError as error:
+            problems += error.problems
+    for adapter, _, parts in inputs:
+        if adapter.uses_dora:
+            problems.append(
+                f"{adapter.label}: is a DoRA adapter, whose change depends on the base, so no "
+                "adapter is the sum of it and others. Merge BASE+ADAPTER models instead"
+            )
+        biased = [m for m, each in parts.modules.items() if "lora_bias" in each]
+        if biased:
+            problems.append(
+                f"{adapter.label}: adds to biases (lora_bias, {biased[0]}), which merged factors "
+                "cannot. Merge BASE+ADAPTER models instead"
+            )
+        if not parts.factors:
+            problems.append(f"{adapter.label}: has no factors, so there is nothing to merge")
+    turned = {bool(each.adapter.config.get("fan_in_fan_out")) for each in inputs}
+    if len(turned) > 1:
+        problems.append("some adapters have fan_in_fan_out, and some do not. Merge one kind")
+    if problems:
+        raise ModelCompatibilityError(problems)
+    return inputs
+
+
+def _shapes(inputs: Sequence[_Input]) -> dict[str, tuple[int, int]]:
+    """(out, in) of every module, which must be the same in all adapters that have it."""
+    shapes: dict[str, tuple[int, int]] = {}
+    problems = []
+    for adapter, _, parts in inputs:
+        for module, factors in parts.factors.items():
+            shape = _shape(adapter, factors)
+            if shapes.setdefault(module, shape) != shape:
+                problems.append(
+                    f"{adapter.label}: changes {module} of shape {list(shape)}, others of "
+                    f"{list(shapes[module])}. Merge adapters of one base"
+                )
+    if problems:
+        raise ModelCompatibilityError(problems)
+    return shapes
+
+
+def _shape(adapter: AdapterFolder, factors: ModuleFactors) -> tuple[int, int]:
+    return adapter.tensors[factors.lora_B].shape[0], adapter.tensors[factors.lora_A].shape[1]
+
+
+def _base_name(inputs: Sequence[_Input]) -> str:
+    return next((each.adapter.base_name for each in inputs if each.adapter.base_name), "")
+
+
+def _chosen_method(merge: AdapterMerge, inputs: Sequence[_Input]) -> str:
+    if merge.method != "auto":
+        return merge.method
+    total = sum(max(each.rank for each in i.parts.factors.values()) for i in inputs)
+    return "cat" if total <= merge.max_rank and merge.rank is None else "svd"
+
+
+def _merged(
+    merge: AdapterMerge,
+    method: str,
+    inputs: Sequence[_Input],
+    module: str,
+    shape: tuple[int, int],
+) -> "Truncated":
+    """The merged change of a module."""
+    from lora_utils import Truncated, cat_factors, linear_factors, truncate_factors
+
+    having = [each for each in inputs if module in each.parts.factors]
+    factors = [_factors(each, module) for each in having]
+    multipliers = [each.weight * each.parts.factors[module].scale for each in having]
+    highest = merge.max_rank if merge.method == "auto" else None
+    rank = merge.rank or highest or max(f.rank for i in inputs for f in i.parts.factors.values())
+    if method in SPARSE:
+        return _sparse(merge, method, inputs, module, shape, rank)
+    exact = cat_factors(factors, multipliers)
+    if method == "cat":
+        return Truncated(exact, 0.0, product_norm(exact))
+    if method == "svd":
+        return truncate_factors(exact, rank)
+    try:
+        found = linear_factors(factors, multipliers)
+    except ValueError as wrong:
+        raise ModelCompatibilityError(f"{module}: {wrong}. Use cat or svd") from wrong
+    norm, missing = product_norm(exact), product_norm(cat_factors([found, exact], [1.0, -1.0]))
+    return Truncated(found, missing / norm if norm else 0.0, norm)
+
+
+def product_norm(factors: "Factors") -> float:
+    """Frobenius norm of a change, without the change."""
+    a, b = factors.lora_A.double(), factors.lora_B.double()
+    return float(((a @ a.T) * (b.T @ b)).sum().clamp(min=0).sqrt())
+
+
+def _factors(each: _Input, module: str) -> "Factors":
+    import torch
+
+    from lora_utils import Factors
+
+    names = each.parts.factors[module]
+    return Factors(
+        torch.from_numpy(each.adapter.values(names.lora_A)),
+        torch.from_numpy(each.adapter.values(names.lora_B)),
+    )
+
+
+def _sparse(
+    merge: AdapterMerge,
+    method: str,
+    inputs: Sequence[_Input],
+    module: str,
+    shape: tuple[int, int],
+    rank: int,
+) -> "Truncated":
+    """TIES or DARE on the dense changes, brought to a rank; one that has none changes nothing."""
+    import torch
+
+    from dare_utils import dare_linear, dare_ties
+    from lora_utils import factorise, lora_delta
+    from ties_utils import ties
+
+    embeds = False
+    deltas = []
+    for each in inputs:
+        names = each.parts.factors.get(module)
+        if names is None:
+            deltas.append(torch.zeros(shape))
+            continue
+        lora_a, lora_b = _factors(each, module)
+        deltas.append(lora_delta(lora_a, lora_b, names.scale))
+        embeds = names.embeds
+    if embeds:  # as the matrix lies in the model, whose elements the masks are for
+        deltas = [delta.T.contiguous() for delta in deltas]
+    weights = [each.weight for each in inputs]
+    densities = merge.densities or (1.0,) * len(inputs)
+    nothing = torch.zeros_like(deltas[0])
+    if method == "ties":
+        merged = ties(nothing, deltas, weights, densities, lam=merge.lam)
+    else:
+        function = dare_linear if method == "dare_linear" else dare_ties
+        name = f"{module}.weight"
+        merged = function(
+            nothing, deltas, weights, densities, seed=merge.seed, name=name, lam=merge.lam
+        )
+    return factorise(merged.T if embeds else merged, rank=rank)
+
+
+def _carried(inputs: Sequence[_Input]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What takes the place of the base's tensors, which only one adapter may do.
+
+    Returns:
+        The tensors by their names, and the entries of adapter_config.json for them.
+    """
+    owners: dict[str, list[_Input]] = {}
+    for each in inputs:
+        for parts in each.parts.modules.values():
+            for part in ("weight", "bias", "tokens"):
+                if part in parts:
+                    owners.setdefault(parts[part], []).append(each)
+    whole: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+    problems = []
+    for name, having in owners.items():
+        first = having[0]
+        values = first.adapter.values(name)
+        copies = all(np.array_equal(values, each.adapter.values(name)) for each in having[1:])
+        labels = ", ".join(each.adapter.label for each in having)
+        if not copies:
+            problems.append(
+                f"{labels}: each replaces {name}, and only one can. Merge BASE+ADAPTER models "
+                "instead"
+            )
+        elif len(having) == 1 and first.weight != 1.0 and ".base_layer." not in name:
+            problems.append(
+                f"{labels}: replaces {name}, so its weight must be 1, got {first.weight:g}. Merge "
+                "BASE+ADAPTER models instead"
+            )
+        whole[name] = values
+        for key in ("bias", "trainable_token_indices", "ensure_weight_tying"):
+            value = first.adapter.config.get(key)
+            if value and value != "none" and settings.setdefault(key, value) != value:
+                problems.append(f"{labels}: {key} differs between the adapters. Merge one kind")
+        saved = first.adapter.config.get("modules_to_save") or []
+        if saved:
+            known = settings.setdefault("modules_to_save", [])
+            known += [module for module in saved if module not in known]
+    tying = {bool(each.adapter.config.get("ensure_weight_tying")) for each in inputs}
+    if tying == {True}:
+        settings["ensure_weight_tying"] = True
+    elif len(tying) > 1:
+        problems.append(
+            "some adapters keep embedding and head tied (ensure_weight_tying), and some do not. "
+            "Merge BASE+ADAPTER models instead"
+        )
+    if problems:
+        raise ModelCompatibilityError(list(dict.fromkeys(problems)))
+    return whole, settings
+
+
+def _targets(inputs: Sequence[_Input], modules: Sequence[str]) -> list[str]:
+    """Names by which PEFT finds the merged modules, and no others.
+
+    Short ones, such as q_proj, if every adapter has those, in all layers; else whole paths.
+    """
+    named: set[str] = set()
+    for adapter, _, _ in inputs:
+        targets = adapter.config.get("target_modules")
+        limited = adapter.config.get("layers_to_transform") or adapter.config.get("exclude_modules")
+        if not isinstance(targets, list) or limited:
+            return [*modules]
+        named.update(targets)
+    short = {module.rpartition(".")[2] for module in modules}
+    return sorted(short) if short <= named else [*modules]
+
+
+def _notes(merge: AdapterMerge, method: str, inputs: Sequence[_Input]) -> Iterator[str]:
+    bases = dict.fromkeys(each.adapter.base_name for each in inputs if each.adapter.base_name)
+    if len(bases) > 1:
+        yield (
+            f"the adapters say that they were trained on different bases: {', '.join(bases)}. If "
+            "these are not the same weights, the result is wrong"
+        )
+    if method == "linear" and len(inputs) > 1:
+        yield (
+            "linear is approximate: it adds the factors, so the result also has products of one "
+            "adapter's B with another's A. cat is exact"
+        )
+    if merge.method == "auto":
+        yield f"auto: {method}"

@@ -1,0 +1,283 @@
+"""A LoRA adapter extracted from a tuned model and its base: the leading part of what has changed.
+
+One matrix after the other is read, compared and taken apart; only the adapter is held in memory.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from merge_adapters import AdapterReport, Errors
+from merge_lora import open_model
+from merge_memory import peak_memory
+from merge_progress import progress_bar
+from merge_recipe import brief, unknown_name
+from model_checks import (
+    DERIVED_TENSOR,
+    EMBEDDING,
+    HEAD,
+    VOCABULARY_TENSORS,
+    is_tied,
+    layer_order,
+)
+from model_companions import TOKENIZER_FILES
+from model_errors import ModelCompatibilityError
+from model_lora import PREFIX
+from model_lora_writer import NewAdapter, write_adapter
+from model_prep import fit_problems
+from model_safetensors import DTYPE_NAMES, FLOAT_DTYPES, widen
+from model_small_files import files_in
+from model_utils import ModelFolder, check_output_dir, rows_of
+
+if TYPE_CHECKING:
+    pass
+
+Floats = NDArray[np.float32]
+
+OTHERS = ("save", "drop")
+"""What becomes of changed tensors that are no matrices of layers."""
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What is to be extracted.
+
+    Attributes:
+        tuned_model: a folder or Hub id, maybe with adapters.
+        base_model: what it was tuned from.
+        rank: of the factors, at most.
+        max_error: the largest relative error of a module, in [0, 1); the rank is the smallest that
+            keeps it. At least one of the two is given.
+        others: changed embeddings, heads and norms are saved whole ("save"), or left out ("drop").
+        dtype: of the adapter.
+    """
+
+    tuned_model: str
+    base_model: str
+    rank: int | None = None
+    max_error: float | None = None
+    others: str = "save"
+    dtype: str = "float32"
+
+    def problems(self) -> list[str]:
+        """What is wrong with it."""
+        found = []
+        if self.rank is None and self.max_error is None:
+            found.append("an extraction needs a rank or a max_error, such as rank 16")
+        if self.rank is not None and not (type(self.rank) is int and self.rank >= 1):
+            found.append(f"rank must be a whole number of at least 1, got {brief(self.rank)}")
+        error = self.max_error
+        if error is not None and not (
+            isinstance(error, int | float) and not isinstance(error, bool) and 0 <= error < 1
+        ):
+            found.append(f"max_error must be in [0, 1), got {brief(error)}")
+        if self.others not in OTHERS:
+            found.append(unknown_name("choice for others", self.others, OTHERS))
+        if self.dtype not in DTYPE_NAMES:
+            found.append(unknown_name("dtype", self.dtype, DTYPE_NAMES))
+        return found
+
+
+def extract_adapter(
+    extraction: Extraction, output_dir: Path, *, progress: bool = True
+) -> AdapterReport:
+    """Extract an adapter that makes of the base what comes nearest to the tuned model.
+
+    Args:
+        extraction: of what, and how much.
+        output_dir: the folder to make; it must not exist, or be empty.
+        progress: show how far it is, on stderr.
+
+    Raises:
+        ValueError: something is wrong with the settings, or nothing has changed.
+        ModelCompatibilityError: the models cannot be read or do not fit together.
+        OSError: the disk is full, or a file cannot be read or written.
+    """
+    started = time.monotonic()
+    if problems := extraction.problems():
+        raise ValueError("\n".join(problems))
+    check_output_dir(output_dir)
+    with ExitStack() as stack:
+        base = stack.enter_context(open_model(extraction.base_model))
+        tuned = stack.enter_context(open_model(extraction.tuned_model, base_model=base.label))
+        if problems := fit_problems([base, tuned]):
+            raise ModelCompatibilityError(problems)
+        work = _Work(extraction, base, tuned)
+        sizes = {module: tuned.tensors[f"{module}.weight"].nbytes for module in work.modules}
+        with progress_bar(sum(sizes.values()), "extract", show=progress) as on_bytes:
+            for module in work.modules:
+                work.take_module(module)
+                on_bytes(sizes[module])
+        work.take_others()
+        new = work.finished()
+        size = write_adapter(new, output_dir, DTYPE_NAMES[extraction.dtype], {})
+    ranks = [*new.ranks.values()] or [0]
+    return AdapterReport(
+        method="extract",
+        inputs=(extraction.base_model, extraction.tuned_model),
+        output_dir=str(output_dir),
+        dtype=extraction.dtype,
+        modules=len(new.factors),
+        ranks=(min(ranks), max(ranks)),
+        error=work.errors.total,
+        errors=work.errors.by_module,
+        bytes_written=size,
+        seconds=time.monotonic() - started,
+        peak_memory=peak_memory(),
+        notes=tuple(work.notes),
+    )
+
+
+class _Work:
+    """An extraction on its way."""
+
+    def __init__(self, extraction: Extraction, base: ModelFolder, tuned: ModelFolder) -> None:
+        self.extraction = extraction
+        self.base = base
+        self.tuned = tuned
+        self.errors = Errors()
+        self.notes = [*base.notes, *tuned.notes]
+        self.new = NewAdapter(_name_of(base))
+        names = sorted(tuned.tensors, key=layer_order)
+        self.modules = [n.removesuffix(".weight") for n in names if n.endswith("_proj.weight")]
+
+    def take_module(self, module: str) -> None:
+        """Take the change of a matrix apart, if there is one."""
+        import torch
+
+        from lora_utils import factorise
+
+        weight, bias = f"{module}.weight", f"{module}.bias"
+        delta = self._values(self.tuned, weight)
+        delta -= self._values(self.base, weight)
+        biased = bias in self.tuned.tensors and self._has_changed(bias)
+        if not (biased or delta.any()):
+            return
+        if not np.isfinite(delta).all():
+            raise ModelCompatibilityError(
+                f"{self.tuned.label}: {weight} differs from {self.base.label} by NaN or infinity. "
+                "One of the models is broken; use another copy"
+            )
+        found = factorise(
+            torch.from_numpy(delta),
+            rank=self.extraction.rank,
+            max_error=self.extraction.max_error,
+        )
+        self.errors.add(module, found)
+        lora_a, lora_b = (each.numpy() for each in found.factors)
+        self.new.factors[module] = lora_a, lora_b, False
+        if biased:
+            self.new.settings["bias"] = "lora_only"
+
+    def take_others(self) -> None:
+        """Take what is no matrix of a layer whole, if it has changed; the biases of modules too."""
+        for module in self.new.factors:
+            bias = f"{module}.bias"
+            if self.new.settings.get("bias") and bias in self.tuned.tensors:
+                name = f"{PREFIX}{module}.base_layer.bias"
+                self.new.whole[name] = self._values(self.tuned, bias).reshape(-1)
+        names = [
+            name
+            for name in sorted(self.tuned.tensors, key=layer_order)
+            if "_proj." not in name and not DERIVED_TENSOR.fullmatch(name)
+        ]
+        if is_tied(self.tuned):
+            names = [name for name in names if name != HEAD]
+        changed = [name for name in names if self._has_changed(name)]
+        if changed and self.extraction.others == "drop":
+            self.notes.append(
+                f"{len(changed)} changed tensors are left out (others drop): "
+                f"{', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''}"
+            )
+            return
+        if changed:
+            self._save(changed)
+
+    def _save(self, changed: Sequence[str]) -> None:
+        """Save changed tensors whole."""
+        modules = []
+        resized = self._is_resized()
+        for name in changed:
+            values = self._values(self.tuned, name)
+            shape = self.tuned.tensors[name].shape
+            self.new.whole[f"{PREFIX}{name}"] = values.reshape(shape)
+            if not (resized and name in VOCABULARY_TENSORS):
+                modules.append(name.removesuffix(".weight"))
+        if EMBEDDING in changed and is_tied(self.tuned):
+            self.new.whole[f"{PREFIX}{HEAD}"] = self.new.whole[f"{PREFIX}{EMBEDDING}"]
+            if not resized:
+                self.new.settings["ensure_weight_tying"] = True
+        if modules:
+            self.new.settings["modules_to_save"] = modules
+        shown = f"{', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''}"
+        self.notes.append(f"{len(changed)} changed tensors are saved whole: {shown}")
+        if resized:
+            rows = self.tuned.tensors[EMBEDDING].shape[0]
+            self.notes.append(
+                f"the vocabulary has {rows} rows, the base's "
+                f"{self.base.tensors[EMBEDDING].shape[0]}: with PEFT, resize the base's first "
+                "(resize_token_embeddings)"
+            )
+
+    def _is_resized(self) -> bool:
+        return self.base.tensors[EMBEDDING].shape != self.tuned.tensors[EMBEDDING].shape
+
+    def finished(self) -> NewAdapter:
+        """The adapter.
+
+        Raises:
+            ValueError: nothing has changed.
+        """
+        if not self.new.factors:
+            raise ValueError(
+                f"{self.tuned.label}: no matrix of a layer differs from {self.base.label}. There "
+                "is nothing to extract"
+            )
+        self.new.target_modules = _targets(self.modules, self.new.factors)
+        place = self.tuned.tokenizer_path
+        self.new.files = [file for file in files_in(place, TOKENIZER_FILES) if file.is_file()]
+        return self.new
+
+    def _has_changed(self, name: str) -> bool:
+        before = EMBEDDING if name == HEAD and is_tied(self.base) else name
+        if self.base.tensors[before].shape != self.tuned.tensors[name].shape:
+            return True
+        rows = zip(_rows(self.base, before), _rows(self.tuned, name), strict=True)
+        return not all(np.array_equal(one, other) for one, other in rows)
+
+    def _values(self, model: ModelFolder, name: str) -> Floats:
+        """A whole tensor, in float32."""
+        return np.concatenate([*_rows(model, name)])
+
+
+ROWS = 1024
+"""Rows read at once."""
+
+
+def _rows(model: ModelFolder, name: str) -> Iterator[Floats]:
+    """The rows of a tensor, some at a time, in float32."""
+    info = model.tensors[name]
+    rows, length = rows_of(info.shape)
+    itemsize = FLOAT_DTYPES[info.dtype].itemsize
+    for first in range(0, rows, ROWS):
+        stop = min(first + ROWS, rows)
+        buffer = np.empty((stop - first) * length * itemsize, np.uint8)
+        yield widen(model.read_rows(name, first, stop, buffer), info.dtype)
+
+
+def _name_of(base: ModelFolder) -> str:
+    """What the adapter calls its base."""
+    return str(base.label)
+
+
+def _targets(modules: Sequence[str], factors: Mapping[str, Any]) -> list[str]:
+    """Names by which PEFT finds the modules with factors, and no others: short ones if all have."""
+    last = {module: module.rpartition(".")[2] for module in modules}
+    whole = {last[m] for m in modules} - {last[m] for m in modules if m not in factors}
+    return sorted({last[m] if last[m] in whole else m for m in factors})

@@ -1,0 +1,124 @@
+"""LoRA adapters written as PEFT loads them."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model_locate import ADAPTER_CONFIG
+from model_lora import ADAPTER_WEIGHTS, PREFIX
+from model_safetensors import TensorInfo, narrow
+from model_utils import FolderWriter
+
+Floats = NDArray[np.float32]
+
+_ENDS = {
+    False: (".lora_A.weight", ".lora_B.weight"),
+    True: (".lora_embedding_A", ".lora_embedding_B"),
+}
+"""What the factors of a module are called, and those of an embedding."""
+
+
+@dataclass
+class NewAdapter:
+    """An adapter in memory. Its factors are scaled already: alpha is r everywhere.
+
+    Attributes:
+        base_name: the model that it belongs to.
+        factors: lora_A (r, in) and lora_B (out, r) by module, and whether it is an embedding.
+        whole: tensors that take the place of the base's, by the names in an adapter's file.
+        settings: entries of adapter_config.json for these.
+        target_modules: names by which PEFT finds the modules that have factors.
+        files: small files to be copied beside it.
+    """
+
+    base_name: str
+    factors: dict[str, tuple[Floats, Floats, bool]] = field(default_factory=dict)
+    whole: dict[str, Floats] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    target_modules: Sequence[str] = ()
+    files: Iterable[Path] = ()
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Ranks by module."""
+        return {module: len(lora_a) for module, (lora_a, _, _) in self.factors.items()}
+
+    @property
+    def tensors(self) -> dict[str, Floats]:
+        """All tensors by the names in an adapter's file."""
+        found = {}
+        for module, (lora_a, lora_b, embeds) in self.factors.items():
+            for end, values in zip(_ENDS[embeds], (lora_a, lora_b), strict=True):
+                found[f"{PREFIX}{module}{end}"] = values
+        return found | self.whole
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """adapter_config.json.
+
+        alpha is r, for every module: so its scale is 1, as long as the adapter is not
+        rank-stabilised, and that is said. Where ranks differ, those of single modules stand in
+        rank_pattern, and the same in alpha_pattern.
+        """
+        ranks = self.ranks
+        rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+        other = {module: each for module, each in ranks.items() if each != rank}
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.base_name,
+            "r": rank,
+            "lora_alpha": rank,
+            "rank_pattern": other,
+            "alpha_pattern": other,
+            "target_modules": [*self.target_modules],
+            "use_rslora": False,
+            "use_dora": False,
+            "fan_in_fan_out": False,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "modules_to_save": None,
+            "init_lora_weights": True,
+            "inference_mode": True,
+            **self.settings,
+        }
+
+
+def write_adapter(
+    adapter: NewAdapter, output_dir: Path, dtype: str, texts: Mapping[str, str]
+) -> int:
+    """Write an adapter into a new folder, which appears complete or not at all.
+
+    Args:
+        adapter: what to write.
+        output_dir: the folder; it must not exist, or be empty.
+        dtype: safetensors name, such as "F32".
+        texts: other files by name.
+
+    Returns:
+        Bytes of its tensors.
+
+    Raises:
+        FileExistsError: the folder is not free.
+        OSError: the disk is full, or the place cannot be written.
+    """
+    tensors = adapter.tensors
+    infos = {name: TensorInfo(dtype, values.shape) for name, values in tensors.items()}
+    size = sum(info.nbytes for info in infos.values())
+    with FolderWriter(output_dir, infos, max(1, size), ADAPTER_WEIGHTS) as writer:
+        for name, values in tensors.items():
+            rows = values.reshape(values.shape[0] if values.ndim > 1 else 1, -1)
+            writer.write_rows(name, 0, narrow(np.ascontiguousarray(rows), dtype))
+        for path in adapter.files:
+            writer.copy_file(path)
+        writer.write_text(ADAPTER_CONFIG, json.dumps(adapter.config, indent=2) + "\n")
+        for name, text in texts.items():
+            writer.write_text(name, text)
+        writer.commit()
+    return size
