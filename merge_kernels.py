@@ -34,6 +34,9 @@ STRIDE = 4 * LANES
 PIECE = 2 * STRIDE
 """Elements worked on at once: few enough for a core's cache to hold those of every model."""
 
+TILE = 512
+"""Columns of a product of factors worked on at once."""
+
 COUNTERS = 64
 """Philox counters worked on at once; each gives 8 draws."""
 
@@ -173,46 +176,63 @@ def _widen(parts: Any, index: Any, start: Any, size: Any, values: Any) -> None:
 
 
 @_kernel()
-def widen(parts: Any, size: Any, values: Any) -> None:
-    """The first input as float32."""
-    _widen(parts, 0, 0, size, values)
+def widen_half(half: Any, values: Any) -> None:
+    """bfloat16 by its bits as float32; rows of both."""
+    for i in range(half.shape[0]):
+        bits, row = half[i], values[i]
+        for j in range(len(bits)):
+            row[j] = _float(_U32(bits[j]) << _U32(16))
 
 
 @_kernel()
-def lora_delta(left: Any, right: Any, scale: Any, delta: Any) -> None:
-    """`lora_utils.lora_delta` of some rows; `left` (rows, r), `right` (r, length), in `delta`.
+def add_low_rank(values: Any, left: Any, right: Any, scale: Any) -> None:
+    """Add `lora_utils.lora_delta` to some rows: `left` (rows, r), `right` (r, length).
 
-    Four products at a time, for fewer trips to the caches; they are added one after the other.
+    Two rows at once, for fewer trips to the caches, and four products at a time, which are added
+    one after the other. The last of an odd number of rows is computed twice.
     """
     ranks, length = right.shape
-    for i in range(left.shape[0]):
-        for start in range(0, length, PIECE):
-            sums = delta[i, start : start + PIECE]
-            size = len(sums)
-            row, by = right[0, start : start + size], left[i, 0]
+    last = left.shape[0] - 1
+    room = np.empty((2, TILE), np.float32)
+    for start in range(0, length, TILE):
+        size = min(TILE, length - start)
+        sums, others = room[0, :size], room[1, :size]
+        for i in range(0, last + 1, 2):
+            other = min(i + 1, last)
+            one, two = left[i], left[other]
+            row = right[0, start : start + size]
             for j in range(size):
-                sums[j] = by * row[j]
+                sums[j] = one[0] * row[j]
+                others[j] = two[0] * row[j]
             done = 1
             while done + 4 <= ranks:
-                by_0, by_1 = left[i, done], left[i, done + 1]
-                by_2, by_3 = left[i, done + 2], left[i, done + 3]
+                a_0, a_1, a_2, a_3 = one[done], one[done + 1], one[done + 2], one[done + 3]
+                b_0, b_1, b_2, b_3 = two[done], two[done + 1], two[done + 2], two[done + 3]
                 row_0 = right[done, start : start + size]
                 row_1 = right[done + 1, start : start + size]
                 row_2 = right[done + 2, start : start + size]
                 row_3 = right[done + 3, start : start + size]
                 for j in range(size):
-                    value = sums[j] + by_0 * row_0[j]
-                    value = value + by_1 * row_1[j]
-                    value = value + by_2 * row_2[j]
-                    sums[j] = value + by_3 * row_3[j]
+                    sums[j] = (
+                        ((sums[j] + a_0 * row_0[j]) + a_1 * row_1[j]) + a_2 * row_2[j]
+                    ) + a_3 * row_3[j]
+                    others[j] = (
+                        ((others[j] + b_0 * row_0[j]) + b_1 * row_1[j]) + b_2 * row_2[j]
+                    ) + b_3 * row_3[j]
                 done += 4
             while done < ranks:
-                row, by = right[done, start : start + size], left[i, done]
+                row, by, by_other = right[done, start : start + size], one[done], two[done]
                 for j in range(size):
                     sums[j] += by * row[j]
+                    others[j] += by_other * row[j]
                 done += 1
+            result = values[i, start : start + size]
             for j in range(size):
-                sums[j] *= scale
+                result[j] += sums[j] * scale
+            if other > i:
+                result = values[other, start : start + size]
+                for j in range(size):
+                    result[j] += others[j] * scale
 
 
 @_kernel()

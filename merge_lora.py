@@ -29,7 +29,7 @@ from model_lora import (
     changes_of,
     open_adapter,
 )
-from model_safetensors import FLOAT_DTYPES, TensorInfo, narrow, widen, widen_into
+from model_safetensors import FLOAT_DTYPES, TensorInfo, narrow, widen
 from model_tokenizer import FORMS
 from model_utils import ModelFolder, Origin, open_model_folder, rows_of
 
@@ -230,7 +230,7 @@ class AdaptedModel(ModelFolder):
         scratch: NDArray[np.uint8] | None = getattr(self._threads, "scratch", None)
         if scratch is None or len(scratch) < size:
             scratch = self._threads.scratch = np.empty(size, np.uint8)
-        widen_into(self._base.read_rows(name, first, stop, scratch), info.dtype, values)
+        widen_rows(self._base.read_rows(name, first, stop, scratch), info.dtype, values)
 
     def _add(
         self,
@@ -245,8 +245,13 @@ class AdaptedModel(ModelFolder):
         left = product.left[first : first + len(values)] if len(product.left) > 1 else product.left
         strength, rounded = step.strength, self._rounder(name)
         magnitude, norms = product.magnitude, product.column_norms
+        if magnitude is None and self._rounding != "delta":
+            add_low_rank(values, left, product.right, low_rank.scale * strength)
+            return
+        delta = np.zeros_like(values)
         by = low_rank.scale * (strength if magnitude is None else 1.0)
-        delta = rounded(low_rank_rows(left, product.right, by))
+        add_low_rank(delta, left, product.right, by)
+        delta = rounded(delta)
         if magnitude is None:
             values += delta
         elif norms is None:
@@ -303,7 +308,9 @@ class AdaptedModel(ModelFolder):
             self._read_base(adapted, first, stop, values)
             if change.replaced is not None:
                 values[:] = _rows(step.adapter, change.replaced, first, stop)
-            values += rounded(low_rank_rows(left[first:stop], right, change.low_rank.scale))
+            delta = np.zeros_like(values)
+            add_low_rank(delta, left[first:stop], right, change.low_rank.scale)
+            values += rounded(delta)
             sums += row_norms(np.ascontiguousarray(rounded(values).T)) ** 2
         return np.sqrt(sums)
 
@@ -329,16 +336,26 @@ _KEPT = 8
 """Tensors whose factors are kept in memory: those that threads work on, and a few more."""
 
 
-def low_rank_rows(left: Floats, right: Floats, scale: float) -> Floats:
-    """`lora_utils.lora_delta` of some rows, by a compiled loop where there is one."""
+def add_low_rank(values: Floats, left: Floats, right: Floats, scale: float) -> None:
+    """Add `lora_utils.lora_delta` to some rows, by a compiled loop where there is one."""
     if numba_problem():
-        plain: Floats = lora_delta(right, left, scale)
-        return plain
-    from merge_kernels import lora_delta as compiled_delta
+        values += lora_delta(right, left, scale)
+        return
+    import merge_kernels as kernels
 
-    delta = np.empty((len(left), right.shape[1]), np.float32)
-    compiled_delta(left, right, np.float32(scale), delta)
-    return delta
+    kernels.add_low_rank(values, left, right, np.float32(scale))
+
+
+def widen_rows(stored: NDArray[Any], dtype: str, values: Floats) -> None:
+    """As `model_safetensors.widen`, into an array, by a compiled loop where it is worth it."""
+    if dtype != "BF16":
+        values[...] = stored
+    elif numba_problem():
+        values[...] = widen(stored, dtype)
+    else:
+        import merge_kernels as kernels
+
+        kernels.widen_half(stored, values)
 
 
 def _rows(model: ModelFolder, name: str, first: int, stop: int) -> Floats:

@@ -78,14 +78,6 @@ def widen(stored: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     return stored.astype(np.float32, copy=False)
 
 
-def widen_into(stored: NDArray[Any], dtype: str, values: NDArray[np.float32]) -> None:
-    """As `widen`, into an array of the same shape."""
-    if dtype == "BF16":
-        np.left_shift(stored, np.uint32(16), out=values.view(np.uint32), dtype=np.uint32)
-    else:
-        values[...] = stored
-
-
 def narrow(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
     """Values rounded to a dtype, to nearest even, as numpy holds them; `widen` undoes it.
 

@@ -17,7 +17,7 @@ import merge_lora
 from lora_llama import lora_fold_llama_to_folder, main
 from lora_utils import lora_delta
 from merge import merge_recipe
-from merge_lora import low_rank_rows, open_model
+from merge_lora import add_low_rank, open_model
 from merge_recipe import Recipe, make_recipe
 from merge_run import merge_to_folder, plan
 from model_errors import ModelCompatibilityError
@@ -76,11 +76,14 @@ def test_compiled_rows_have_the_bits_of_the_definition(monkeypatch: pytest.Monke
     for rows, rank, length in ((1, 1, 5), (3, 4, 2049), (7, 9, 100), (2, 16, 4096)):
         left = generator.normal(size=(rows, rank)).astype(np.float32)
         right = generator.normal(size=(rank, length)).astype(np.float32)
-        compiled = low_rank_rows(left, right, 1.7)
-        assert np.array_equal(compiled, lora_delta(right, left, 1.7))
+        values = generator.normal(size=(rows, length)).astype(np.float32)
+        compiled, plain = values.copy(), values.copy()
+        add_low_rank(compiled, left, right, 1.7)
+        assert np.array_equal(compiled, values + lora_delta(right, left, 1.7))
         with monkeypatch.context() as without:
             without.setattr(merge_lora, "numba_problem", lambda: "not there")
-            assert np.array_equal(low_rank_rows(left, right, 1.7), compiled)
+            add_low_rank(plain, left, right, 1.7)
+        assert np.array_equal(plain, compiled)
 
 
 def test_threads_and_blocks_change_nothing(place: Path) -> None:
