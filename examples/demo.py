@@ -44,12 +44,14 @@ class Merge(NamedTuple):
         parameters: the method's; a single density stands for each model's.
         models: how many of the specialists it takes, the first ones; None for all.
         from_base: whether to give a base to a method that can do without.
+        adapters: whether it takes the specialists' LoRA adapters instead of the models.
     """
 
     method: str
     parameters: Mapping[str, Any] = {}
     models: int | None = None
     from_base: bool = False
+    adapters: bool = False
 
 
 MERGES = {
@@ -63,6 +65,7 @@ MERGES = {
     "model stock": Merge("model_stock"),
     "task arithmetic": Merge("task_arithmetic", {"lam": 0.7}),
     "ties": Merge("ties", {"densities": 0.5}),
+    "ties of adapters": Merge("ties", {"densities": 0.5}, adapters=True),
     "dare": Merge("dare", {"densities": 0.5, "lam": 0.7}),
     "dare + ties": Merge("dare_ties", {"densities": 0.5, "lam": 0.7}),
     "della": Merge("della", {"densities": 0.5}),
@@ -89,8 +92,9 @@ def title(name: str, skills: Sequence[Skill]) -> str:
 
 def merge(name: str, skills: Sequence[Skill], folder: Path) -> None:
     """Merge the specialists in these skills into a folder."""
-    method, parameters, taken, from_base = MERGES[name]
-    models = [TINY / skill.name for skill in skills][:taken]
+    method, parameters, taken, from_base, adapters = MERGES[name]
+    end = "-lora" if adapters else ""
+    models = [TINY / f"{skill.name}{end}" for skill in skills][:taken]
     values = dict(parameters)
     if "densities" in values:
         values["densities"] = [values["densities"]] * len(models)
@@ -116,7 +120,9 @@ def merge_and_score(skills: Sequence[Skill], out: Path) -> tuple[Scores, Scores]
     sources = {"base": BASE} | {skill.name: TINY / skill.name for skill in skills}
     before = {name: evaluate(folder, skills) for name, folder in sources.items()}
     after = {}
-    for name in MERGES:
+    for name, each in MERGES.items():
+        if each.adapters and skills is not COMPATIBLE:
+            continue  # the others have none
         folder = out / name.replace(" + ", "-").replace(" ", "-")
         merge(name, skills, folder)
         after[title(name, skills)] = evaluate(folder, skills)

@@ -128,6 +128,23 @@ def test_what_peft_cannot_merge_is_merged_as_peft_should(tmp_path: Path) -> None
             assert near(ours[module], theirs[module], 2e-5), (kind, module)
 
 
+def test_peft_scales_the_sum_twice_where_the_first_adapter_is_rank_stabilised(
+    tmp_path: Path,
+) -> None:
+    """Else docs/lora.md says something that is no longer so."""
+    base, adapters = adapters_on_one_base(tmp_path, "rslora", "attention")
+    model = on_base(base, adapters[0])
+    model.load_adapter(adapters[1], "other")
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "cat", combination_type="cat")
+    lora_merge_adapters(adapters, tmp_path / "out", method="cat", **QUIET)
+    ours, theirs = deltas_of(on_base(base, tmp_path / "out")), deltas_of(model, "cat")
+    one, other = deltas_of(model), deltas_of(model, "other")
+    rank = sum(json.loads((a / "adapter_config.json").read_text())["r"] for a in adapters)
+    for module in one.keys() & other.keys():
+        assert near(ours[module], one[module] + other[module], 2e-6)
+        assert near(theirs[module], ours[module] * rank**0.5, 1e-5)
+
+
 def test_linear_is_pefts_and_says_how_wrong_it_is(tmp_path: Path) -> None:
     base, adapters = adapters_on_one_base(tmp_path, "attention", "embed")
     model = on_base(base, adapters[0])
