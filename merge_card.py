@@ -47,7 +47,12 @@ def saved_report(plan: Plan, report: MergeReport, earlier: Earlier) -> dict[str,
         for name, source in zip(each.recipe.names, each.sources, strict=True)
         if name not in earlier.models
     }
-    origins = {origin.name: origin for each in sources.values() for origin in each.origins}
+    origins = {
+        origin.name: origin
+        for each in sources.values()
+        for origin in each.origins
+        if origin.name not in earlier.models
+    }
     names = [*dict.fromkeys([*sources, *origins])]
     content = {
         "recipe": recipe_document(resolved_recipe(plan), complete=True),
@@ -139,7 +144,7 @@ def public_names(names: Sequence[str], taken: Collection[str] = ()) -> dict[str,
 
     Args:
         names: of the models.
-        taken: names of something else, which no model may have.
+        taken: names of earlier results, which stay, and which no other model may have.
 
     >>> public_names(["/home/me/models/chat", "/home/me/old/chat", "/data/code/", "chat"])
     {'chat': 'chat', '/home/me/models/chat': 'chat-2', '/home/me/old/chat': 'chat-3', \
@@ -156,6 +161,9 @@ def public_names(names: Sequence[str], taken: Collection[str] = ()) -> dict[str,
         for part in (model, *(adapter.name for adapter in adapters))
     ]
     for name in sorted(dict.fromkeys(single), key=lambda name: "/" in name):
+        if name in taken:
+            public[name] = name
+            continue
         path = name if is_hub_id(name) else os.path.abspath(name)
         if path not in by_path:
             short = name if is_hub_id(name) else Path(path).name or "model"

@@ -27,6 +27,7 @@ from model_lora import (
     LowRank,
     Tying,
     changes_of,
+    is_saved,
     open_adapter,
 )
 from model_safetensors import FLOAT_DTYPES, TensorInfo, narrow, widen
@@ -242,7 +243,7 @@ class AdaptedModel(ModelFolder):
         values: Floats,
     ) -> None:
         """Add what an adapter adds to some rows."""
-        left = product.left[first : first + len(values)] if len(product.left) > 1 else product.left
+        left = product.left[first : first + len(values)]
         strength, rounded = step.strength, self._rounder(name)
         magnitude, norms = product.magnitude, product.column_norms
         if magnitude is None and self._rounding != "delta":
@@ -411,10 +412,10 @@ def _is_copy(adapter: AdapterFolder, base: ModelFolder, name: str, replaced: str
     of_base = _of_base(base, name)
     if replaced is None or of_base is None or name not in (EMBEDDING, HEAD):
         return False
-    if any(each.download_bytes for each in (*adapter.origins, *base.origins)):
-        return False  # it cannot be read yet
     if adapter.tensors[replaced].shape != base.tensors[of_base].shape:
         return False
+    if any(each.download_bytes for each in (*adapter.origins, *base.origins)):
+        return not is_saved(adapter.config, name.removesuffix(".weight"))  # as it most likely is
     return _equal(adapter, replaced, base, of_base)
 
 
@@ -484,53 +485,54 @@ def _of_base(base: ModelFolder, name: str) -> str | None:
 
 
 def _share_head(steps: dict[str, list[_Step]], tied: Tying) -> bool:
-    """Whether embedding and head of a base that ties them stay one; then `HEAD` has no steps."""
+    """Whether embedding and head of a base that ties them stay one; then `HEAD` has no steps.
+
+    If the same is done to both; or, if that is wanted, both get what is added to either.
+    """
     embedding, head = steps.get(EMBEDDING, []), steps.get(HEAD, [])
-    same = len(embedding) == len(head) and all(map(_same_step, embedding, head))
-    if not same and tied == "untie":
-        return False
-    if not same:
-        done = {id(each.adapter) for each in embedding if each.change.replaced}
-        steps[EMBEDDING] = embedding + [
-            each._replace(change=Change(low_rank=each.change.low_rank))
-            if id(each.adapter) in done
-            else each
-            for each in head
-            if each.change.low_rank is not None or id(each.adapter) not in done
-        ]
+    adapters = {id(each.adapter): each.adapter for each in (*embedding, *head)}
+    added = []
+    for adapter in adapters.values():
+        ours, theirs = (
+            next((each for each in of_tensor if each.adapter is adapter), None)
+            for of_tensor in (embedding, head)
+        )
+        one, other = (Change() if each is None else each.change for each in (ours, theirs))
+        if not _same_rows(adapter, one, other):
+            return False
+        if not _same_product(adapter, one.low_rank, other.low_rank):
+            if tied == "untie":
+                return False
+            if theirs is not None and other.low_rank is not None:
+                added.append(theirs._replace(change=Change(low_rank=other.low_rank)))
+    if embedding or added:
+        steps[EMBEDDING] = [*embedding, *added]
     steps.pop(HEAD, None)
     return True
 
 
-def _same_step(one: _Step, other: _Step) -> bool:
-    """Whether an adapter does the same to the embedding and to the head, bit for bit."""
-    if one.adapter is not other.adapter:
+def _same_rows(adapter: AdapterFolder, one: Change, other: Change) -> bool:
+    """Whether the same rows of embedding and head are replaced, by the same values."""
+    if one.rows != other.rows or (one.replaced is None) != (other.replaced is None):
         return False
-    if one.change == other.change:
+    if one.replaced is None or other.replaced is None or one.replaced == other.replaced:
         return True
-    ours, theirs, adapter = one.change, other.change, one.adapter
-    if adapter.download_bytes or ours.rows != theirs.rows:
-        return False
-    if (ours.replaced is None) != (theirs.replaced is None):
-        return False
-    if (ours.low_rank is None) != (theirs.low_rank is None):
-        return False
-    if ours.replaced is not None and theirs.replaced is not None:
-        if adapter.tensors[ours.replaced] != adapter.tensors[theirs.replaced]:
-            return False
-        if not _equal(adapter, ours.replaced, adapter, theirs.replaced):
-            return False
-    if ours.low_rank is not None and theirs.low_rank is not None:
-        if ours.low_rank.magnitude or theirs.low_rank.magnitude:
-            return False
-        pairs = zip(adapter.factors(ours.low_rank), adapter.factors(theirs.low_rank), strict=True)
-        equal = all(np.array_equal(mine, its) for mine, its in pairs)
-        return equal and ours.low_rank.scale == theirs.low_rank.scale
-    return True
+    same_form = adapter.tensors[one.replaced] == adapter.tensors[other.replaced]
+    return same_form and (
+        bool(adapter.download_bytes) or _equal(adapter, one.replaced, adapter, other.replaced)
+    )
 
 
-_BIASED = {"attention_bias": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp_bias": ("_proj",)}
-"""Settings of Llama by which projections have biases; the second for those of `mlp`."""
+def _same_product(adapter: AdapterFolder, one: LowRank | None, other: LowRank | None) -> bool:
+    """Whether the same is added to embedding and head."""
+    if one is None or other is None or one == other:
+        return one == other
+    if one.magnitude or other.magnitude or one.scale != other.scale or one.rank != other.rank:
+        return False
+    if adapter.download_bytes:
+        return True  # as it most likely is
+    pairs = zip(adapter.factors(one), adapter.factors(other), strict=True)
+    return all(np.array_equal(mine, its) for mine, its in pairs)
 
 
 def _new_biases(

@@ -161,7 +161,7 @@ def plan_report(plan: Plan, fit: Fit, earlier: Earlier) -> PlanReport:
         slices=resolved_slices(plan),
         options=plan.recipe.options,
         models=tuple(
-            _summarise(source, each, name, source.label in earlier.models)
+            _summarise(source, each, name, earlier)
             for name, each in plans
             for source in each.sources
         ),
@@ -227,13 +227,15 @@ def vocabulary_summary(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _summarise(source: ModelFolder, plan: Plan, recipe: str, is_earlier: bool) -> ModelSummary:
+def _summarise(source: ModelFolder, plan: Plan, recipe: str, earlier: Earlier) -> ModelSummary:
     tokens = source.tokens
     role = "base" if source is plan.base else "model"
     return ModelSummary(
         name=source.label,
         role=f"of {recipe}" if recipe else role,
-        folder="" if is_earlier else " + ".join(str(each.path) for each in source.origins),
+        folder=" + ".join(
+            str(each.path) for each in source.origins if each.name not in earlier.models
+        ),
         model_type=str(source.config.get("model_type")),
         dtypes=tuple(sorted({info.dtype for info in source.stored_tensors.values()})),
         vocab_size=source.tensors[EMBEDDING].shape[0],

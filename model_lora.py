@@ -693,7 +693,7 @@ def _tie(adapter: AdapterFolder, changes: dict[str, Change]) -> None:
     embedding, head = changes.get(EMBEDDING, Change()), changes.get(HEAD, Change())
     together = bool(adapter.config.get("ensure_weight_tying"))
     shared_by_embedding, shared_by_head = (
-        together or not _is_saved(adapter.config, tensor.removesuffix(".weight"))
+        together or not is_saved(adapter.config, tensor.removesuffix(".weight"))
         for tensor in (EMBEDDING, HEAD)
     )
     changes[HEAD] = Change(
@@ -750,9 +750,9 @@ def _is_left_out(config: Mapping[str, Any], module: str) -> bool:
         left_out = _matches(left, module)
     else:
         left_out = any(_ends_with(module, name) for name in left)
-    return left_out or _is_saved(config, module)
+    return left_out or is_saved(config, module)
 
 
-def _is_saved(config: Mapping[str, Any], module: str) -> bool:
+def is_saved(config: Mapping[str, Any], module: str) -> bool:
     """Whether a module is trained and saved whole; PEFT looks at the end of its path alone."""
     return any(module.endswith(name) for name in config.get("modules_to_save") or ())

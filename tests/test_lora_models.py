@@ -249,6 +249,8 @@ def test_an_adapter_can_be_put_on_an_earlier_result(place: Path) -> None:
     soup = merge("linear", None, ["base", "tuned"], "soup-folder", dtype="float32")
     lora_fold_llama_to_folder(soup, ["one"], "expected", **QUIET)
     assert tensor_hashes(Path("out")) == tensor_hashes(Path("expected"))
+    merge_recipe("out/merge_recipe.yml", "again", **QUIET)
+    assert tensor_hashes(Path("again")) == tensor_hashes(Path("out"))
 
 
 # What is said and what is refused
