@@ -384,6 +384,66 @@ def test_two_adapters_that_replace_one_tensor_are_refused(place: Path) -> None:
     assert torch.equal(read_tensors(out)["model.norm.weight"], expected)
 
 
+def test_two_adapters_with_copies_of_the_head_can_be_put_on_one_base(place: Path) -> None:
+    """PEFT saves the head, as it was, with an adapter that has factors for it."""
+    head = read_tensors(place / "base")["lm_head.weight"]
+    for name in ("x", "y"):
+        extra = {f"{PREFIX}lm_head.base_layer.weight": head.float()}
+        make_lora(place / name, place / "base", targets=["lm_head"], seed=ord(name), extra=extra)
+        make_lora(place / f"{name}-alone", place / "base", targets=["lm_head"], seed=ord(name))
+    out = merge("passthrough", None, ["base+x:0.5+y"], "out")
+    expected = merge("passthrough", None, ["base+x-alone:0.5+y-alone"], "expected")
+    assert tensor_hashes(out) == tensor_hashes(expected)
+
+
+def test_a_module_that_is_saved_under_its_wrapper_is_taken(place: Path) -> None:
+    extra = {f"{PREFIX}model.norm.modules_to_save.weight": torch.full((32,), 3.0)}
+    extra |= {f"{PREFIX}model.norm.original_module.weight": torch.full((32,), 4.0)}
+    make_lora(place / "x", place / "base", extra=extra)
+    out = merge("passthrough", None, ["base+x"], "out")
+    assert bool((read_tensors(out)["model.norm.weight"] == 3).all())
+
+
+def embedding_factors(rows: int) -> dict[str, torch.Tensor]:
+    module = f"{PREFIX}model.embed_tokens"
+    return {
+        f"{module}.lora_embedding_A": torch.full((4, rows), 0.5),
+        f"{module}.lora_embedding_B": torch.full((32, 4), 0.25),
+    }
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_tie_that_is_to_be_kept_is_kept(together: bool, place: Path) -> None:
+    make_llama(place / "tied", tied=True)
+    changes = {"ensure_weight_tying": together, "target_modules": ["embed_tokens", "q_proj"]}
+    extra = embedding_factors(48)
+    make_lora(place / "x", place / "tied", targets=["q_proj"], changes=changes, extra=extra)
+    tensors = read_tensors(merge("passthrough", None, ["tied+x"], "out", dtype="float32"))
+    assert ("lm_head.weight" in tensors) == (not together)
+    before = read_tensors(place / "tied")["model.embed_tokens.weight"].float()
+    assert torch.equal(tensors["model.embed_tokens.weight"], before + 2 * 4 * 0.125)
+    if not together:
+        assert torch.equal(tensors["lm_head.weight"], before)
+
+
+def test_biases_that_a_base_lacks_are_made(place: Path) -> None:
+    adds = {f"{MODULE}.lora_B.bias": torch.ones(32)}
+    make_lora(place / "x", place / "base", extra=adds, changes={"lora_bias": True})
+    out = merge("passthrough", None, ["base+x"], "out")
+    tensors = read_tensors(out)
+    biases = {name: value for name, value in tensors.items() if name.endswith("_proj.bias")}
+    assert len(biases) == 2 * 4
+    assert json.loads((out / "config.json").read_text())["attention_bias"] is True
+    for name, value in biases.items():
+        expected = 2.0 if name == "model.layers.0.self_attn.q_proj.bias" else 0.0
+        assert bool((value == expected).all())
+    make_llama(place / "qwen", model_type="qwen2")
+    adds = {f"{MODULE.replace('q_proj', 'o_proj')}.lora_B.bias": torch.ones(32)}
+    make_lora(place / "y", place / "qwen", targets=["o_proj"], extra=adds)
+    with pytest.raises(ModelCompatibilityError, match="have no such bias"):
+        plan(make_recipe("passthrough", None, ["qwen+y"], {}))
+
+
 def test_factors_of_transposed_matrices_are_taken_so(place: Path) -> None:
     make_lora(place / "turned", place / "base", targets=["up_proj", "q_proj"])
     weights = place / "turned/adapter_model.safetensors"
