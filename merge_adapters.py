@@ -11,17 +11,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from merge_memory import peak_memory
 from merge_progress import progress_bar
 from merge_recipe import brief, unknown_name
-from model_checks import layer_order
+from model_checks import VOCABULARY_TENSORS, layer_order
 from model_errors import ModelCompatibilityError
-from model_lora import AdapterFolder, AdapterParts, ModuleFactors, open_adapter, parts_of
+from model_lora import (
+    PREFIX,
+    AdapterFolder,
+    AdapterParts,
+    ModuleFactors,
+    is_number,
+    is_saved,
+    open_adapter,
+    parts_of,
+)
 from model_lora_writer import NewAdapter, write_adapter
+from model_rows import same_values
 from model_safetensors import DTYPE_NAMES
-from model_utils import check_output_dir, format_bytes
+from model_utils import ModelFolder, check_output_dir, format_bytes
 
 if TYPE_CHECKING:
     from lora_utils import Factors, Truncated
@@ -39,6 +47,8 @@ METHODS = {
 
 SPARSE = ("ties", "dare_linear", "dare_ties")
 
+_EMBEDDING, _HEAD = (tensor.removesuffix(".weight") for tensor in VOCABULARY_TENSORS)
+
 MAX_RANK = 256
 """Of what `auto` leaves exact."""
 
@@ -51,7 +61,8 @@ class AdapterMerge:
         adapters: folders or Hub ids.
         method: a name of `METHODS`.
         weights: one for each adapter, of any sign; None for 1.0 each.
-        rank: of the result, for what is brought to a rank; None for the largest of the adapters.
+        rank: of the result, for what is brought to a rank; None for the largest of the adapters
+            (`auto`: for `max_rank`).
         max_rank: up to which `auto` is `cat`.
         densities: share of a change that is kept, in [0, 1]; one for each adapter, for TIES and
             DARE; None for 1.0 each.
@@ -84,8 +95,9 @@ class AdapterMerge:
                     f"{name} must have one entry per adapter: got {len(values)} for "
                     f"{len(self.adapters)}"
                 )
-            if values is not None and not all(_is_number(each) for each in values):
-                found.append(f"{name} must be finite numbers, got {brief(values)}")
+            if values is not None and not all(map(is_number, values)):
+                found.append(f"{name} must be numbers up to 1e30, got {brief(values)}")
+                return found
         if self.densities is not None and not all(0 <= each <= 1 for each in self.densities):
             found.append(f"densities must be in [0, 1], got {brief(self.densities)}")
         if self.densities is not None and self.method not in SPARSE:
@@ -101,18 +113,13 @@ class AdapterMerge:
                 found.append(f"{name} must be a whole number of at least 1, got {brief(value)}")
         if self.rank is not None and self.method in ("cat", "linear"):
             found.append(f"rank has no effect with {self.method}: use svd, or leave it out")
-        if not _is_number(self.lam):
-            found.append(f"lam must be a finite number, got {brief(self.lam)}")
+        if not is_number(self.lam):
+            found.append(f"lam must be a number up to 1e30, got {brief(self.lam)}")
         if not (type(self.seed) is int and 0 <= self.seed < 2**64):
             found.append(f"seed must be a whole number in [0, 2**64), got {brief(self.seed)}")
         if self.dtype not in DTYPE_NAMES:
             found.append(unknown_name("dtype", self.dtype, DTYPE_NAMES))
         return found
-
-
-def _is_number(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and bool(np.isfinite(value))
 
 
 @dataclass(frozen=True)
@@ -227,13 +234,14 @@ def merge_adapters(
     check_output_dir(output_dir)
     with ExitStack() as stack:
         inputs = _open(merge, stack)
+        refuse_inside(output_dir, [each.adapter for each in inputs])
         shapes = _shapes(inputs)
         new = NewAdapter(_base_name(inputs))
         whole, settings = _carried(inputs)
         new.whole, new.settings = whole, settings
         method = _chosen_method(merge, inputs)
         errors = Errors()
-        modules = sorted(shapes, key=lambda module: layer_order(f"{module}."))
+        modules = sorted(shapes, key=lambda module: layer_order(f"{module}.weight"))
         nbytes = {
             m: 4
             * sum(i.parts.factors[m].rank for i in inputs if m in i.parts.factors)
@@ -242,14 +250,15 @@ def merge_adapters(
         }
         with progress_bar(sum(nbytes.values()), method, show=progress) as on_bytes:
             for module in modules:
+                on_bytes(nbytes[module])
+                if module == _HEAD and settings.get("ensure_weight_tying"):
+                    lora_a, lora_b, _ = new.factors[_EMBEDDING]  # the same, the other way round
+                    new.factors[_HEAD] = lora_b.T, lora_a.T, False
+                    continue
                 found = _merged(merge, method, inputs, module, shapes[module])
                 errors.add(module, found)
-                embeds = any(
-                    i.parts.factors[module].embeds for i in inputs if module in i.parts.factors
-                )
                 lora_a, lora_b = (each.numpy() for each in found.factors)
-                new.factors[module] = lora_a, lora_b, embeds
-                on_bytes(nbytes[module])
+                new.factors[module] = lora_a, lora_b, module == _EMBEDDING
         new.target_modules = _targets(inputs, modules)
         notes = _notes(merge, method, inputs)
         size = write_adapter(new, output_dir, DTYPE_NAMES[merge.dtype], {})
@@ -270,6 +279,16 @@ def merge_adapters(
     )
 
 
+def refuse_inside(output_dir: Path, inputs: Sequence[ModelFolder]) -> None:
+    """Raise `ValueError` for an output that would lie inside what it is made of."""
+    above = output_dir.resolve().parents
+    for origin in (origin for each in inputs for origin in each.origins):
+        if origin.path.resolve() in above:
+            raise ValueError(
+                f"{output_dir}: the output lies inside {origin.name!r}. Choose another place"
+            )
+
+
 def _open(merge: AdapterMerge, stack: ExitStack) -> list[_Input]:
     """The adapters; what cannot be merged into an adapter is refused, all at once."""
     inputs: list[_Input] = []
@@ -287,6 +306,12 @@ def _open(merge: AdapterMerge, stack: ExitStack) -> list[_Input]:
             problems.append(
                 f"{adapter.label}: is a DoRA adapter, whose change depends on the base, so no "
                 "adapter is the sum of it and others. Merge BASE+ADAPTER models instead"
+            )
+        scales = {parts.factors[m].scale for m in (_EMBEDDING, _HEAD) if m in parts.factors}
+        if adapter.config.get("ensure_weight_tying") and len(scales) > 1:
+            problems.append(
+                f"{adapter.label}: keeps embedding and head tied (ensure_weight_tying), but scales "
+                "their changes differently. Merge BASE+ADAPTER models instead"
             )
         biased = [m for m, each in parts.modules.items() if "lora_bias" in each]
         if biased:
@@ -354,6 +379,11 @@ def _merged(
     if method in SPARSE:
         return _sparse(merge, method, inputs, module, shape, rank)
     exact = cat_factors(factors, multipliers)
+    if not (exact.lora_A.isfinite().all() and exact.lora_B.isfinite().all()):
+        raise ModelCompatibilityError(
+            f"{module}: weights times scales of {', '.join(f'{by:g}' for by in multipliers)} take "
+            "its change beyond float32. Choose smaller weights"
+        )
     if method == "cat":
         return Truncated(exact, 0.0, product_norm(exact))
     if method == "svd":
@@ -425,45 +455,110 @@ def _sparse(
     return factorise(merged.T if embeds else merged, rank=rank)
 
 
+class _Whole(NamedTuple):
+    """A tensor of an adapter that takes the place of the base's, or of rows of it.
+
+    Attributes:
+        owner: the adapter.
+        module: what it belongs to.
+        part: "weight", "bias" or "tokens".
+        name: in the adapter's file.
+        is_copy: whether it is the base's own embedding or head, as far as names tell.
+    """
+
+    owner: _Input
+    module: str
+    part: str
+    name: str
+    is_copy: bool
+
+
+def _whole_of(each: _Input) -> Iterator[_Whole]:
+    for module, parts in each.parts.modules.items():
+        for part in ("weight", "bias", "tokens"):
+            if part in parts:
+                vocabulary = part == "weight" and f"{module}.weight" in VOCABULARY_TENSORS
+                is_copy = vocabulary and not is_saved(each.adapter.config, module)
+                yield _Whole(each, module, part, parts[part], is_copy)
+
+
 def _carried(inputs: Sequence[_Input]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What takes the place of the base's tensors, which only one adapter may do.
+    """What takes the place of the base's tensors, which only one adapter may do, at weight 1.
 
     Returns:
         The tensors by their names, and the entries of adapter_config.json for them.
     """
-    owners: dict[str, list[_Input]] = {}
+    changed = {module for each in inputs for module in each.parts.factors}
+    by_place: dict[tuple[str, str], list[_Whole]] = {}
     for each in inputs:
-        for parts in each.parts.modules.values():
-            for part in ("weight", "bias", "tokens"):
-                if part in parts:
-                    owners.setdefault(parts[part], []).append(each)
+        for found in _whole_of(each):
+            by_place.setdefault((found.module, found.part), []).append(found)
     whole: dict[str, Any] = {}
+    problems: list[str] = []
+    for (module, part), having in by_place.items():
+        problems += _carrying_problems(inputs, having)
+        first = having[0]
+        name = first.name
+        if part in ("weight", "bias"):  # PEFT keeps what is beneath factors under another name
+            within = ".base_layer" if module in changed else ""
+            within = ".token_adapter.base_layer" if (module, "tokens") in by_place else within
+            name = f"{PREFIX}{module}{within}.{part}"
+        whole[name] = first.owner.adapter.values(first.name)
+    settings, wrong = _settings_for(inputs)
+    if problems := [*dict.fromkeys(problems), *wrong]:
+        raise ModelCompatibilityError(problems)
+    return whole, settings
+
+
+def _carrying_problems(inputs: Sequence[_Input], having: Sequence[_Whole]) -> Iterator[str]:
+    """What speaks against keeping a tensor that some adapters have whole."""
+    first = having[0]
+    adapter, name = first.owner.adapter, first.name
+    labels = ", ".join(each.owner.adapter.label for each in having)
+    instead = "Merge BASE+ADAPTER models instead"
+    copies = all(each.is_copy for each in having)
+    if len(having) > 1 and not (
+        copies
+        and all(same_values(adapter, name, each.owner.adapter, each.name) for each in having[1:])
+    ):
+        yield f"{labels}: each replaces {first.module}.{first.part}, and only one can. {instead}"
+    elif not copies and first.owner.weight != 1.0:
+        yield (
+            f"{labels}: replaces {first.module}.{first.part}, so its weight must be 1, got "
+            f"{first.owner.weight:g}. {instead}"
+        )
+    owners = [each.owner.adapter for each in having]
+    others = [
+        each.adapter.label
+        for each in inputs
+        if each.adapter not in owners
+        and first.part != "bias"
+        and first.module in each.parts.modules
+        and not copies
+    ]
+    if others:
+        yield (
+            f"{labels}: replaces {first.module}.{first.part}, which {', '.join(others)} changes as "
+            f"well. {instead}"
+        )
+
+
+def _settings_for(inputs: Sequence[_Input]) -> tuple[dict[str, Any], list[str]]:
+    """Entries of adapter_config.json for what is kept whole, and what keeps them from agreeing."""
     settings: dict[str, Any] = {}
     problems = []
-    for name, having in owners.items():
-        first = having[0]
-        values = first.adapter.values(name)
-        copies = all(np.array_equal(values, each.adapter.values(name)) for each in having[1:])
-        labels = ", ".join(each.adapter.label for each in having)
-        if not copies:
+    for key in ("bias", "trainable_token_indices"):
+        values = [each.adapter.config.get(key) for each in inputs]
+        given = [value for value in values if value and value != "none"]
+        if any(value != given[0] for value in given[1:]):
             problems.append(
-                f"{labels}: each replaces {name}, and only one can. Merge BASE+ADAPTER models "
-                "instead"
+                f"{key} differs between the adapters. Merge BASE+ADAPTER models instead"
             )
-        elif len(having) == 1 and first.weight != 1.0 and ".base_layer." not in name:
-            problems.append(
-                f"{labels}: replaces {name}, so its weight must be 1, got {first.weight:g}. Merge "
-                "BASE+ADAPTER models instead"
-            )
-        whole[name] = values
-        for key in ("bias", "trainable_token_indices", "ensure_weight_tying"):
-            value = first.adapter.config.get(key)
-            if value and value != "none" and settings.setdefault(key, value) != value:
-                problems.append(f"{labels}: {key} differs between the adapters. Merge one kind")
-        saved = first.adapter.config.get("modules_to_save") or []
-        if saved:
-            known = settings.setdefault("modules_to_save", [])
-            known += [module for module in saved if module not in known]
+        elif given:
+            settings[key] = given[0]
+    saved = [name for each in inputs for name in each.adapter.config.get("modules_to_save") or ()]
+    if saved:
+        settings["modules_to_save"] = [*dict.fromkeys(saved)]
     tying = {bool(each.adapter.config.get("ensure_weight_tying")) for each in inputs}
     if tying == {True}:
         settings["ensure_weight_tying"] = True
@@ -472,9 +567,7 @@ def _carried(inputs: Sequence[_Input]) -> tuple[dict[str, Any], dict[str, Any]]:
             "some adapters keep embedding and head tied (ensure_weight_tying), and some do not. "
             "Merge BASE+ADAPTER models instead"
         )
-    if problems:
-        raise ModelCompatibilityError(list(dict.fromkeys(problems)))
-    return whole, settings
+    return settings, problems
 
 
 def _targets(inputs: Sequence[_Input], modules: Sequence[str]) -> list[str]:
@@ -485,7 +578,8 @@ def _targets(inputs: Sequence[_Input], modules: Sequence[str]) -> list[str]:
     named: set[str] = set()
     for adapter, _, _ in inputs:
         targets = adapter.config.get("target_modules")
-        limited = adapter.config.get("layers_to_transform") or adapter.config.get("exclude_modules")
+        layers = adapter.config.get("layers_to_transform")
+        limited = layers not in (None, []) or adapter.config.get("exclude_modules")
         if not isinstance(targets, list) or limited:
             return [*modules]
         named.update(targets)

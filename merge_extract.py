@@ -4,16 +4,16 @@ One matrix after the other is read, compared and taken apart; only the adapter i
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from merge_adapters import AdapterReport, Errors
+from merge_adapters import AdapterReport, Errors, refuse_inside
 from merge_lora import open_model
 from merge_memory import peak_memory
 from merge_progress import progress_bar
@@ -26,17 +26,15 @@ from model_checks import (
     is_tied,
     layer_order,
 )
-from model_companions import TOKENIZER_FILES
+from model_companions import TOKENIZER_FILES, leads_out
 from model_errors import ModelCompatibilityError
-from model_lora import PREFIX
+from model_lora import PREFIX, is_number
 from model_lora_writer import NewAdapter, write_adapter
 from model_prep import fit_problems
-from model_safetensors import DTYPE_NAMES, FLOAT_DTYPES, widen
+from model_rows import float_rows, same_values
+from model_safetensors import DTYPE_NAMES
 from model_small_files import files_in
 from model_utils import ModelFolder, check_output_dir, rows_of
-
-if TYPE_CHECKING:
-    pass
 
 Floats = NDArray[np.float32]
 
@@ -73,9 +71,7 @@ class Extraction:
         if self.rank is not None and not (type(self.rank) is int and self.rank >= 1):
             found.append(f"rank must be a whole number of at least 1, got {brief(self.rank)}")
         error = self.max_error
-        if error is not None and not (
-            isinstance(error, int | float) and not isinstance(error, bool) and 0 <= error < 1
-        ):
+        if error is not None and not (is_number(error) and 0 <= error < 1):
             found.append(f"max_error must be in [0, 1), got {brief(error)}")
         if self.others not in OTHERS:
             found.append(unknown_name("choice for others", self.others, OTHERS))
@@ -108,6 +104,7 @@ def extract_adapter(
         tuned = stack.enter_context(open_model(extraction.tuned_model, base_model=base.label))
         if problems := fit_problems([base, tuned]):
             raise ModelCompatibilityError(problems)
+        refuse_inside(output_dir, [base, tuned])
         work = _Work(extraction, base, tuned)
         sizes = {module: tuned.tensors[f"{module}.weight"].nbytes for module in work.modules}
         with progress_bar(sum(sizes.values()), "extract", show=progress) as on_bytes:
@@ -143,7 +140,11 @@ class _Work:
         self.tuned = tuned
         self.errors = Errors()
         self.notes = [*base.notes, *tuned.notes]
-        self.new = NewAdapter(_name_of(base))
+        self.new = NewAdapter(base.label)
+        if len(base.origins) > 1:
+            self.notes.append(
+                f"the adapter belongs on {base.label}; PEFT needs that as a folder (fold it first)"
+            )
         names = sorted(tuned.tensors, key=layer_order)
         self.modules = [n.removesuffix(".weight") for n in names if n.endswith("_proj.weight")]
 
@@ -184,40 +185,38 @@ class _Work:
                 self.new.whole[name] = self._values(self.tuned, bias).reshape(-1)
         names = [
             name
-            for name in sorted(self.tuned.tensors, key=layer_order)
+            for name in sorted({*self.tuned.tensors, HEAD}, key=layer_order)
             if "_proj." not in name and not DERIVED_TENSOR.fullmatch(name)
         ]
-        if is_tied(self.tuned):
-            names = [name for name in names if name != HEAD]
+        if self._are_tied:
+            names.remove(HEAD)  # which is the embedding, before and after
         changed = [name for name in names if self._has_changed(name)]
         if changed and self.extraction.others == "drop":
             self.notes.append(
                 f"{len(changed)} changed tensors are left out (others drop): "
                 f"{', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''}"
             )
-            return
-        if changed:
+        elif changed:
             self._save(changed)
 
     def _save(self, changed: Sequence[str]) -> None:
         """Save changed tensors whole."""
+        # PEFT expects a resized vocabulary in the base itself, unless its tie is another one.
+        in_base = self._is_resized and is_tied(self.base) == is_tied(self.tuned)
         modules = []
-        resized = self._is_resized()
         for name in changed:
-            values = self._values(self.tuned, name)
-            shape = self.tuned.tensors[name].shape
-            self.new.whole[f"{PREFIX}{name}"] = values.reshape(shape)
-            if not (resized and name in VOCABULARY_TENSORS):
+            self.new.whole[f"{PREFIX}{name}"] = self._whole(name)
+            if not (in_base and name in VOCABULARY_TENSORS):
                 modules.append(name.removesuffix(".weight"))
-        if EMBEDDING in changed and is_tied(self.tuned):
+        if EMBEDDING in changed and self._are_tied:
             self.new.whole[f"{PREFIX}{HEAD}"] = self.new.whole[f"{PREFIX}{EMBEDDING}"]
-            if not resized:
+            if not in_base:
                 self.new.settings["ensure_weight_tying"] = True
         if modules:
             self.new.settings["modules_to_save"] = modules
         shown = f"{', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''}"
         self.notes.append(f"{len(changed)} changed tensors are saved whole: {shown}")
-        if resized:
+        if self._is_resized:
             rows = self.tuned.tensors[EMBEDDING].shape[0]
             self.notes.append(
                 f"the vocabulary has {rows} rows, the base's "
@@ -225,8 +224,13 @@ class _Work:
                 "(resize_token_embeddings)"
             )
 
+    @property
     def _is_resized(self) -> bool:
         return self.base.tensors[EMBEDDING].shape != self.tuned.tensors[EMBEDDING].shape
+
+    @property
+    def _are_tied(self) -> bool:
+        return is_tied(self.base) and is_tied(self.tuned)
 
     def finished(self) -> NewAdapter:
         """The adapter.
@@ -241,39 +245,32 @@ class _Work:
             )
         self.new.target_modules = _targets(self.modules, self.new.factors)
         place = self.tuned.tokenizer_path
-        self.new.files = [file for file in files_in(place, TOKENIZER_FILES) if file.is_file()]
+        self.new.files = [*files_in(place, TOKENIZER_FILES)]
+        links = [f.name for f in self.new.files if leads_out(f, place) or not f.is_file()]
+        if links:
+            raise ModelCompatibilityError(
+                f"{self.tuned.label}: {', '.join(links)} is a link out of the model's folder, or "
+                "to nothing, and an adapter may be published. Put the file itself there"
+            )
         return self.new
 
     def _has_changed(self, name: str) -> bool:
-        before = EMBEDDING if name == HEAD and is_tied(self.base) else name
-        if self.base.tensors[before].shape != self.tuned.tensors[name].shape:
-            return True
-        rows = zip(_rows(self.base, before), _rows(self.tuned, name), strict=True)
-        return not all(np.array_equal(one, other) for one, other in rows)
+        before, after = _stored(self.base, name), _stored(self.tuned, name)
+        return not same_values(self.base, before, self.tuned, after)
+
+    def _whole(self, name: str) -> Floats:
+        """A tensor of the tuned model in its own shape; its head even where it is the embedding."""
+        name = _stored(self.tuned, name)
+        return self._values(self.tuned, name).reshape(self.tuned.tensors[name].shape)
 
     def _values(self, model: ModelFolder, name: str) -> Floats:
-        """A whole tensor, in float32."""
-        return np.concatenate([*_rows(model, name)])
+        """A whole tensor as rows, in float32."""
+        return float_rows(model, name, 0, rows_of(model.tensors[name].shape)[0])
 
 
-ROWS = 1024
-"""Rows read at once."""
-
-
-def _rows(model: ModelFolder, name: str) -> Iterator[Floats]:
-    """The rows of a tensor, some at a time, in float32."""
-    info = model.tensors[name]
-    rows, length = rows_of(info.shape)
-    itemsize = FLOAT_DTYPES[info.dtype].itemsize
-    for first in range(0, rows, ROWS):
-        stop = min(first + ROWS, rows)
-        buffer = np.empty((stop - first) * length * itemsize, np.uint8)
-        yield widen(model.read_rows(name, first, stop, buffer), info.dtype)
-
-
-def _name_of(base: ModelFolder) -> str:
-    """What the adapter calls its base."""
-    return str(base.label)
+def _stored(model: ModelFolder, name: str) -> str:
+    """What a model calls a tensor that has the values of another."""
+    return EMBEDDING if name == HEAD and is_tied(model) else name
 
 
 def _targets(modules: Sequence[str], factors: Mapping[str, Any]) -> list[str]:

@@ -340,9 +340,8 @@ class _Reader:
             if value.get("override_architecture") is not None:
                 where = (*place, "override_architecture")
                 self.wrong(where, "override_architecture is not supported. Leave it out")
-            parts = [
-                self._path(value[key], (*place, key)) for key in ("model", "lora") if value.get(key)
-            ]
+            keys = [key for key in ("model", "lora") if value.get(key) is not None]
+            parts = [self._path(value[key], (*place, key)) for key in keys]
             return "+".join(part for part in parts if part) or None
         return self._text(value, place)
 
@@ -351,6 +350,8 @@ class _Reader:
         if not isinstance(value, Mapping):
             return self._text(value, place)
         self._check_keys(value, place, ("path", "revision"))
+        if value.get("path") is None:
+            self.wrong(place, "path is missing. Give a folder or a Hub id")
         revision = self._text(value.get("revision"), (*place, "revision"))
         name = self._text(value.get("path"), (*place, "path"))
         return f"{name}@{revision}" if name and revision else name

@@ -30,6 +30,7 @@ from model_lora import (
     is_saved,
     open_adapter,
 )
+from model_rows import float_rows, same_values
 from model_safetensors import FLOAT_DTYPES, TensorInfo, narrow, widen
 from model_tokenizer import FORMS
 from model_utils import ModelFolder, Origin, open_model_folder, rows_of
@@ -38,9 +39,6 @@ Floats = NDArray[np.float32]
 
 NORM_ROWS = 64
 """Rows of an embedding squared and added up at once; fixed, as sums must not depend on blocks."""
-
-EQUAL_ROWS = 1024
-"""Rows compared at once."""
 
 
 class _Step(NamedTuple):
@@ -203,26 +201,28 @@ class AdaptedModel(ModelFolder):
         return target
 
     def _fill(self, name: str, adapted: _Adapted, first: int, stop: int, values: Floats) -> None:
-        """Rows of a changed tensor, in float32."""
+        """Rows of a changed tensor, in float32; what replaces comes before what is added."""
         self._read_base(adapted, first, stop, values)
-        for number, step in enumerate(adapted.steps):
-            change = step.change
-            if change.replaced is not None:
-                own = _rows(step.adapter, change.replaced, first, stop)
+        for step in adapted.steps:
+            if step.change.replaced is not None:
+                own = float_rows(step.adapter, step.change.replaced, first, stop)
                 _replace(values, own, step.strength)
-            if change.rows is not None:
+            if step.change.rows is not None:
                 _replace_tokens(values, first, step)
-            if change.low_rank is not None:
+        for number, step in enumerate(adapted.steps):
+            if step.change.low_rank is not None:
                 product = self._product(name, adapted, number)
-                self._add(name, step, change.low_rank, product, first, values)
-            if self._rounding != "none":
-                dtype = self.tensors[name].dtype
-                values[:] = widen(narrow(values, dtype), dtype)
+                self._add(name, step, step.change.low_rank, product, first, values)
+                if self._rounding == "delta":  # PEFT adds one adapter after the other
+                    dtype = self.tensors[name].dtype
+                    values[:] = widen(narrow(values, dtype), dtype)
 
     def _read_base(self, adapted: _Adapted, first: int, stop: int, values: Floats) -> None:
         """Rows of the base, in float32; zeros where it has none."""
-        name, steps = adapted.of_base, adapted.steps
-        replaced = steps and steps[0].change.replaced is not None and steps[0].strength == 1.0
+        name = adapted.of_base
+        replaced = any(
+            step.change.replaced is not None and step.strength == 1.0 for step in adapted.steps
+        )
         if name is None or replaced:  # what is not needed may not even be there
             values[:] = 0.0
             return
@@ -279,7 +279,7 @@ class AdaptedModel(ModelFolder):
             found = self._products.get(key) or self._read_product(name, adapted, number)
         with self._lock:
             self._products[key] = found
-            while len(self._products) > _KEPT:
+            while len(self._products) > _KEPT * len(self._adapters):
                 self._products.popitem(last=False)
         return found
 
@@ -308,7 +308,7 @@ class AdaptedModel(ModelFolder):
             values = np.empty((stop - first, right.shape[1]), np.float32)
             self._read_base(adapted, first, stop, values)
             if change.replaced is not None:
-                values[:] = _rows(step.adapter, change.replaced, first, stop)
+                values[:] = float_rows(step.adapter, change.replaced, first, stop)
             delta = np.zeros_like(values)
             add_low_rank(delta, left[first:stop], right, change.low_rank.scale)
             values += rounded(delta)
@@ -334,7 +334,10 @@ class AdaptedModel(ModelFolder):
 
 
 _KEPT = 8
-"""Tensors whose factors are kept in memory: those that threads work on, and a few more."""
+"""Tensors whose factors are kept in memory: those that threads work on, and some more."""
+
+LARGEST_STRENGTH = 1e30
+"""Beyond it no float32 is left of any change."""
 
 
 def add_low_rank(values: Floats, left: Floats, right: Floats, scale: float) -> None:
@@ -359,13 +362,6 @@ def widen_rows(stored: NDArray[Any], dtype: str, values: Floats) -> None:
         kernels.widen_half(stored, values)
 
 
-def _rows(model: ModelFolder, name: str, first: int, stop: int) -> Floats:
-    """Rows of a tensor of a model or adapter, in float32."""
-    info = model.tensors[name]
-    size = (stop - first) * rows_of(info.shape)[1] * FLOAT_DTYPES[info.dtype].itemsize
-    return widen(model.read_rows(name, first, stop, np.empty(size, np.uint8)), info.dtype)
-
-
 def _replace(values: Floats, own: Floats, strength: float) -> None:
     """Go so far from some values to those of an adapter."""
     values[:] = own if strength == 1.0 else values + (own - values) * np.float32(strength)
@@ -378,7 +374,7 @@ def _replace_tokens(values: Floats, first: int, step: _Step) -> None:
     for number, index in enumerate(indices):
         if first <= index < first + len(values):
             row = values[index - first : index - first + 1]
-            _replace(row, _rows(step.adapter, name, number, number + 1), step.strength)
+            _replace(row, float_rows(step.adapter, name, number, number + 1), step.strength)
 
 
 def _steps_by_tensor(
@@ -416,17 +412,7 @@ def _is_copy(adapter: AdapterFolder, base: ModelFolder, name: str, replaced: str
         return False
     if any(each.download_bytes for each in (*adapter.origins, *base.origins)):
         return not is_saved(adapter.config, name.removesuffix(".weight"))  # as it most likely is
-    return _equal(adapter, replaced, base, of_base)
-
-
-def _equal(one: ModelFolder, name: str, other: ModelFolder, its_name: str) -> bool:
-    """Whether two tensors of one shape have the same values."""
-    rows = rows_of(one.tensors[name].shape)[0]
-    for first in range(0, rows, EQUAL_ROWS):
-        stop = min(first + EQUAL_ROWS, rows)
-        if not np.array_equal(_rows(one, name, first, stop), _rows(other, its_name, first, stop)):
-            return False
-    return True
+    return same_values(adapter, replaced, base, of_base)
 
 
 def _base_notes(adapter: AdapterFolder, base: ModelFolder) -> Iterator[str]:
@@ -518,9 +504,9 @@ def _same_rows(adapter: AdapterFolder, one: Change, other: Change) -> bool:
     if one.replaced is None or other.replaced is None or one.replaced == other.replaced:
         return True
     same_form = adapter.tensors[one.replaced] == adapter.tensors[other.replaced]
-    return same_form and (
-        bool(adapter.download_bytes) or _equal(adapter, one.replaced, adapter, other.replaced)
-    )
+    if not same_form or adapter.download_bytes:
+        return same_form
+    return same_values(adapter, one.replaced, adapter, other.replaced)
 
 
 def _same_product(adapter: AdapterFolder, one: LowRank | None, other: LowRank | None) -> bool:
@@ -621,6 +607,8 @@ def _open_adapters(
     problems = [*model_problems(base)]
     adapters = []
     for name, strength in names:
+        if not abs(strength) <= LARGEST_STRENGTH:
+            problems.append(f"{name}: its strength must be a number up to 1e30, got {strength:g}")
         try:
             adapters.append((stack.enter_context(open_adapter(name, weights=weights)), strength))
         except ModelCompatibilityError as error:

@@ -17,8 +17,9 @@ from merge_arguments import (
 )
 from merge_command import carry_out, printed, reported, run_check
 from merge_extract import OTHERS, Extraction, extract_adapter
-from merge_recipe import Recipe, unknown_name
+from merge_recipe import Recipe, brief, unknown_name
 from model_locate import AdapterName, join_adapters
+from model_lora import is_number
 from model_safetensors import DTYPE_NAMES
 
 ADAPTERS_HELP = "LoRA adapters: folders or Hub ids"
@@ -139,8 +140,10 @@ def fold_recipe(
         raise ValueError(
             f"weights must have one entry per adapter: got {len(weights)} for {len(adapters)}"
         )
-    strengths = [1.0] * len(adapters) if weights is None else [float(each) for each in weights]
-    names = [AdapterName(*each) for each in zip(adapters, strengths, strict=True)]
+    strengths = [1.0] * len(adapters) if weights is None else [*weights]
+    if not all(map(is_number, strengths)):
+        raise ValueError(f"weights must be numbers up to 1e30, got {brief(strengths)}")
+    names = [AdapterName(name, float(by)) for name, by in zip(adapters, strengths, strict=True)]
     model = join_adapters(base, names)
     return Recipe(method="passthrough", models=(model,), **settings)  # type: ignore[arg-type]
 
@@ -159,7 +162,8 @@ def _merge(argv: Sequence[str]) -> Callable[[], str]:
         "--rank",
         type=number(int),
         metavar="INT",
-        help="of the result, where it is brought to one (default: the highest of the adapters)",
+        help="of the result, where it is brought to one (default: the highest of the adapters; for "
+        "auto, max_rank)",
     )
     parser.add_argument(
         *spellings("--max_rank"),

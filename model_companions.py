@@ -257,7 +257,7 @@ def _file_problems(side: Companions, files: Iterable[Path]) -> Iterator[str]:
     for file in files:
         if not file.exists():
             yield f"{side.label}: {file.name} is a link to nothing. Download the model again"
-        elif _leads_out(file, side.path) and _leads_out(file, side.tokenizer_path):
+        elif leads_out(file, side.path) and leads_out(file, side.tokenizer_path):
             yield (
                 f"{side.label}: {file.name} is a link out of the model's folder, and a result may "
                 "be published. Put the file itself there"
@@ -274,7 +274,7 @@ def _file_problems(side: Companions, files: Iterable[Path]) -> Iterator[str]:
             )
 
 
-def _leads_out(file: Path, folder: Path) -> bool:
+def leads_out(file: Path, folder: Path) -> bool:
     """Whether a file is a link out of its model's folder; the Hub's cache counts as within."""
     target = file.resolve()
     within = target.is_relative_to(folder.resolve())

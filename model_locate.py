@@ -6,7 +6,7 @@ on the Hugging Face Hub. `BASE+ADAPTER` is a model with an adapter on top.
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
@@ -90,13 +90,16 @@ def _adapter_name(text: str) -> AdapterName:
     return AdapterName(text) if found is None else AdapterName(found[1], float(found[2]))
 
 
-def join_adapters(model: str, adapters: Iterable[AdapterName]) -> str:
+def join_adapters(model: str, adapters: Sequence[AdapterName]) -> str:
     """The name of a model with adapters on top; what `split_adapters` takes apart.
 
     >>> join_adapters("base", [AdapterName("chat"), AdapterName("code", 0.5)])
     'base+chat+code:0.5'
     """
-    return "+".join([model, *(name if by == 1.0 else f"{name}:{by:g}" for name, by in adapters)])
+    # A + in a number would be taken for the beginning of another adapter.
+    strengths = ("" if by == 1.0 else f":{by!r}".replace("e+", "e") for _, by in adapters)
+    named = (f"{each.name}{by}" for each, by in zip(adapters, strengths, strict=True))
+    return "+".join([model, *named])
 
 
 def find_model_folder(
@@ -156,7 +159,7 @@ def _with_config(model_id: str, snapshot: Path, config: str) -> Path:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a folder holds a LoRA adapter, and no model."""
+    """Whether a folder holds a LoRA adapter."""
     return (path / ADAPTER_CONFIG).is_file()
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from model_checks import EMBEDDING, HEAD, Model, is_tied
+from model_checks import EMBEDDING, HEAD, VOCABULARY_TENSORS, Model, is_tied
 from model_config import read_config
 from model_errors import ModelCompatibilityError
 from model_locate import ADAPTER_CONFIG, files_left_on_hub, find_model_folder
@@ -257,19 +257,28 @@ def _entry_problems(config: Mapping[str, Any]) -> Iterator[str]:
         )
     if type(config.get("r")) is not int or config["r"] < 1:
         yield f"r must be a whole number of at least 1, got {_shown(config.get('r'))}"
-    if not _is_number(config.get("lora_alpha")):
+    if not is_number(config.get("lora_alpha")):
         yield f"lora_alpha must be a number, got {_shown(config.get('lora_alpha'))}"
     for name in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying"):
         if not isinstance(config.get(name), bool | None):
             yield f"{name} must be true or false, got {_shown(config[name])}"
-    for name, fits in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
+    for name, fits in (("rank_pattern", _is_rank), ("alpha_pattern", is_number)):
         yield from _pattern_problems(name, config.get(name), fits)
     yield from _token_problems(config.get("trainable_token_indices"))
     if not _is_names(config.get("modules_to_save")):
         yield f"modules_to_save must be a list of names, got {_shown(config['modules_to_save'])}"
     for name in ("target_modules", "exclude_modules"):
-        if not isinstance(config.get(name), str) and not _is_names(config.get(name)):
+        if isinstance(config.get(name), str):
+            try:
+                _compiled(config[name])
+            except ValueError as error:
+                yield f"{name}: {error}"
+        elif not _is_names(config.get(name)):
             yield f"{name} must be a list of names or a pattern, got {_shown(config[name])}"
+    layers = config.get("layers_to_transform")
+    each = layers if isinstance(layers, list) else [] if layers is None else [layers]
+    if not all(type(layer) is int for layer in each):
+        yield f"layers_to_transform must be numbers of layers, got {_shown(layers)}"
 
 
 def _pattern_problems(name: str, patterns: Any, fits: Callable[[Any], bool]) -> Iterator[str]:
@@ -282,11 +291,9 @@ def _pattern_problems(name: str, patterns: Any, fits: Callable[[Any], bool]) -> 
         if not fits(value):
             yield f"{name}: {pattern!r} has {_shown(value)}, expected a number"
         try:
-            if len(pattern) > _MAX_PATTERN:
-                raise re.error("too long")
-            re.compile(pattern)
-        except re.error as error:
-            yield f"{name}: {pattern[:60]!r} is no regular expression ({error})"
+            _compiled(pattern)
+        except ValueError as error:
+            yield f"{name}: {error}"
 
 
 def _token_problems(indices: Any) -> Iterator[str]:
@@ -303,8 +310,15 @@ def _token_problems(indices: Any) -> Iterator[str]:
             yield f"trainable_token_indices names a token twice: {_shown(each)}"
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+LARGEST_NUMBER = 1e30
+"""Of what changes are multiplied by: beyond it nothing is left of them in float32."""
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number that a change can be multiplied by."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -LARGEST_NUMBER <= value <= LARGEST_NUMBER
 
 
 def _is_rank(value: Any) -> bool:
@@ -427,7 +441,11 @@ def _module_factors(
         )
     shapes = adapter.tensors[lora_a].shape, adapter.tensors[lora_b].shape
     rank = adapter.module_rank(module)
-    if [len(shape) for shape in shapes] != [2, 2] or (shapes[0][0], shapes[1][1]) != (rank, rank):
+    if (
+        [len(shape) for shape in shapes] != [2, 2]
+        or (shapes[0][0], shapes[1][1]) != (rank, rank)
+        or 0 in (*shapes[0], *shapes[1])
+    ):
         problems.append(
             f"{lora_a} has shape {list(shapes[0])} and {lora_b} {list(shapes[1])}, but r and "
             f"rank_pattern in {ADAPTER_CONFIG} say rank {rank}, by which the change is scaled. "
@@ -590,8 +608,13 @@ def _token_rows(
     if name is None:
         return None
     indices = adapter.config.get("trainable_token_indices")
+    if f"{module}.weight" not in VOCABULARY_TENSORS:
+        problems.append(f"{name}: only rows of the embedding and the head are trained as tokens")
+        return None
     if isinstance(indices, Mapping):
-        fitting = [ids for end, ids in indices.items() if _ends_with(module, end)]
+        # Of a tied head, PEFT saves the embedding's under its name as well.
+        names = (module, EMBEDDING.removesuffix(".weight"))
+        fitting = [ids for name in names for end, ids in indices.items() if _ends_with(name, end)]
         indices = fitting[0] if fitting else None
     found = adapter.tensors[name].shape
     if not indices or found != (len(indices), *shape[1:]):
@@ -634,7 +657,7 @@ def _low_rank(
             f"{lora_a} and {lora_b} make a change of shape {list(fits)}, but "
             f"{module}.weight has {list(shape)}{hint}"
         )
-    if magnitude is not None:
+    elif magnitude is not None:
         length = shape[1] if embeds else shape[0]
         if turned:
             problems.append(
@@ -653,25 +676,39 @@ def _is_target(config: Mapping[str, Any], module: str) -> bool:
     head, embedding = (tensor.removesuffix(".weight") for tensor in (HEAD, EMBEDDING))
     if targets is None:
         return True  # by the kind of model
-    if module == head and config.get("ensure_weight_tying") and _is_target(config, embedding):
-        return True
+    both = {head: embedding, embedding: head}
+    if module in both and config.get("ensure_weight_tying"):
+        config = {**config, "ensure_weight_tying": False}
+        return _is_target(config, module) or _is_target(config, both[module])
     if isinstance(targets, str):
         if targets == "all-linear":
             return module != head
-        return _matches(targets, module)
+        return bool(_compiled(targets).fullmatch(module))
+    if module in targets:
+        return True
     chosen = config.get("layers_to_transform")
-    layers = [chosen] if isinstance(chosen, int) else chosen or []
+    layers = [chosen] if isinstance(chosen, int) else (chosen or [])
     layer = re.match(r".*?\.[^.]*\.(\d+)\.", module)
     if layers and (layer is None or int(layer[1]) not in layers):
         return False
     return any(_ends_with(module, target) for target in targets)
 
 
-def _matches(pattern: str, module: str) -> bool:
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """A pattern of adapter_config.json; `ValueError` if it is none, or could take for ever."""
+    if len(pattern) > _MAX_PATTERN or _NESTED.search(pattern):
+        raise ValueError(
+            f"the pattern {_shown(pattern)} is too long, or repeats what is repeated already, "
+            "which can take for ever. Write it more simply"
+        )
     try:
-        return len(pattern) <= _MAX_PATTERN and bool(re.fullmatch(pattern, module))
-    except re.error:
-        return False
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{_shown(pattern)} is no regular expression ({error})") from error
+
+
+_NESTED = re.compile(r"[*+}][?+]?(?:\)[?]?)*\)[*+{]")
+"""A group whose end is repeated and that is repeated itself."""
 
 
 def _ends_with(module: str, end: str) -> bool:
@@ -747,7 +784,7 @@ def _is_left_out(config: Mapping[str, Any], module: str) -> bool:
     """Whether `exclude_modules` or `modules_to_save` takes a module from the targets."""
     left = config.get("exclude_modules") or ()
     if isinstance(left, str):
-        left_out = _matches(left, module)
+        left_out = bool(_compiled(left).fullmatch(module))
     else:
         left_out = any(_ends_with(module, name) for name in left)
     return left_out or is_saved(config, module)

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from model_errors import ModelCompatibilityError
 from model_locate import ADAPTER_CONFIG
 from model_lora import ADAPTER_WEIGHTS, PREFIX
-from model_safetensors import TensorInfo, narrow
-from model_utils import FolderWriter
+from model_safetensors import TensorInfo, narrow, widen
+from model_utils import FolderWriter, rows_of
 
 Floats = NDArray[np.float32]
 
@@ -105,16 +106,27 @@ def write_adapter(
         Bytes of its tensors.
 
     Raises:
+        ModelCompatibilityError: a tensor is NaN or infinite in that dtype.
         FileExistsError: the folder is not free.
         OSError: the disk is full, or the place cannot be written.
     """
-    tensors = adapter.tensors
+    tensors = {
+        name: narrow(np.ascontiguousarray(values), dtype)
+        for name, values in adapter.tensors.items()
+    }
+    broken = [
+        name for name, values in tensors.items() if not np.isfinite(widen(values, dtype)).all()
+    ]
+    if broken:
+        raise ModelCompatibilityError(
+            f"{len(broken)} tensors of the adapter do not fit {dtype} or are NaN "
+            f"({', '.join(broken[:3])}). Choose another dtype, or smaller weights"
+        )
     infos = {name: TensorInfo(dtype, values.shape) for name, values in tensors.items()}
     size = sum(info.nbytes for info in infos.values())
     with FolderWriter(output_dir, infos, max(1, size), ADAPTER_WEIGHTS) as writer:
         for name, values in tensors.items():
-            rows = values.reshape(values.shape[0] if values.ndim > 1 else 1, -1)
-            writer.write_rows(name, 0, narrow(np.ascontiguousarray(rows), dtype))
+            writer.write_rows(name, 0, values.reshape(rows_of(values.shape)))
         for path in adapter.files:
             writer.copy_file(path)
         writer.write_text(ADAPTER_CONFIG, json.dumps(adapter.config, indent=2) + "\n")

@@ -34,6 +34,32 @@ class Rows(Protocol):
         """Rows of a tensor as stored; see `ModelFolder.read_rows`."""
 
 
+COMPARED_ROWS = 1024
+"""Rows that are compared at once."""
+
+
+def float_rows(source: Rows, name: str, first: int, stop: int) -> NDArray[np.float32]:
+    """Rows of a tensor, in float32: shape (stop - first, row length)."""
+    info = source.tensors[name]
+    length = info.numel // max(1, info.shape[0] if len(info.shape) > 1 else 1)
+    size = (stop - first) * length * FLOAT_DTYPES[info.dtype].itemsize
+    return widen(source.read_rows(name, first, stop, np.empty(size, np.uint8)), info.dtype)
+
+
+def same_values(one: Rows, name: str, other: Rows, its_name: str) -> bool:
+    """Whether two tensors have one shape and the same values; NaN is not the same as NaN."""
+    shape = one.tensors[name].shape
+    if other.tensors[its_name].shape != shape:
+        return False
+    rows = shape[0] if len(shape) > 1 else 1
+    for first in range(0, rows, COMPARED_ROWS):
+        stop = min(first + COMPARED_ROWS, rows)
+        mine, theirs = float_rows(one, name, first, stop), float_rows(other, its_name, first, stop)
+        if not np.array_equal(mine, theirs):
+            return False
+    return True
+
+
 class MappedRows:
     """One tensor with a row per token, of several models; safe to read from several threads.
 

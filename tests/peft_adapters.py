@@ -727,6 +727,18 @@ RESIZED = [
         resized=70,
     ),
     AdapterCase(
+        "larger-tied-tokens-by-name",
+        "llama",
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [64, 66]}},
+        tied=True,
+        resized=70,
+    ),
+    AdapterCase(
+        "one-layer-and-head",
+        "llama",
+        {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [1]},
+    ),
+    AdapterCase(
         "larger-tied-tokens",
         "qwen2",
         {"target_modules": ["q_proj"], "trainable_token_indices": [64, 65]},

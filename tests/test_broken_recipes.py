@@ -210,6 +210,14 @@ BROKEN = {
         changed("model: a", "model: {model: a, lora: {path: b, rank: 8}}"),
         ["r.yml:2: models[0].model.lora.rank: unknown key 'rank'; there are: path, revision."],
     ),
+    "lora without a path": (
+        changed("model: a", "model: {model: a, lora: {revision: b}}"),
+        ["r.yml:2: models[0].model.lora: path is missing. Give a folder or a Hub id"],
+    ),
+    "an empty lora": (
+        changed("model: a", 'model: {model: a, lora: ""}'),
+        ["r.yml:2: models[0].model.lora: expected a text, got ''. Put it into quotes"],
+    ),
     "tokenizer twice": (
         GOOD + "tokenizer_source: union\ntokenizer: {source: base}\n",
         ["r.yml:10: tokenizer_source: tokenizer says it already. Leave one of them out"],

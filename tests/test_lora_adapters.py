@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 from dare_utils import dare_ties
 from lora_llama import lora_extract_adapter, lora_fold_llama_to_folder, lora_merge_adapters
 from lora_utils import factorise
+from merge_recipe import make_recipe
+from merge_run import merge_to_folder
 from model_errors import ModelCompatibilityError
 from ties_utils import ties
 
@@ -191,6 +193,33 @@ def test_ties_and_dare_work_on_the_changes(method: str, tmp_path: Path) -> None:
         assert report.errors[module] == pytest.approx(best.error, rel=1e-3)
 
 
+@pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties"])
+def test_at_full_rank_it_is_the_merge_of_the_models(method: str, tmp_path: Path) -> None:
+    """The same entries of the same tensors are kept, an embedding's too."""
+    base, adapters = adapters_on_one_base(tmp_path, "embed", "attention")
+    densities, weights = [0.5, 0.6], [1.0, 0.5]
+    settings = {"densities": densities, "seed": 3, **QUIET}
+    lora_merge_adapters(adapters, tmp_path / "one", weights, method=method, rank=99, **settings)
+    folded = tmp_path / "folded"
+    lora_fold_llama_to_folder(base, [tmp_path / "one"], folded, **QUIET)
+    parameters = {"weights": weights, "densities": densities}
+    parameters |= {} if method == "ties" else {"seed": 3}
+    models = [f"{base}+{adapter}" for adapter in adapters]
+    out = tmp_path / "merged"
+    recipe = make_recipe(method, base, models, parameters, output_dir=out, dtype="float32")
+    merge_to_folder(recipe, **QUIET)
+    ours, expected = read_tensors(folded), read_tensors(out)
+    assert all(near(ours[name], expected[name], 1e-5) for name in expected)
+
+
+def test_modules_of_some_layers_are_named_whole(tmp_path: Path) -> None:
+    base, adapters = adapters_on_one_base(tmp_path, "one-layer", "one-layer")
+    lora_merge_adapters(adapters, tmp_path / "out", **QUIET)
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert all(name.startswith("model.layers.") for name in config["target_modules"])
+    assert len(deltas_of(on_base(base, tmp_path / "out"))) == len(config["target_modules"])
+
+
 def test_the_error_of_a_truncation_is_that_of_the_sum(tmp_path: Path) -> None:
     base, adapters = adapters_on_one_base(tmp_path, "attention", "gaussian")
     report = lora_merge_adapters(adapters, tmp_path / "out", method="svd", rank=1, **QUIET)
@@ -219,6 +248,19 @@ def test_what_takes_the_place_of_the_bases_is_kept(tmp_path: Path) -> None:
         (("saved-head", "saved-embed-and-head"), None, {}, "each replaces .*lm_head"),
         (("saved-head", "attention"), [0.5, 1.0], {}, "its weight must be 1, got 0.5"),
         (("attention", "rank-one"), None, {"method": "linear"}, "linear needs adapters of one"),
+        (
+            ("saved-head", "head"),
+            None,
+            {},
+            r"each replaces lm_head\.weight",
+        ),
+        (("saved-mlp", "mlp"), None, {}, "replaces .*up_proj.weight, which .* changes as well"),
+        (("tokens", "embed"), None, {}, r"replaces model\.embed_tokens\.tokens"),
+        (("bias-lora-only-qwen2",), [2.0], {}, "its weight must be 1, got 2"),
+        (("saved-head", "saved-head"), [2.0, 2.0], {}, "each replaces lm_head"),
+        (("attention",), [1e30], {"dtype": "float16"}, "do not fit F16"),
+        (("tying-alpha-pattern",), None, {}, "scales their changes differently"),
+        (("tied", "tying-embed"), None, {}, "some adapters keep embedding and head tied"),
     ],
 )
 def test_what_no_adapter_can_be_is_refused(
@@ -232,6 +274,79 @@ def test_what_no_adapter_can_be_is_refused(
     with pytest.raises(ModelCompatibilityError, match=words):
         lora_merge_adapters(adapters, tmp_path / "out", weights, **settings, **QUIET)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("bias-all-qwen2", "all-linear-qwen2"),
+        ("bias-lora-only-qwen2", "all-linear-qwen2"),
+        ("embed-and-head", "embed"),
+        ("tokens", "attention"),
+        ("saved-norms", "attention"),
+        ("tying-embed", "tying-embed-and-head"),
+    ],
+)
+def test_what_is_kept_whole_is_where_peft_looks_for_it(
+    names: tuple[str, ...], tmp_path: Path
+) -> None:
+    base, adapters = adapters_on_one_base(tmp_path, *names)
+    lora_merge_adapters(adapters, tmp_path / "one", **QUIET)
+    merged = logits_of(on_base(base, tmp_path / "one"))
+    assert near(merged, folded_logits(base, adapters, tmp_path / "out"))
+    assert near(merged, folded_logits(base, [tmp_path / "one"], tmp_path / "again"))
+
+
+def test_dare_keeps_a_tie(tmp_path: Path) -> None:
+    base, adapters = adapters_on_one_base(tmp_path, "tying-embed", "tying-embed-and-head")
+    settings = {"densities": [0.5, 0.5], "rank": 99, **QUIET}
+    lora_merge_adapters(adapters, tmp_path / "one", method="dare_linear", **settings)
+    merged = logits_of(on_base(base, tmp_path / "one"))
+    assert near(merged, folded_logits(base, [tmp_path / "one"], tmp_path / "out"))
+    assert "lm_head.weight" not in read_tensors(tmp_path / "out")
+
+
+@pytest.mark.parametrize("resized", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+def test_a_tie_that_differs_is_extracted(before: bool, resized: bool, tmp_path: Path) -> None:
+    """Base tied and tuned not, or the other way round; the embedding itself may be the same."""
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    make_base(BY_NAME["tied" if before else "attention"], base)
+    tune(BY_NAME["attention"], base, tuned, "q_proj.weight")
+    config = json.loads((tuned / "config.json").read_text())
+    config["tie_word_embeddings"] = not before
+    tensors = read_tensors(tuned)
+    if before:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].roll(1, 0)
+    else:
+        del tensors["lm_head.weight"]
+    if resized:
+        for name in {"model.embed_tokens.weight", "lm_head.weight"} & tensors.keys():
+            tensors[name] = torch.cat([tensors[name], tensors[name][:6] * 0.5])
+        config["vocab_size"] += 6
+    (tuned / "config.json").write_text(json.dumps(config))
+    save_tensors(tuned, tensors, 1)
+    lora_extract_adapter(tuned, base, tmp_path / "out", rank=99, **QUIET)
+    expected = logits_of(AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32).eval())
+    rows = config["vocab_size"] if resized else None
+    assert near(logits_of(on_base(base, tmp_path / "out", rows)), expected)
+    assert near(folded_logits(base, [tmp_path / "out"], tmp_path / "again"), expected)
+
+
+def test_nothing_is_taken_through_a_link(tmp_path: Path) -> None:
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    make_base(BY_NAME["attention"], base)
+    tune(BY_NAME["attention"], base, tuned, "q_proj.weight")
+    (tmp_path / "secret").write_text("{}")
+    (tuned / "tokenizer.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(ModelCompatibilityError, match=r"tokenizer\.json is a link out"):
+        lora_extract_adapter(tuned, base, tmp_path / "out", rank=2, **QUIET)
+
+
+def test_an_output_inside_an_input_is_refused(tmp_path: Path) -> None:
+    _, adapters = adapters_on_one_base(tmp_path, "attention")
+    with pytest.raises(ValueError, match="the output lies inside"):
+        lora_merge_adapters(adapters, adapters[0] / "out", **QUIET)
 
 
 def test_settings_out_of_range_are_refused_together(tmp_path: Path) -> None:
@@ -286,6 +401,8 @@ def test_an_adapter_of_full_rank_is_the_model(name: str, pattern: str, tmp_path:
     expected = logits_of(AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32).eval())
     assert near(logits_of(on_base(base, tmp_path / "out")), expected)
     assert near(folded_logits(base, [tmp_path / "out"], tmp_path / "again"), expected)
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert config.get("ensure_weight_tying", False) == (name == "tied")
 
 
 def test_a_resized_vocabulary_is_saved_whole(tmp_path: Path) -> None:

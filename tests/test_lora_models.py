@@ -9,19 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tiny_adapters import PREFIX, change_of, make_lora
 from tiny_checkpoints import make_llama, read_tensors, tensor_hashes
 from tiny_tokenizers import NORMAL, write_byte_level
 
 import merge_lora
 from lora_llama import lora_fold_llama_to_folder, main
-from lora_utils import lora_delta
+from lora_utils import fold_lora, lora_delta
 from merge import merge_recipe
 from merge_lora import add_low_rank, open_model
 from merge_recipe import Recipe, make_recipe
 from merge_run import merge_to_folder, plan
 from model_errors import ModelCompatibilityError
-from model_locate import split_adapters
+from model_locate import AdapterName, join_adapters, split_adapters
 from task_arithmetic_llama import main as task_arithmetic_main
 from ties_llama import ties_merge_llama_to_folder
 
@@ -188,6 +191,7 @@ def test_a_fold_has_the_dtype_of_the_base(place: Path) -> None:
         ("base+c++/a:2", ["base", ("c++/a", 2.0)]),
         ("base+x:7", ["base", ("x:7", 1.0)]),
         ("one+two", ["one+two"]),
+        ("base+a:1000000.0+b:1e-30", ["base", ("a", 1e6), ("b", 1e-30)]),
     ],
 )
 def test_what_exists_is_one_name(
@@ -198,6 +202,12 @@ def test_what_exists_is_one_name(
         (tmp_path / folder).mkdir(parents=True)
     model, adapters = split_adapters(name)
     assert [model, *map(tuple, adapters)] == parts
+
+
+@given(st.floats(-1e30, 1e30))
+def test_a_strength_is_kept_as_it_is(strength: float) -> None:
+    name = join_adapters("base", [AdapterName("a", strength), AdapterName("b")])
+    assert split_adapters(name).adapters == (("a", strength), ("b", 1.0))
 
 
 def test_a_plan_shows_what_is_put_on_what(place: Path) -> None:
@@ -269,6 +279,7 @@ def test_an_adapter_of_another_base_is_reported(place: Path) -> None:
 
 MODULE = f"{PREFIX}model.layers.0.self_attn.q_proj"
 NORM = f"{PREFIX}model.norm.weight"
+TOKENS = f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta"
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "pissa": (
@@ -306,14 +317,50 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "dora without lengths": ({"changes": {"use_dora": True}}, "use_dora is True"),
     "nan": ({"extra": {f"{MODULE}.lora_A.weight": torch.full((4, 32), torch.nan)}}, "has NaN"),
-    "tokens without ids": (
+    "tokens of a norm": (
+        {"extra": {f"{PREFIX}model.norm.token_adapter.trainable_tokens_delta": torch.ones(1, 32)}},
+        "only rows of the embedding and the head",
+    ),
+    "tokens beyond": (
+        {
+            "extra": {TOKENS: torch.ones(1, 32)},
+            "changes": {"trainable_token_indices": [48]},
+        },
+        "has 48, but model.embed_tokens has 48 rows",
+    ),
+    "a huge alpha": ({"changes": {"lora_alpha": 10**400}}, "lora_alpha must be a number"),
+    "layers": ({"changes": {"layers_to_transform": 1.5}}, "layers_to_transform must be numbers"),
+    "other layers": (
+        {"changes": {"layers_to_transform": [1]}},
+        "target_modules .* does not name model.layers.0",
+    ),
+    "a pattern that hangs": (
+        {"changes": {"target_modules": "([a-z0-9_.]+)+!"}},
+        "repeats what is repeated already",
+    ),
+    "no pattern": ({"changes": {"target_modules": "("}}, "is no regular expression"),
+    "a pattern too large": (
+        {"changes": {"rank_pattern": {"q{99999999999}": 4}}},
+        "is no regular expression",
+    ),
+    "all-linear with a head": (
+        {
+            "targets": ["lm_head"],
+            "changes": {"target_modules": "all-linear"},
+        },
+        "does not name lm_head",
+    ),
+    "factors of nothing": (
         {
             "extra": {
-                f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(
-                    2, 32
-                )
+                f"{MODULE}.lora_A.weight": torch.ones(4, 0),
+                f"{MODULE}.lora_B.weight": torch.ones(32, 4),
             }
         },
+        r"has shape \[4, 0\]",
+    ),
+    "tokens without ids": (
+        {"extra": {TOKENS: torch.ones(2, 32)}},
         "has 0 ids for model.embed_tokens",
     ),
 }
@@ -384,6 +431,59 @@ def test_two_adapters_that_replace_one_tensor_are_refused(place: Path) -> None:
     assert torch.equal(read_tensors(out)["model.norm.weight"], expected)
 
 
+def test_what_replaces_comes_before_what_is_added_in_any_order(place: Path) -> None:
+    head = torch.full((48, 32), 0.5)
+    saved = {f"{PREFIX}lm_head.weight": head}
+    changes = {"modules_to_save": ["lm_head"]}
+    make_lora(place / "x", place / "base", extra=saved, changes=changes)
+    make_lora(place / "y", place / "base", targets=["lm_head"])
+    one, other = (
+        merge("passthrough", None, [name], out, dtype="float32")
+        for name, out in (("base+x+y", "xy"), ("base+y+x", "yx"))
+    )
+    assert tensor_hashes(one) == tensor_hashes(other)
+    before = read_tensors(place / "base")["lm_head.weight"].float()
+    expected = head + change_of(place / "y", place / "base")["lm_head.weight"] - before
+    torch.testing.assert_close(read_tensors(one)["lm_head.weight"], expected, rtol=0, atol=1e-6)
+
+
+def test_two_adapters_are_rounded_one_after_the_other_as_by_peft(place: Path) -> None:
+    settings = {"dtype": "float32"}
+    out = merge("passthrough", None, ["base+one+two"], "out", lora_rounding="delta", **settings)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    value = read_tensors(place / "base")[name]
+    for adapter in ("one", "two"):
+        factors = load_file(place / adapter / "adapter_model.safetensors")
+        a, b = (factors[f"{MODULE}.lora_{each}.weight"].bfloat16().float() for each in "AB")
+        scale = 8 / a.shape[0]
+        value = fold_lora(value, [lora_delta(a, b, scale)], round_delta=True)
+    assert torch.equal(read_tensors(out)[name], value.float())
+    summed = merge("passthrough", None, ["base+one+two"], "sum", lora_rounding="sum", **settings)
+    exact = merge("passthrough", None, ["base+one+two"], "exact")
+    assert torch.equal(read_tensors(summed)[name], read_tensors(exact)[name].float())
+
+
+def test_trained_tokens_are_the_rows_of_their_ids(place: Path) -> None:
+    name = TOKENS
+    extra = {name: torch.stack([torch.full((32,), value) for value in (1.0, 2.0, 3.0)])}
+    changes = {"trainable_token_indices": [47, 0, 5]}
+    make_lora(place / "x", place / "base", extra=extra, changes=changes)
+    found = read_tensors(merge("passthrough", None, ["base+x"], "out"))["model.embed_tokens.weight"]
+    expected = read_tensors(place / "base")["model.embed_tokens.weight"].clone()
+    for row, value in ((47, 1.0), (0, 2.0), (5, 3.0)):
+        expected[row] = value
+    assert torch.equal(found, expected)
+
+
+def test_a_plan_counts_the_factors(place: Path) -> None:
+    make_llama(place / "wide", hidden_size=256, intermediate_size=4096, layers=1)
+    sizes = []
+    for rank in (1, 200):
+        make_lora(place / f"r{rank}", place / "wide", targets=["up_proj"], rank=rank)
+        sizes.append(plan(make_recipe("passthrough", None, [f"wide+r{rank}"], {})).memory_bytes)
+    assert sizes[1] - sizes[0] > 199 * (4096 + 256) * 4
+
+
 def test_two_adapters_with_copies_of_the_head_can_be_put_on_one_base(place: Path) -> None:
     """PEFT saves the head, as it was, with an adapter that has factors for it."""
     head = read_tensors(place / "base")["lm_head.weight"]
@@ -447,8 +547,6 @@ def test_biases_that_a_base_lacks_are_made(place: Path) -> None:
 def test_factors_of_transposed_matrices_are_taken_so(place: Path) -> None:
     make_lora(place / "turned", place / "base", targets=["up_proj", "q_proj"])
     weights = place / "turned/adapter_model.safetensors"
-    from safetensors.torch import load_file, save_file
-
     turned = {}
     for name, value in load_file(weights).items():
         other = name.replace("lora_A", "X").replace("lora_B", "lora_A").replace("X", "lora_B")
