@@ -3,6 +3,7 @@
 python lora_llama.py fold BASE ADAPTER [ADAPTER ...] [--weights 1.0 -0.5] --save OUT
 python lora_llama.py merge ADAPTER ADAPTER [--method cat] --save OUT
 python lora_llama.py extract TUNED --base BASE --rank 16 --save OUT
+python lora_llama.py --check FOLDER    (a folded model)
 
 Every other command takes a base with adapters as a model, too: BASE+ADAPTER.
 """
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from merge_adapters import MAX_RANK, AdapterMerge, AdapterReport, merge_adapters
 from merge_extract import Extraction, extract_adapter
-from merge_lora_command import fold_recipe, run_lora_command
+from merge_lora_command import fold_recipe, numbers, run_lora_command
 from merge_recipe import DEFAULT_SHARD_SIZE, model_name, model_names
 from merge_report import MergeReport
 from merge_run import merge_to_folder, merge_to_model
@@ -57,7 +58,7 @@ def lora_fold_llama(
     """
     recipe = fold_recipe(
         model_name(base_model_path),
-        model_names(adapter_paths),
+        model_names(adapter_paths, "adapter_paths"),
         weights,
         lora_rounding=lora_rounding,
         tied_lora=tied_lora,
@@ -98,7 +99,7 @@ def lora_fold_llama_to_folder(
     """
     recipe = fold_recipe(
         model_name(base_model_path),
-        model_names(adapter_paths),
+        model_names(adapter_paths, "adapter_paths"),
         weights,
         output_dir=Path(output_dir),
         dtype=dtype,
@@ -142,12 +143,12 @@ def lora_merge_adapters(
         OSError: the disk is full, or a file cannot be read or written.
     """
     merge = AdapterMerge(
-        adapters=model_names(adapter_paths),
+        adapters=model_names(adapter_paths, "adapter_paths"),
         method=method,
-        weights=None if weights is None else tuple(weights),
+        weights=None if weights is None else numbers(weights, "weights"),
         rank=rank,
         max_rank=max_rank,
-        densities=None if densities is None else tuple(densities),
+        densities=None if densities is None else numbers(densities, "densities"),
         lam=lam,
         seed=seed,
         dtype=dtype,

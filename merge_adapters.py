@@ -7,15 +7,18 @@ some adapters have are merged from those.
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from merge_card import adapter_texts
 from merge_memory import peak_memory
 from merge_progress import progress_bar
 from merge_recipe import brief, unknown_name
 from model_checks import VOCABULARY_TENSORS, layer_order
+from model_companions import TOKENIZER_FILES, has_tokenizer, leads_out
 from model_errors import ModelCompatibilityError
+from model_locate import adapter_name, last_part
 from model_lora import (
     PREFIX,
     AdapterFolder,
@@ -29,6 +32,7 @@ from model_lora import (
 from model_lora_writer import NewAdapter, write_adapter
 from model_rows import same_values
 from model_safetensors import DTYPE_NAMES
+from model_small_files import files_in
 from model_utils import ModelFolder, check_output_dir, format_bytes
 
 if TYPE_CHECKING:
@@ -58,7 +62,7 @@ class AdapterMerge:
     """What is to be merged, and how.
 
     Attributes:
-        adapters: folders or Hub ids.
+        adapters: folders or Hub ids, maybe with `:STRENGTH`, which multiplies the weight.
         method: a name of `METHODS`.
         weights: one for each adapter, of any sign; None for 1.0 each.
         rank: of the result, for what is brought to a rank; None for the largest of the adapters
@@ -113,6 +117,16 @@ class AdapterMerge:
                 found.append(f"{name} must be a whole number of at least 1, got {brief(value)}")
         if self.rank is not None and self.method in ("cat", "linear"):
             found.append(f"rank has no effect with {self.method}: use svd, or leave it out")
+        useless = {
+            "lam": self.lam != 1.0 and self.method not in SPARSE,
+            "seed": self.seed != 0 and self.method not in ("dare_linear", "dare_ties"),
+            "max_rank": self.max_rank != MAX_RANK and self.method != "auto",
+        }
+        found += [
+            f"{name} has no effect with {self.method}. Leave it out"
+            for name, is_useless in useless.items()
+            if is_useless
+        ]
         if not is_number(self.lam):
             found.append(f"lam must be a number up to 1e30, got {brief(self.lam)}")
         if not (type(self.seed) is int and 0 <= self.seed < 2**64):
@@ -195,6 +209,9 @@ class Errors:
         return (self._missing / self._whole) ** 0.5 if self._whole else 0.0
 
 
+WORTH_A_NOTE = 0.05
+"""A share of the change that is missing and that a user wants to hear of."""
+
 NO_ERROR = 1e-6
 """What rounding to float32 leaves; not reported by module."""
 
@@ -242,12 +259,7 @@ def merge_adapters(
         method = _chosen_method(merge, inputs)
         errors = Errors()
         modules = sorted(shapes, key=lambda module: layer_order(f"{module}.weight"))
-        nbytes = {
-            m: 4
-            * sum(i.parts.factors[m].rank for i in inputs if m in i.parts.factors)
-            * sum(shapes[m])
-            for m in modules
-        }
+        nbytes = {module: 4 * shape[0] * shape[1] for module, shape in shapes.items()}
         with progress_bar(sum(nbytes.values()), method, show=progress) as on_bytes:
             for module in modules:
                 on_bytes(nbytes[module])
@@ -260,22 +272,55 @@ def merge_adapters(
                 lora_a, lora_b = (each.numpy() for each in found.factors)
                 new.factors[module] = lora_a, lora_b, module == _EMBEDDING
         new.target_modules = _targets(inputs, modules)
-        notes = _notes(merge, method, inputs)
-        size = write_adapter(new, output_dir, DTYPE_NAMES[merge.dtype], {})
+        givers = [each.adapter for each in inputs if has_tokenizer(each.adapter.path)]
+        new.files = tokenizer_files(givers[0]) if givers else ()
+        notes = [*_notes(merge, method, inputs, errors.total)]
+        if givers:
+            notes.append(f"the tokenizer beside it is that of {givers[0].label}")
+        given = {key: value for key, value in asdict(merge).items() if value is not None}
+        del given["adapters"], given["method"]
+        return write_and_report(
+            new, method, given, merge.adapters, output_dir, merge.dtype, errors, notes, started
+        )
+
+
+def write_and_report(
+    new: NewAdapter,
+    method: str,
+    settings: Mapping[str, Any],
+    inputs: Sequence[str],
+    output_dir: Path,
+    dtype: str,
+    errors: "Errors",
+    notes: Sequence[str],
+    started: float,
+) -> AdapterReport:
+    """Write an adapter with its card, and say what was done."""
     ranks = [*new.ranks.values()]
-    return AdapterReport(
+    report = AdapterReport(
         method=method,
-        inputs=merge.adapters,
+        inputs=tuple(inputs),
         output_dir=str(output_dir),
-        dtype=merge.dtype,
-        modules=len(modules),
+        dtype=dtype,
+        modules=len(ranks),
         ranks=(min(ranks), max(ranks)),
         error=errors.total,
         errors=errors.by_module,
+        bytes_written=0,
+        seconds=0.0,
+        peak_memory=0,
+        notes=tuple(notes),
+    )
+    kept = ("method", "inputs", "modules", "ranks", "error", "errors", "notes")
+    made = {key: value for key, value in report.to_dict().items() if key in kept}
+    made |= {"settings": {**settings, "dtype": dtype}, "base_model": new.base_name}
+    names = [adapter_name(name).name for name in inputs]
+    size = write_adapter(new, output_dir, DTYPE_NAMES[dtype], adapter_texts(made, names))
+    return replace(
+        report,
         bytes_written=size,
         seconds=time.monotonic() - started,
         peak_memory=peak_memory(),
-        notes=tuple(notes),
     )
 
 
@@ -293,12 +338,13 @@ def _open(merge: AdapterMerge, stack: ExitStack) -> list[_Input]:
     """The adapters; what cannot be merged into an adapter is refused, all at once."""
     inputs: list[_Input] = []
     problems: list[str] = []
-    for name, weight in zip(
+    for text, weight in zip(
         merge.adapters, merge.weights or (1.0,) * len(merge.adapters), strict=True
     ):
+        name, strength = adapter_name(text)
         try:
             adapter = stack.enter_context(open_adapter(name))
-            inputs.append(_Input(adapter, weight, parts_of(adapter)))
+            inputs.append(_Input(adapter, strength * weight, parts_of(adapter)))
         except ModelCompatibilityError as error:
             problems += error.problems
     for adapter, _, parts in inputs:
@@ -587,12 +633,47 @@ def _targets(inputs: Sequence[_Input], modules: Sequence[str]) -> list[str]:
     return sorted(short) if short <= named else [*modules]
 
 
-def _notes(merge: AdapterMerge, method: str, inputs: Sequence[_Input]) -> Iterator[str]:
-    bases = dict.fromkeys(each.adapter.base_name for each in inputs if each.adapter.base_name)
-    if len(bases) > 1:
+def tokenizer_files(model: ModelFolder) -> list[Path]:
+    """Tokenizer and chat template of a model or adapter, to be copied.
+
+    Raises:
+        ModelCompatibilityError: one is a link out of the folder, or to nothing.
+    """
+    place = model.tokenizer_path
+    files = [*files_in(place, TOKENIZER_FILES)]
+    if links := [file.name for file in files if leads_out(file, place) or not file.is_file()]:
+        raise ModelCompatibilityError(
+            f"{model.label}: {', '.join(links)} is a link out of the model's folder, or to "
+            "nothing, and an adapter may be published. Put the file itself there"
+        )
+    return files
+
+
+def _notes(
+    merge: AdapterMerge, method: str, inputs: Sequence[_Input], error: float
+) -> Iterator[str]:
+    bases = [each.adapter.base_name for each in inputs if each.adapter.base_name]
+    if len({last_part(name) for name in bases}) > 1:
         yield (
-            f"the adapters say that they were trained on different bases: {', '.join(bases)}. If "
-            "these are not the same weights, the result is wrong"
+            f"the adapters say that they were trained on different bases: "
+            f"{', '.join(dict.fromkeys(bases))}. If these are not the same weights, the result is "
+            f"wrong; the first is named as its base"
+        )
+    if error > WORTH_A_NOTE and method != "linear":
+        yield (
+            f"{error:.0%} of the merged change (by its norm) does not fit the rank. A higher rank "
+            "keeps more"
+        )
+    resized = [
+        each.adapter.label
+        for each in inputs
+        for found in _whole_of(each)
+        if found.is_copy and ".base_layer." not in found.name
+    ]
+    if resized:
+        yield (
+            f"{', '.join(dict.fromkeys(resized))}: has embeddings of its own, maybe of another "
+            "number of rows: with PEFT, resize the base's first (resize_token_embeddings)"
         )
     if method == "linear" and len(inputs) > 1:
         yield (
@@ -600,4 +681,4 @@ def _notes(merge: AdapterMerge, method: str, inputs: Sequence[_Input]) -> Iterat
             "adapter's B with another's A. cat is exact"
         )
     if merge.method == "auto":
-        yield f"auto: {method}"
+        yield f"by method auto it was {method}"

@@ -1,4 +1,4 @@
-"""What a merged folder says about itself: a model card, and the report as JSON.
+"""What a merged folder, or an adapter, says about itself: a card, and the report as JSON.
 
 Both are meant to be published. So they name Hub models by their ids and folders by their last
 part, never by a path; and they hold nothing that differs from one run to the next.
@@ -121,6 +121,7 @@ def resolved_recipe(plan: Plan) -> Recipe:
         parameters={} if slices else plan.parameters[0],
         slices=slices,
         dtype=plan.dtype,
+        **({} if not any(each.strengths for each in plan.sources) else _lora_of(recipe)),
         vocabulary=replace(
             settings,
             mode=settings.mode if donor is None else f"{BY_MODEL}{whole(donor)}",
@@ -132,6 +133,12 @@ def resolved_recipe(plan: Plan) -> Recipe:
         tokenizer_source=recipe.names[plan.alignment.vocabulary.donor],
         chat_template=whole(recipe.chat_template),
     )
+
+
+def _lora_of(recipe: Recipe) -> dict[str, Any]:
+    """How adapters are put on their bases, as the profile has it where the recipe does not say."""
+    rounding, tied = recipe.lora
+    return {"lora_rounding": rounding, "tied_lora": tied}
 
 
 def is_hub_id(name: str) -> bool:
@@ -242,6 +249,42 @@ def model_card(saved: Mapping[str, Any]) -> str:
         f"Made with {versions}. {REPORT_FILE} has the findings per tensor.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def adapter_texts(made: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
+    """README.md and merge_report.json of an adapter that has been made, fit to be published.
+
+    Args:
+        made: "method", "settings", "inputs", "base_model", "modules", "ranks", "error", "errors"
+            and "notes" of it, as JSON can hold them.
+        names: of models and adapters, as the user called them.
+    """
+    versions = {"llama-merge": VERSION, **_versions("torch"), "python": platform.python_version()}
+    content = json.loads(json.dumps({**made, "versions": versions}))
+    called = [name for name in dict.fromkeys([*names, made["base_model"]]) if name]
+    saved = publish(content, public_names(called))
+    fields: dict[str, Any] = (
+        {"base_model": saved["base_model"]} if is_hub_id(made["base_model"]) else {}
+    )
+    fields |= {"library_name": "peft", "tags": ["lora", "merge", "llama-merge"]}
+    low, high = saved["ranks"]
+    settings = ", ".join(f"{key} {value}" for key, value in saved["settings"].items())
+    parts = [
+        "\n".join(
+            ["---", *(f"{key}: {json.dumps(value)}" for key, value in fields.items()), "---"]
+        ),
+        f"# A LoRA adapter by {saved['method']}",
+        "\n".join(f"- {_code(name)}" for name in saved["inputs"]),
+        f"For {_code(saved['base_model'] or 'an unknown base')}: {saved['modules']} modules, rank "
+        f"{low if low == high else f'{low} to {high}'}, relative error {saved['error']:.2e}. "
+        f"{_plain(settings)}",
+        "\n".join(f"- {_plain(note)}" for note in saved["notes"]),
+        f"{REPORT_FILE} has the errors by module.",
+    ]
+    return {
+        "README.md": "\n\n".join(part for part in parts if part) + "\n",
+        REPORT_FILE: json.dumps(saved, indent=2, ensure_ascii=False) + "\n",
+    }
 
 
 def _head(saved: Mapping[str, Any]) -> Iterator[str]:

@@ -6,16 +6,21 @@ One matrix after the other is read, compared and taken apart; only the adapter i
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from merge_adapters import AdapterReport, Errors, refuse_inside
+from merge_adapters import (
+    AdapterReport,
+    Errors,
+    refuse_inside,
+    tokenizer_files,
+    write_and_report,
+)
 from merge_lora import open_model
-from merge_memory import peak_memory
 from merge_progress import progress_bar
 from merge_recipe import brief, unknown_name
 from model_checks import (
@@ -26,14 +31,12 @@ from model_checks import (
     is_tied,
     layer_order,
 )
-from model_companions import TOKENIZER_FILES, leads_out
 from model_errors import ModelCompatibilityError
 from model_lora import PREFIX, is_number
-from model_lora_writer import NewAdapter, write_adapter
+from model_lora_writer import NewAdapter
 from model_prep import fit_problems
 from model_rows import float_rows, same_values
 from model_safetensors import DTYPE_NAMES
-from model_small_files import files_in
 from model_utils import ModelFolder, check_output_dir, rows_of
 
 Floats = NDArray[np.float32]
@@ -113,22 +116,13 @@ def extract_adapter(
                 on_bytes(sizes[module])
         work.take_others()
         new = work.finished()
-        size = write_adapter(new, output_dir, DTYPE_NAMES[extraction.dtype], {})
-    ranks = [*new.ranks.values()] or [0]
-    return AdapterReport(
-        method="extract",
-        inputs=(extraction.base_model, extraction.tuned_model),
-        output_dir=str(output_dir),
-        dtype=extraction.dtype,
-        modules=len(new.factors),
-        ranks=(min(ranks), max(ranks)),
-        error=work.errors.total,
-        errors=work.errors.by_module,
-        bytes_written=size,
-        seconds=time.monotonic() - started,
-        peak_memory=peak_memory(),
-        notes=tuple(work.notes),
-    )
+        given = {key: value for key, value in asdict(extraction).items() if value is not None}
+        del given["tuned_model"], given["base_model"]
+        inputs = (extraction.tuned_model, extraction.base_model)
+        return write_and_report(
+            *(new, "extract", given, inputs, output_dir, extraction.dtype),
+            *(work.errors, work.notes, started),
+        )
 
 
 class _Work:
@@ -244,13 +238,13 @@ class _Work:
                 "is nothing to extract"
             )
         self.new.target_modules = _targets(self.modules, self.new.factors)
-        place = self.tuned.tokenizer_path
-        self.new.files = [*files_in(place, TOKENIZER_FILES)]
-        links = [f.name for f in self.new.files if leads_out(f, place) or not f.is_file()]
-        if links:
-            raise ModelCompatibilityError(
-                f"{self.tuned.label}: {', '.join(links)} is a link out of the model's folder, or "
-                "to nothing, and an adapter may be published. Put the file itself there"
+        self.new.files = tokenizer_files(self.tuned)
+        most = self.extraction.max_error
+        over = [m for m, e in self.errors.by_module.items() if most is not None and e > most]
+        if over:
+            self.notes.append(
+                f"rank {self.extraction.rank} does not reach max_error {most:g} in {len(over)} "
+                f"matrices, such as {over[0]}"
             )
         return self.new
 

@@ -8,7 +8,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,9 +16,10 @@ from numpy.typing import NDArray
 from lora_utils import fold_dora, lora_delta, row_norms
 from merge_operations import numba_problem
 from model_checks import EMBEDDING, HEAD, is_tied, model_problems
+from model_companions import has_tokenizer
 from model_config import merged_config, read_config
 from model_errors import AdapterGivenError, ModelCompatibilityError
-from model_locate import AdapterName, split_adapters
+from model_locate import AdapterName, adapter_name, last_part, split_adapters
 from model_lora import (
     AdapterFolder,
     Change,
@@ -32,7 +32,6 @@ from model_lora import (
 )
 from model_rows import float_rows, same_values
 from model_safetensors import FLOAT_DTYPES, TensorInfo, narrow, widen
-from model_tokenizer import FORMS
 from model_utils import ModelFolder, Origin, open_model_folder, rows_of
 
 Floats = NDArray[np.float32]
@@ -116,8 +115,8 @@ class AdaptedModel(ModelFolder):
         stays_tied = tied and _share_head(steps, settings.tied)
         if tied and not stays_tied:
             notes.append(
-                f"{label}: its head is no longer the embedding, because an adapter changes only "
-                "one of them"
+                f"{label}: its head is no longer the embedding, because an adapter changes the two "
+                "differently"
             )
         biases, of_config = _new_biases(base, steps)
         self._adapted = {
@@ -134,7 +133,7 @@ class AdaptedModel(ModelFolder):
             changes.pop("tie_word_embeddings", None)
         self.config_text = merged_config(base.config_text, changes) if changes else base.config_text
         self.config = read_config(self.config_text)
-        givers = [each for each in self._adapters if _has_tokenizer(each.path)]
+        givers = [each for each in self._adapters if has_tokenizer(each.path)]
         self.tokenizer_path = givers[0].path if givers else base.tokenizer_path
         if givers:
             notes.append(f"{label}: tokenizer and chat template are those of {givers[0].label}")
@@ -420,16 +419,11 @@ def _base_notes(adapter: AdapterFolder, base: ModelFolder) -> Iterator[str]:
     name = adapter.base_name
     known = [origin.name for origin in base.origins[:1]]
     known += [str(base.config.get("_name_or_path") or "")]
-    if name and not any(_last(name) == _last(other) for other in known):
+    if name and not any(last_part(name) == last_part(other) for other in known):
         yield (
             f"{adapter.label}: says that it was trained on {name}; the base here is {base.label}. "
             "If these are not the same weights, the result is wrong"
         )
-
-
-def _last(name: str) -> str:
-    """The last part of a model's name, without a revision."""
-    return name.rstrip("/").rpartition("/")[2].partition("@")[0].lower()
 
 
 def _conflicts(
@@ -499,14 +493,23 @@ def _share_head(steps: dict[str, list[_Step]], tied: Tying) -> bool:
 
 def _same_rows(adapter: AdapterFolder, one: Change, other: Change) -> bool:
     """Whether the same rows of embedding and head are replaced, by the same values."""
-    if one.rows != other.rows or (one.replaced is None) != (other.replaced is None):
-        return False
-    if one.replaced is None or other.replaced is None or one.replaced == other.replaced:
-        return True
-    same_form = adapter.tensors[one.replaced] == adapter.tensors[other.replaced]
+    indices, tokens = one.rows or ((), None)
+    its_indices, its_tokens = other.rows or ((), None)
+    return (
+        indices == its_indices
+        and _same_tensor(adapter, tokens, its_tokens)
+        and _same_tensor(adapter, one.replaced, other.replaced)
+    )
+
+
+def _same_tensor(adapter: AdapterFolder, name: str | None, other: str | None) -> bool:
+    """Whether two tensors of an adapter have the same values, as far as they can be read yet."""
+    if name is None or other is None or name == other:
+        return name == other
+    same_form = adapter.tensors[name] == adapter.tensors[other]
     if not same_form or adapter.download_bytes:
         return same_form
-    return same_values(adapter, one.replaced, adapter, other.replaced)
+    return same_values(adapter, name, adapter, other)
 
 
 def _same_product(adapter: AdapterFolder, one: LowRank | None, other: LowRank | None) -> bool:
@@ -547,10 +550,6 @@ def _new_biases(
     return biases, dict.fromkeys(wanted.values(), True)
 
 
-def _has_tokenizer(path: Path) -> bool:
-    return any((path / form).is_file() for form in FORMS)
-
-
 def open_model(
     name: str,
     settings: LoraSettings = LoraSettings(),  # noqa: B008 (frozen)
@@ -577,10 +576,11 @@ def open_model(
     with ExitStack() as stack:
         try:
             base = _opened(model, earlier, stack, weights)
-        except AdapterGivenError:
-            if base_model is None:
+        except ModelCompatibilityError as error:
+            alone = adapter_name(model)
+            given = isinstance(error, AdapterGivenError) or alone.name != model
+            if base_model is None or not given:
                 raise
-            alone = AdapterName(model)
             model, below = split_adapters(base_model)
             adapters = (*below, alone, *adapters)
             base = _opened(model, earlier, stack, weights)

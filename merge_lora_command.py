@@ -18,7 +18,7 @@ from merge_arguments import (
 from merge_command import carry_out, printed, reported, run_check
 from merge_extract import OTHERS, Extraction, extract_adapter
 from merge_recipe import Recipe, brief, unknown_name
-from model_locate import AdapterName, join_adapters
+from model_locate import AdapterName, adapter_name, join_adapters
 from model_lora import is_number
 from model_safetensors import DTYPE_NAMES
 
@@ -99,7 +99,6 @@ def _fold(argv: Sequence[str]) -> Callable[[], str]:
         "--plan", action="store_true", help="only say what would be done, and read no weights"
     )
     parser.add_argument("--json", action="store_true", help=JSON_HELP)
-    parser.add_argument("--check", metavar="FOLDER", help="check a finished model folder")
     add_lora(parser)
     add_settings(parser)
     arguments = _parsed(parser, argv)
@@ -136,6 +135,7 @@ def fold_recipe(
     """
     if not adapters:
         raise ValueError("no adapter is given. Name at least one")
+    weights = None if weights is None else numbers(weights, "weights")
     if weights is not None and len(weights) != len(adapters):
         raise ValueError(
             f"weights must have one entry per adapter: got {len(weights)} for {len(adapters)}"
@@ -143,9 +143,21 @@ def fold_recipe(
     strengths = [1.0] * len(adapters) if weights is None else [*weights]
     if not all(map(is_number, strengths)):
         raise ValueError(f"weights must be numbers up to 1e30, got {brief(strengths)}")
-    names = [AdapterName(name, float(by)) for name, by in zip(adapters, strengths, strict=True)]
+    named = map(adapter_name, adapters)
+    names = [
+        AdapterName(name, strength * float(by))
+        for (name, strength), by in zip(named, strengths, strict=True)
+    ]
     model = join_adapters(base, names)
     return Recipe(method="passthrough", models=(model,), **settings)  # type: ignore[arg-type]
+
+
+def numbers(values: Sequence[float], argument: str) -> tuple[float, ...]:
+    """Several numbers as a tuple, also from numpy and torch; `ValueError` for a single one."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise ValueError(f"{argument} must be a list, one for each adapter, got {brief(values)}")
+    return tuple(values)
 
 
 def _merge(argv: Sequence[str]) -> Callable[[], str]:

@@ -281,11 +281,13 @@ def model_name(model: str | os.PathLike[str], argument: str = "base_model_path")
     return os.fspath(model)
 
 
-def model_names(models: Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
+def model_names(
+    models: Sequence[str | os.PathLike[str]], argument: str = "ft_model_paths"
+) -> tuple[str, ...]:
     """Models as a recipe holds them; `TypeError` for one path instead of a list of them."""
     if isinstance(models, str | os.PathLike) or not isinstance(models, Iterable):
-        raise TypeError(f"ft_model_paths must be a list of models, got the single {brief(models)}")
-    return tuple(model_name(model, "each of ft_model_paths") for model in models)
+        raise TypeError(f"{argument} must be a list of models, got the single {brief(models)}")
+    return tuple(model_name(model, f"each of {argument}") for model in models)
 
 
 def brief(value: object) -> str:

@@ -37,6 +37,7 @@ from model_token_files import (
 from model_tokenizer import (
     ADDED,
     CONFIG,
+    FORMS,
     MERGES,
     SENTENCEPIECE,
     SPECIAL,
@@ -272,6 +273,11 @@ def _file_problems(side: Companions, files: Iterable[Path]) -> Iterator[str]:
                 f"{side.label}: {file.name} is not UTF-8, or starts with a byte order mark, which "
                 "loaders refuse. Save it as UTF-8 without one"
             )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer."""
+    return any((folder / form).is_file() for form in FORMS)
 
 
 def leads_out(file: Path, folder: Path) -> bool:

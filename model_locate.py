@@ -69,7 +69,7 @@ def split_adapters(name: str) -> ModelName:
 AdapterName(name='code', strength=-0.5)))
     """
     model, *others = _names(name)
-    return ModelName(model, tuple(map(_adapter_name, others)))
+    return ModelName(model, tuple(map(adapter_name, others)))
 
 
 def _names(name: str) -> list[str]:
@@ -77,7 +77,7 @@ def _names(name: str) -> list[str]:
     parts = name.split("+")
     for count in range(len(parts), 1, -1):
         first = "+".join(parts[:count])
-        if Path(first).exists() or Path(_adapter_name(first).name).exists():
+        if Path(first).exists() or Path(adapter_name(first).name).exists():
             break
     else:
         count = 1
@@ -85,7 +85,8 @@ def _names(name: str) -> list[str]:
     return ["+".join(parts[:count]), *rest]
 
 
-def _adapter_name(text: str) -> AdapterName:
+def adapter_name(text: str) -> AdapterName:
+    """ADAPTER or ADAPTER:STRENGTH; what exists is taken for a name."""
     found = None if Path(text).exists() else _STRENGTH.fullmatch(text)
     return AdapterName(text) if found is None else AdapterName(found[1], float(found[2]))
 
@@ -100,6 +101,15 @@ def join_adapters(model: str, adapters: Sequence[AdapterName]) -> str:
     strengths = ("" if by == 1.0 else f":{by!r}".replace("e+", "e") for _, by in adapters)
     named = (f"{each.name}{by}" for each, by in zip(adapters, strengths, strict=True))
     return "+".join([model, *named])
+
+
+def last_part(name: str) -> str:
+    """The last part of a model's name, without a revision; lower case.
+
+    >>> last_part("org/Llama-1B@main"), last_part("/models/llama-1b/")
+    ('llama-1b', 'llama-1b')
+    """
+    return name.rstrip("/").rpartition("/")[2].partition("@")[0].lower()
 
 
 def find_model_folder(
@@ -130,6 +140,8 @@ def find_model_folder(
     if HUB_ID.fullmatch(str(model)):
         try:
             return _with_config(str(model), _download(str(model), weights), config)
+        except AdapterGivenError:
+            raise
         except ModelCompatibilityError as error:
             raise ModelCompatibilityError(f"{error}{_neighbours(path)}") from error
     raise ModelCompatibilityError(
@@ -172,8 +184,8 @@ def _refuse_other(label: str, path: Path, config: str) -> None:
         )
     if config == ADAPTER_CONFIG and (path / CONFIG).is_file() and not is_adapter(path):
         raise ModelCompatibilityError(
-            f"{label}: is a model, not a LoRA adapter (it has no {ADAPTER_CONFIG}). After a + "
-            "stands an adapter; models are given one by one"
+            f"{label}: is a model, not a LoRA adapter (it has no {ADAPTER_CONFIG}). Give the base "
+            "first, then adapters; other models are merged by the other commands"
         )
 
 
@@ -191,6 +203,12 @@ def _folder_below(path: Path, config: str) -> Path:
         raise ModelCompatibilityError(
             f"{path}: has no {config} itself and {len(found)} folders with one below it. "
             f"Name one of them:{listed}{more}"
+        )
+    if config == CONFIG and (adapters := [*_walk(path, MAX_DEPTH, ADAPTER_CONFIG)]):
+        raise AdapterGivenError(
+            f"{path}: holds no model but {len(adapters)} LoRA adapter"
+            f"{'s' if len(adapters) > 1 else ''} ({', '.join(map(str, adapters[:MAX_LISTED]))}). "
+            "Name the base with one: BASE+ADAPTER"
         )
     raise ModelCompatibilityError(
         f"{path}: no {config} in this folder or up to {MAX_DEPTH} levels below it. "

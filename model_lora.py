@@ -373,6 +373,10 @@ class ModuleFactors(NamedTuple):
     embeds: bool
 
 
+MOST_PROBLEMS = 10
+"""What is wrong with an adapter is mostly wrong with all of its modules."""
+
+
 class AdapterParts(NamedTuple):
     """What an adapter holds, whatever it is put on.
 
@@ -410,7 +414,11 @@ def parts_of(adapter: AdapterFolder) -> AdapterParts:
 
 def _raise(adapter: AdapterFolder, problems: Sequence[str]) -> None:
     if problems:
-        raise ModelCompatibilityError([f"{adapter.label}: {problem}" for problem in problems])
+        shown = [f"{adapter.label}: {problem}" for problem in problems[:MOST_PROBLEMS]]
+        if len(problems) > MOST_PROBLEMS:
+            more = len(problems) - MOST_PROBLEMS
+            shown.append(f"{adapter.label}: and so on; {more} more of its modules do not fit")
+        raise ModelCompatibilityError(shown)
 
 
 def _module_factors(

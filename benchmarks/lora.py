@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--extract", action="store_true")
     arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
     prepare_shape(arguments.folder, SHAPE, 0)
     (base,) = model_folders(arguments.folder, SHAPE, 0)
     adapters = [arguments.folder / SHAPE / f"adapter-{arguments.rank}-{seed}" for seed in (1, 2)]
@@ -92,7 +93,7 @@ def main() -> None:
     ours = [sys.executable, str(ROOT / "lora_llama.py")]
     ties = [sys.executable, str(ROOT / "ties_llama.py"), str(base), "--densities", "0.5", "0.5"]
     peer = [sys.executable, str(ROOT / "benchmarks/peers/peft_fold_peer.py")]
-    say(json.dumps(session(None)))
+    say(json.dumps({key: value for key, value in session(None).items() if key != "command"}))
     inputs = [base, *adapters]
     cases = {
         "fold": [*ours, "fold", str(base), one, "--quiet", "--save", str(out)],

@@ -523,7 +523,12 @@ def test_a_base_with_an_adapter_is_planned_without_weights_and_merged(tmp_path):
         planned = merge("org/base+org/chat", "--plan", "--json", **where)
         assert not [*(tmp_path / "cache").rglob("*.safetensors")]
         done = merge("org/base+org/chat", "--save", "out", **where)
+        alone = run(
+            ROOT / "ties_llama.py", "--quiet", "org/base", "--ft_models", "org/chat",
+            "--densities", "1", "--save", "alone", **where,
+        )  # fmt: skip
     assert planned.returncode == done.returncode == 0, done.stderr
+    assert alone.returncode == 0, alone.stderr
     [model] = json.loads(planned.stdout)["models"]
     adapter = (tmp_path / "hub/org/chat/adapter_model.safetensors").stat().st_size
     assert model["download_bytes"] == weight_bytes(base) + adapter

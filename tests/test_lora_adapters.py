@@ -11,6 +11,7 @@ from peft import PeftModel
 from peft_adapters import CASES, AdapterCase, make_adapter, make_base
 from safetensors.torch import load_file
 from tiny_checkpoints import read_tensors, save_tensors
+from tiny_tokenizers import write_byte_level
 from transformers import AutoModelForCausalLM
 
 from dare_utils import dare_ties
@@ -175,8 +176,9 @@ def test_linear_is_pefts_and_says_how_wrong_it_is(tmp_path: Path) -> None:
 def test_ties_and_dare_work_on_the_changes(method: str, tmp_path: Path) -> None:
     base, adapters = adapters_on_one_base(tmp_path, "attention", "one-layer")
     out, densities, rank = tmp_path / "out", [0.5, 0.4], 6
+    seed = {} if method == "ties" else {"seed": 5}
     report = lora_merge_adapters(
-        adapters, out, [1.0, 0.5], method=method, densities=densities, rank=rank, seed=5, **QUIET
+        adapters, out, [1.0, 0.5], method=method, densities=densities, rank=rank, **seed, **QUIET
     )
     ours = deltas_of(on_base(base, out))
     dense = [deltas_of(on_base(base, adapter)) for adapter in adapters]
@@ -198,12 +200,12 @@ def test_at_full_rank_it_is_the_merge_of_the_models(method: str, tmp_path: Path)
     """The same entries of the same tensors are kept, an embedding's too."""
     base, adapters = adapters_on_one_base(tmp_path, "embed", "attention")
     densities, weights = [0.5, 0.6], [1.0, 0.5]
-    settings = {"densities": densities, "seed": 3, **QUIET}
+    seed = {} if method == "ties" else {"seed": 3}
+    settings = {"densities": densities, **seed, **QUIET}
     lora_merge_adapters(adapters, tmp_path / "one", weights, method=method, rank=99, **settings)
     folded = tmp_path / "folded"
     lora_fold_llama_to_folder(base, [tmp_path / "one"], folded, **QUIET)
-    parameters = {"weights": weights, "densities": densities}
-    parameters |= {} if method == "ties" else {"seed": 3}
+    parameters = {"weights": weights, "densities": densities, **seed}
     models = [f"{base}+{adapter}" for adapter in adapters]
     out = tmp_path / "merged"
     recipe = make_recipe(method, base, models, parameters, output_dir=out, dtype="float32")
@@ -347,6 +349,63 @@ def test_an_output_inside_an_input_is_refused(tmp_path: Path) -> None:
     _, adapters = adapters_on_one_base(tmp_path, "attention")
     with pytest.raises(ValueError, match="the output lies inside"):
         lora_merge_adapters(adapters, adapters[0] / "out", **QUIET)
+
+
+def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
+    _, adapters = adapters_on_one_base(tmp_path, "attention", "mlp")
+    write_byte_level(adapters[1], ("<|end|>",), eos="<|end|>")
+    report = lora_merge_adapters(adapters[:1], tmp_path / "without", **QUIET)
+    assert not (tmp_path / "without/tokenizer.json").exists()
+    report = lora_merge_adapters(adapters, tmp_path / "with", **QUIET)
+    assert (tmp_path / "with/tokenizer.json").read_bytes() == (
+        adapters[1] / "tokenizer.json"
+    ).read_bytes()
+    assert any("the tokenizer beside it is that of" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("method", "setting"), [("cat", "lam"), ("cat", "seed"), ("ties", "seed"), ("svd", "max_rank")]
+)
+def test_what_has_no_effect_is_refused(method: str, setting: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{setting} has no effect with {method}"):
+        lora_merge_adapters(["a", "b"], tmp_path / "out", method=method, **{setting: 2})
+
+
+def test_a_strength_in_a_name_multiplies_the_weight(tmp_path: Path) -> None:
+    base, adapters = adapters_on_one_base(tmp_path, "attention", "mlp")
+    named = [f"{adapters[0]}:0.5", adapters[1]]
+    lora_merge_adapters(named, tmp_path / "one", [-2.0, 1.0], **QUIET)
+    expected = folded_logits(base, adapters, tmp_path / "out", weights=[-1.0, 1.0])
+    assert near(logits_of(on_base(base, tmp_path / "one")), expected)
+    again = folded_logits(base, named, tmp_path / "again", weights=[-2.0, 1.0])
+    assert torch.equal(again, expected)
+
+
+def test_an_adapter_says_how_it_was_made_without_paths(tmp_path: Path) -> None:
+    base, adapters = adapters_on_one_base(tmp_path, "attention", "embed")
+    weights = [1.0, 0.5]
+    lora_merge_adapters(adapters, tmp_path / "one", weights, method="svd", rank=1, **QUIET)
+    lora_extract_adapter(f"{base}+{adapters[0]}", base, tmp_path / "two", rank=1, **QUIET)
+    for name in ("one", "two"):
+        for file in ("README.md", "merge_report.json"):
+            assert str(tmp_path) not in (tmp_path / name / file).read_text()
+    saved = json.loads((tmp_path / "one/merge_report.json").read_text())
+    assert saved["method"] == "svd"
+    assert saved["settings"]["weights"] == weights
+    assert saved["errors"].keys() >= {"model.embed_tokens"}
+    card = (tmp_path / "one/README.md").read_text()
+    assert "library_name" in card
+    assert "`attention`" in card
+
+
+def test_a_rank_that_is_too_low_is_said(tmp_path: Path) -> None:
+    _, adapters = adapters_on_one_base(tmp_path, "attention", "embed")
+    report = lora_merge_adapters(adapters, tmp_path / "a", method="svd", rank=1, **QUIET)
+    assert any("does not fit the rank" in note for note in report.notes)
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    tune(BY_NAME["attention"], base, tuned, "q_proj.weight")
+    report = lora_extract_adapter(tuned, base, tmp_path / "b", rank=2, max_error=0.1, **QUIET)
+    assert any("rank 2 does not reach max_error 0.1 in 2 matrices" in n for n in report.notes)
 
 
 def test_settings_out_of_range_are_refused_together(tmp_path: Path) -> None:

@@ -169,6 +169,39 @@ def test_an_adapter_alone_is_put_on_the_base(place: Path) -> None:
         plan(Recipe(method="linear", models=("one", "two")))
 
 
+def test_an_adapter_alone_may_lie_below_and_have_a_strength(place: Path) -> None:
+    (place / "kaggle/input/mine").mkdir(parents=True)
+    (place / "one").rename(place / "kaggle/input/mine/1")
+    below = merge("ties", "base", ["kaggle", "two"], "a")
+    whole = merge("ties", "base", ["base+kaggle/input/mine/1", "base+two"], "b")
+    assert tensor_hashes(below) == tensor_hashes(whole)
+    half = merge("task_arithmetic", "base", ["kaggle:0.5"], "c")
+    assert tensor_hashes(half) == tensor_hashes(
+        merge("task_arithmetic", "base", ["base+kaggle:0.5"], "d")
+    )
+    with pytest.raises(ModelCompatibilityError, match=r"holds no model but 1 LoRA adapter \("):
+        plan(make_recipe("linear", None, ["kaggle", "two"], {}))
+    with pytest.raises(ModelCompatibilityError, match="nowhere: no such folder"):
+        plan(make_recipe("task_arithmetic", "base", ["nowhere:0.5"], {}))
+
+
+def test_a_profile_is_written_down_with_what_it_does_to_adapters(place: Path) -> None:
+    out = merge("ties", "base", ["base+one", "base+two"], "a", profile="peft")
+    assert "lora_rounding: delta" in (out / "merge_recipe.yml").read_text()
+    merge_recipe(out / "merge_recipe.yml", "again", **QUIET)
+    assert tensor_hashes(Path("again")) == tensor_hashes(out)
+    plain = merge("ties", "base", ["base"], "b")
+    assert "lora" not in (plain / "merge_recipe.yml").read_text()
+
+
+def test_an_adapter_of_another_size_is_refused_in_a_few_lines(place: Path) -> None:
+    make_llama(place / "wide", hidden_size=64, layers=12)
+    make_lora(place / "x", place / "wide")
+    with pytest.raises(ModelCompatibilityError, match="14 more of its modules") as caught:
+        plan(make_recipe("passthrough", None, ["base+x"], {}))
+    assert len(str(caught.value).splitlines()) == 11
+
+
 def test_a_fold_has_the_dtype_of_the_base(place: Path) -> None:
     report = lora_fold_llama_to_folder("base", ["one"], "out", **QUIET)
     assert report.dtype == "bfloat16"

@@ -61,7 +61,7 @@ def saved(*names, paths=None, notes=(), files=("tokenizer.json",), method="ties"
     plan = SimpleNamespace(
         recipe=recipe,
         sources=[
-            SimpleNamespace(origins=(Origin(name, path, 0),))
+            SimpleNamespace(origins=(Origin(name, path, 0),), strengths=())
             for name, path in zip(names, paths, strict=True)
         ],
         alignment=SimpleNamespace(tied=False, vocabulary=SimpleNamespace(donor=0)),
