@@ -110,12 +110,11 @@ def write_adapter(
         FileExistsError: the folder is not free.
         OSError: the disk is full, or the place cannot be written.
     """
-    tensors = {
-        name: narrow(np.ascontiguousarray(values), dtype)
-        for name, values in adapter.tensors.items()
-    }
+    tensors = adapter.tensors
     broken = [
-        name for name, values in tensors.items() if not np.isfinite(widen(values, dtype)).all()
+        name
+        for name, values in tensors.items()
+        if not np.isfinite(widen(_stored(values, dtype), dtype)).all()
     ]
     if broken:
         raise ModelCompatibilityError(
@@ -126,7 +125,7 @@ def write_adapter(
     size = sum(info.nbytes for info in infos.values())
     with FolderWriter(output_dir, infos, max(1, size), ADAPTER_WEIGHTS) as writer:
         for name, values in tensors.items():
-            writer.write_rows(name, 0, values.reshape(rows_of(values.shape)))
+            writer.write_rows(name, 0, _stored(values, dtype).reshape(rows_of(values.shape)))
         for path in adapter.files:
             writer.copy_file(path)
         writer.write_text(ADAPTER_CONFIG, json.dumps(adapter.config, indent=2) + "\n")
@@ -134,3 +133,8 @@ def write_adapter(
             writer.write_text(name, text)
         writer.commit()
     return size
+
+
+def _stored(values: Floats, dtype: str) -> NDArray[Any]:
+    """A tensor as it is written."""
+    return narrow(np.ascontiguousarray(values), dtype)

@@ -79,14 +79,14 @@ def widen(stored: NDArray[Any], dtype: str) -> NDArray[np.float32]:
 
 
 def narrow(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
-    """Values rounded to a dtype, to nearest even, as numpy holds them; `widen` undoes it.
+    """Values rounded to a dtype, to nearest even, as numpy holds them; float32 as it is.
 
     >>> widen(narrow(np.array([1.0, 1.005], dtype=np.float32), "BF16"), "BF16")
     array([1.       , 1.0078125], dtype=float32)
     """
     if dtype != "BF16":
         with np.errstate(over="ignore"):  # infinity is found where results are checked
-            return values.astype(FLOAT_DTYPES[dtype])
+            return values.astype(FLOAT_DTYPES[dtype], copy=False)
     bits = values.view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     # Rounding the bits of a NaN could make a number of it.
