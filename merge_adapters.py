@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from merge_card import adapter_texts
 from merge_memory import peak_memory
+from merge_plan import place_problems
 from merge_progress import progress_bar
 from merge_recipe import brief, unknown_name
 from model_checks import VOCABULARY_TENSORS, layer_order
-from model_companions import TOKENIZER_FILES, has_tokenizer, leads_out
+from model_companions import has_tokenizer, tokenizer_files
 from model_errors import ModelCompatibilityError
 from model_locate import adapter_name, last_part
 from model_lora import (
@@ -32,8 +33,7 @@ from model_lora import (
 from model_lora_writer import NewAdapter, write_adapter
 from model_rows import same_values
 from model_safetensors import DTYPE_NAMES
-from model_small_files import files_in
-from model_utils import ModelFolder, check_output_dir, format_bytes
+from model_utils import check_output_dir, format_bytes
 
 if TYPE_CHECKING:
     from lora_utils import Factors, Truncated
@@ -142,7 +142,7 @@ class AdapterReport:
 
     Attributes:
         method: how.
-        inputs: adapters, or the base and the tuned model.
+        inputs: adapters, or the tuned model and its base.
         output_dir, dtype: of the result.
         modules: how many have factors.
         ranks: the lowest and the highest.
@@ -251,7 +251,8 @@ def merge_adapters(
     check_output_dir(output_dir)
     with ExitStack() as stack:
         inputs = _open(merge, stack)
-        refuse_inside(output_dir, [each.adapter for each in inputs])
+        if wrong := place_problems(output_dir, [each.adapter for each in inputs]):
+            raise ValueError("\n".join(wrong))
         shapes = _shapes(inputs)
         new = NewAdapter(_base_name(inputs))
         whole, settings = _carried(inputs)
@@ -291,7 +292,7 @@ def write_and_report(
     inputs: Sequence[str],
     output_dir: Path,
     dtype: str,
-    errors: "Errors",
+    errors: Errors,
     notes: Sequence[str],
     started: float,
 ) -> AdapterReport:
@@ -322,16 +323,6 @@ def write_and_report(
         seconds=time.monotonic() - started,
         peak_memory=peak_memory(),
     )
-
-
-def refuse_inside(output_dir: Path, inputs: Sequence[ModelFolder]) -> None:
-    """Raise `ValueError` for an output that would lie inside what it is made of."""
-    above = output_dir.resolve().parents
-    for origin in (origin for each in inputs for origin in each.origins):
-        if origin.path.resolve() in above:
-            raise ValueError(
-                f"{output_dir}: the output lies inside {origin.name!r}. Choose another place"
-            )
 
 
 def _open(merge: AdapterMerge, stack: ExitStack) -> list[_Input]:
@@ -631,22 +622,6 @@ def _targets(inputs: Sequence[_Input], modules: Sequence[str]) -> list[str]:
         named.update(targets)
     short = {module.rpartition(".")[2] for module in modules}
     return sorted(short) if short <= named else [*modules]
-
-
-def tokenizer_files(model: ModelFolder) -> list[Path]:
-    """Tokenizer and chat template of a model or adapter, to be copied.
-
-    Raises:
-        ModelCompatibilityError: one is a link out of the folder, or to nothing.
-    """
-    place = model.tokenizer_path
-    files = [*files_in(place, TOKENIZER_FILES)]
-    if links := [file.name for file in files if leads_out(file, place) or not file.is_file()]:
-        raise ModelCompatibilityError(
-            f"{model.label}: {', '.join(links)} is a link out of the model's folder, or to "
-            "nothing, and an adapter may be published. Put the file itself there"
-        )
-    return files
 
 
 def _notes(

@@ -139,7 +139,7 @@ def merge_stages(
     with open_earlier(stages, run_settings, None) as earlier:
         if earlier.models:
             sources = [source for each in earlier.plans.values() for source in each.sources]
-            if wrong := place_problems(recipe, sources):
+            if wrong := place_problems(output_dir, sources):
                 raise ValueError("\n".join(wrong))
             plan(recipe, **settings, earlier=earlier)
     with open_earlier(stages, run_settings, output_dir) as earlier:

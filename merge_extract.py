@@ -13,14 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from merge_adapters import (
-    AdapterReport,
-    Errors,
-    refuse_inside,
-    tokenizer_files,
-    write_and_report,
-)
+from merge_adapters import AdapterReport, Errors, write_and_report
 from merge_lora import open_model
+from merge_plan import place_problems
 from merge_progress import progress_bar
 from merge_recipe import brief, unknown_name
 from model_checks import (
@@ -31,6 +26,7 @@ from model_checks import (
     is_tied,
     layer_order,
 )
+from model_companions import tokenizer_files
 from model_errors import ModelCompatibilityError
 from model_lora import PREFIX, is_number
 from model_lora_writer import NewAdapter
@@ -107,7 +103,8 @@ def extract_adapter(
         tuned = stack.enter_context(open_model(extraction.tuned_model, base_model=base.label))
         if problems := fit_problems([base, tuned]):
             raise ModelCompatibilityError(problems)
-        refuse_inside(output_dir, [base, tuned])
+        if wrong := place_problems(output_dir, [base, tuned]):
+            raise ValueError("\n".join(wrong))
         work = _Work(extraction, base, tuned)
         sizes = {module: tuned.tensors[f"{module}.weight"].nbytes for module in work.modules}
         with progress_bar(sum(sizes.values()), "extract", show=progress) as on_bytes:

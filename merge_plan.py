@@ -226,7 +226,7 @@ def open_plan(
         usage += [*of_output, *other_problems]
         sources, broken = _open_all(recipe, stack, weights, earlier or Earlier())
         broken = recipe.placed(broken)
-        usage += place_problems(recipe, sources)
+        usage += place_problems(recipe.output_dir, sources)
         by_name = dict(zip(recipe.names, sources, strict=False))
         if len(sources) == len(recipe.names):
             usage += recipe.placed(slice_problems(recipe, by_name))
@@ -456,15 +456,15 @@ def _pattern_problems(recipe: Recipe, names: Iterable[str]) -> list[str]:
     ]
 
 
-def place_problems(recipe: Recipe, sources: Sequence[ModelFolder]) -> list[str]:
-    """An output that would lie inside one of the models."""
-    if recipe.output_dir is None:
+def place_problems(output_dir: Path | None, sources: Sequence[ModelFolder]) -> list[str]:
+    """An output that would lie inside one of the models, or adapters."""
+    if output_dir is None:
         return []
-    place = recipe.output_dir.resolve()
+    place = output_dir.resolve()
     origins = [origin for source in sources for origin in source.origins]
     around = [origin.name for origin in origins if origin.path.resolve() in place.parents]
     return [
-        f"{recipe.output_dir}: the output lies inside the model {label!r}. Choose another place"
+        f"{output_dir}: the output lies inside the model {label!r}. Choose another place"
         for label in dict.fromkeys(around)
     ]
 

@@ -15,6 +15,7 @@ from typing import Any
 from model_chat_templates import is_template
 from model_checks import special_id_form_problems, special_id_problems
 from model_config import edit_config
+from model_errors import ModelCompatibilityError
 from model_small_files import (
     DEFAULT,
     GENERATION,
@@ -258,7 +259,7 @@ def _file_problems(side: Companions, files: Iterable[Path]) -> Iterator[str]:
     for file in files:
         if not file.exists():
             yield f"{side.label}: {file.name} is a link to nothing. Download the model again"
-        elif leads_out(file, side.path) and leads_out(file, side.tokenizer_path):
+        elif _leads_out(file, side.path) and _leads_out(file, side.tokenizer_path):
             yield (
                 f"{side.label}: {file.name} is a link out of the model's folder, and a result may "
                 "be published. Put the file itself there"
@@ -280,7 +281,23 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / form).is_file() for form in FORMS)
 
 
-def leads_out(file: Path, folder: Path) -> bool:
+def tokenizer_files(model: ModelFolder) -> list[Path]:
+    """Tokenizer and chat template of a model or adapter, to be copied.
+
+    Raises:
+        ModelCompatibilityError: one is a link out of the folder, or to nothing.
+    """
+    place = model.tokenizer_path
+    files = [*files_in(place, TOKENIZER_FILES)]
+    if links := [file.name for file in files if _leads_out(file, place) or not file.is_file()]:
+        raise ModelCompatibilityError(
+            f"{model.label}: {', '.join(links)} is a link out of the model's folder, or to "
+            "nothing, and an adapter may be published. Put the file itself there"
+        )
+    return files
+
+
+def _leads_out(file: Path, folder: Path) -> bool:
     """Whether a file is a link out of its model's folder; the Hub's cache counts as within."""
     target = file.resolve()
     within = target.is_relative_to(folder.resolve())

@@ -84,9 +84,9 @@ class LoraSettings(NamedTuple):
         rounding: of base plus adapter. "none" gives float32; "sum" rounds to the base's dtype, as a
             folded folder does; "delta" rounds the change before it is added as well, as PEFT does
             with adapters in 16 bits (autocast_adapter_dtype=False).
-        tied: what becomes of a head that is the embedding, where an adapter changes one of them:
-            "untie" gives it rows of its own, as the adapter was trained; "shared" changes both, as
-            PEFT's merge_and_unload does.
+        tied: what becomes of a head that is the embedding, where an adapter adds to one of them
+            alone: "untie" gives it rows of its own, as the adapter was trained; "shared" adds to
+            both, as PEFT's merge_and_unload does. What replaces one of them alone unties.
     """
 
     rounding: Rounding = "none"
@@ -130,11 +130,6 @@ class Change(NamedTuple):
 
 class AdapterFolder(ModelFolder):
     """An open LoRA adapter: `config` is its adapter_config.json, `tensors` its own."""
-
-    @property
-    def rank(self) -> int:
-        """r, where no pattern says otherwise."""
-        return int(self.config["r"])
 
     @property
     def uses_dora(self) -> bool:
