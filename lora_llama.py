@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge_adapters import MAX_RANK, AdapterMerge, AdapterReport, merge_adapters
+from merge_adapter_output import AdapterReport
+from merge_adapters import MAX_RANK, AdapterMerge, merge_adapters
 from merge_extract import Extraction, extract_adapter
 from merge_lora_command import fold_recipe, numbers, run_lora_command
 from merge_recipe import DEFAULT_SHARD_SIZE, model_name, model_names
@@ -79,6 +80,7 @@ def lora_fold_llama_to_folder(
     threads: int | None = None,
     max_memory: str | int | None = None,
     progress: bool = True,
+    resume: bool = False,
 ) -> MergeReport:
     """Fold LoRA adapters into their base, from folders to a folder.
 
@@ -88,7 +90,7 @@ def lora_fold_llama_to_folder(
         dtype: "float32", "float16" or "bfloat16"; by default that of the base.
         max_shard_size: bytes per weight file, at most, such as "5GB".
         lora_rounding, tied_lora: see `model_lora.LoraSettings`.
-        threads, max_memory, progress: see `merge_run.RunSettings`.
+        threads, max_memory, progress, resume: see `merge_run.RunSettings`.
 
     Returns:
         What was done.
@@ -107,7 +109,9 @@ def lora_fold_llama_to_folder(
         lora_rounding=lora_rounding,
         tied_lora=tied_lora,
     )
-    return merge_to_folder(recipe, threads=threads, max_memory=max_memory, progress=progress)
+    return merge_to_folder(
+        recipe, threads=threads, max_memory=max_memory, progress=progress, resume=resume
+    )
 
 
 def lora_merge_adapters(
@@ -123,6 +127,7 @@ def lora_merge_adapters(
     seed: int = 0,
     dtype: str = "float32",
     progress: bool = True,
+    resume: bool = False,
 ) -> AdapterReport:
     """Merge LoRA adapters into one adapter, which PEFT loads with the right scale.
 
@@ -133,6 +138,7 @@ def lora_merge_adapters(
         method, rank, max_rank, densities, lam, seed, dtype: see `merge_adapters.AdapterMerge`;
             `merge_adapters.METHODS` says what each method does.
         progress: show how far it is, on stderr.
+        resume: go on with what a stopped run has left; if it was finished, do nothing.
 
     Returns:
         What was done, with the error of the result, module by module.
@@ -153,7 +159,7 @@ def lora_merge_adapters(
         seed=seed,
         dtype=dtype,
     )
-    return merge_adapters(merge, Path(output_dir), progress=progress)
+    return merge_adapters(merge, Path(output_dir), progress=progress, resume=resume)
 
 
 def lora_extract_adapter(
@@ -166,6 +172,7 @@ def lora_extract_adapter(
     others: str = "save",
     dtype: str = "float32",
     progress: bool = True,
+    resume: bool = False,
 ) -> AdapterReport:
     """Extract a LoRA adapter from a tuned model: the leading part of what it has changed.
 
@@ -176,6 +183,7 @@ def lora_extract_adapter(
         rank, max_error, others, dtype: see `merge_extract.Extraction`; a rank or a largest error
             is needed.
         progress: show how far it is, on stderr.
+        resume: go on with what a stopped run has left; if it was finished, do nothing.
 
     Returns:
         What was done, with the error of the result, module by module.
@@ -191,7 +199,7 @@ def lora_extract_adapter(
         others=others,
         dtype=dtype,
     )
-    return extract_adapter(extraction, Path(output_dir), progress=progress)
+    return extract_adapter(extraction, Path(output_dir), progress=progress, resume=resume)
 
 
 main = functools.partial(run_lora_command, __doc__ or "")

@@ -4,15 +4,14 @@ The base is not needed. What a module's factors say is scaled and weighted; the 
 some adapters have are merged from those.
 """
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from merge_card import adapter_texts
-from merge_memory import peak_memory
+from merge_adapter_output import AdapterOutput, AdapterReport, Errors
 from merge_plan import place_problems
 from merge_progress import progress_bar
 from merge_recipe import brief, unknown_name
@@ -30,10 +29,9 @@ from model_lora import (
     open_adapter,
     parts_of,
 )
-from model_lora_writer import NewAdapter, write_adapter
+from model_lora_writer import NewAdapter
 from model_rows import same_values
 from model_safetensors import DTYPE_NAMES
-from model_utils import check_output_dir, format_bytes
 
 if TYPE_CHECKING:
     from lora_utils import Factors, Truncated
@@ -136,84 +134,8 @@ class AdapterMerge:
         return found
 
 
-@dataclass(frozen=True)
-class AdapterReport:
-    """What was made.
-
-    Attributes:
-        method: how.
-        inputs: adapters, or the tuned model and its base.
-        output_dir, dtype: of the result.
-        modules: how many have factors.
-        ranks: the lowest and the highest.
-        error: norm of what the result lacks of the exact change, by the norm of that; over all
-            modules.
-        errors: the same by module, where it is not 0.
-        bytes_written: of its tensors.
-        seconds: wall time.
-        peak_memory: highest resident memory of the process so far, in bytes.
-        notes: what the user should know.
-    """
-
-    method: str
-    inputs: tuple[str, ...]
-    output_dir: str
-    dtype: str
-    modules: int
-    ranks: tuple[int, int]
-    error: float
-    errors: Mapping[str, float]
-    bytes_written: int
-    seconds: float
-    peak_memory: int
-    notes: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as JSON can hold it."""
-        return asdict(self)
-
-    def summary(self) -> str:
-        """The report in a few lines."""
-        low, high = self.ranks
-        rank = f"rank {low}" if low == high else f"ranks {low} to {high}"
-        lines = [
-            f"{self.method} of {', '.join(self.inputs)} into {self.output_dir}: an adapter of "
-            f"{self.modules} modules, {rank}, {self.dtype}, {format_bytes(self.bytes_written)}",
-            f"{self.seconds:.1f} s, peak memory {format_bytes(self.peak_memory)}",
-            f"relative error {self.error:.2e}"
-            + ("" if self.errors else ": exact but for rounding"),
-        ]
-        worst = sorted(self.errors.items(), key=lambda item: -item[1])[:3]
-        if worst:
-            lines.append(f"largest: {', '.join(f'{name} {error:.2e}' for name, error in worst)}")
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
-
-
-class Errors:
-    """Errors of modules, added up to that of the whole."""
-
-    def __init__(self) -> None:
-        self.by_module: dict[str, float] = {}
-        self._missing = self._whole = 0.0
-
-    def add(self, module: str, found: "Truncated") -> None:
-        """Take in a module."""
-        if found.error > NO_ERROR:
-            self.by_module[module] = found.error
-        self._missing += (found.error * found.norm) ** 2
-        self._whole += found.norm**2
-
-    @property
-    def total(self) -> float:
-        """Of all modules together."""
-        return (self._missing / self._whole) ** 0.5 if self._whole else 0.0
-
-
 WORTH_A_NOTE = 0.05
 """A share of the change that is missing and that a user wants to hear of."""
-
-NO_ERROR = 1e-6
-"""What rounding to float32 leaves; not reported by module."""
 
 
 class _Input(NamedTuple):
@@ -231,7 +153,7 @@ class _Input(NamedTuple):
 
 
 def merge_adapters(
-    merge: AdapterMerge, output_dir: Path, *, progress: bool = True
+    merge: AdapterMerge, output_dir: Path, *, progress: bool = True, resume: bool = False
 ) -> AdapterReport:
     """Merge adapters into one, which PEFT loads with the right scale.
 
@@ -239,20 +161,26 @@ def merge_adapters(
         merge: what to merge.
         output_dir: the folder to make; it must not exist, or be empty.
         progress: show how far it is, on stderr.
+        resume: go on with what a stopped run has left; if it was finished, do nothing.
 
     Raises:
         ValueError: something is wrong with the settings.
+        OutputBusyError: another process is making this output.
         ModelCompatibilityError: adapters cannot be read, or cannot be merged into one.
         OSError: the disk is full, or a file cannot be read or written.
     """
-    started = time.monotonic()
     if problems := merge.problems():
         raise ValueError("\n".join(problems))
-    check_output_dir(output_dir)
     with ExitStack() as stack:
         inputs = _open(merge, stack)
-        if wrong := place_problems(output_dir, [each.adapter for each in inputs]):
+        adapters = [each.adapter for each in inputs]
+        if wrong := place_problems(output_dir, adapters):
             raise ValueError("\n".join(wrong))
+        given = {key: value for key, value in asdict(merge).items() if value is not None}
+        output = AdapterOutput(output_dir, given, adapters, resume=resume)
+        if output.finished:
+            return output.finished
+        stack.enter_context(output)
         shapes = _shapes(inputs)
         new = NewAdapter(_base_name(inputs))
         whole, settings = _carried(inputs)
@@ -268,7 +196,8 @@ def merge_adapters(
                     lora_a, lora_b, _ = new.factors[_EMBEDDING]  # the same, the other way round
                     new.factors[_HEAD] = lora_b.T, lora_a.T, False
                     continue
-                found = _merged(merge, method, inputs, module, shapes[module])
+                make = functools.partial(_merged, merge, method, inputs, module, shapes[module])
+                found = output.factors(module, make)
                 errors.add(module, found)
                 lora_a, lora_b = (each.numpy() for each in found.factors)
                 new.factors[module] = lora_a, lora_b, module == _EMBEDDING
@@ -278,51 +207,8 @@ def merge_adapters(
         notes = [*_notes(merge, method, inputs, errors.total)]
         if givers:
             notes.append(f"the tokenizer beside it is that of {givers[0].label}")
-        given = {key: value for key, value in asdict(merge).items() if value is not None}
         del given["adapters"], given["method"]
-        return write_and_report(
-            new, method, given, merge.adapters, output_dir, merge.dtype, errors, notes, started
-        )
-
-
-def write_and_report(
-    new: NewAdapter,
-    method: str,
-    settings: Mapping[str, Any],
-    inputs: Sequence[str],
-    output_dir: Path,
-    dtype: str,
-    errors: Errors,
-    notes: Sequence[str],
-    started: float,
-) -> AdapterReport:
-    """Write an adapter with its card, and say what was done."""
-    ranks = [*new.ranks.values()]
-    report = AdapterReport(
-        method=method,
-        inputs=tuple(inputs),
-        output_dir=str(output_dir),
-        dtype=dtype,
-        modules=len(ranks),
-        ranks=(min(ranks), max(ranks)),
-        error=errors.total,
-        errors=errors.by_module,
-        bytes_written=0,
-        seconds=0.0,
-        peak_memory=0,
-        notes=tuple(notes),
-    )
-    kept = ("method", "inputs", "modules", "ranks", "error", "errors", "notes")
-    made = {key: value for key, value in report.to_dict().items() if key in kept}
-    made |= {"settings": {**settings, "dtype": dtype}, "base_model": new.base_name}
-    names = [adapter_name(name).name for name in inputs]
-    size = write_adapter(new, output_dir, DTYPE_NAMES[dtype], adapter_texts(made, names))
-    return replace(
-        report,
-        bytes_written=size,
-        seconds=time.monotonic() - started,
-        peak_memory=peak_memory(),
-    )
+        return output.write(new, method, given, merge.adapters, merge.dtype, errors, notes)
 
 
 def _open(merge: AdapterMerge, stack: ExitStack) -> list[_Input]:

@@ -25,9 +25,10 @@ JSON_HELP = "print the report, plan or check as JSON"
 SCHEMA_HELP = "print the JSON Schema of our recipes; takes no other arguments"
 
 EXIT_CODES = """exit status:
-  0 merged; 2 wrong arguments; 3 models that cannot be merged; 5 disk full;
-  6 other trouble with files; 129, 130, 143 interrupted. Unless it is 0, there is no
-  output folder."""
+  0 merged; 2 wrong arguments; 3 models that cannot be merged; 4 models that could do
+  harm; 5 disk full; 6 other trouble with files; 7 another run is making this output;
+  8 more memory needed than allowed; 129, 130, 143 interrupted. Unless it is 0, there
+  is no output folder; what a stopped run has done is kept for --resume."""
 
 
 _PLACE_OF_BASE = {
@@ -502,7 +503,24 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         help="most memory of the process, such as 2GB, without files that the system caches "
         "(default: no limit; a merge takes about 130 MB, and --plan says how much)",
     )
+    parser.add_argument(
+        *spellings("--verify_inputs"),
+        action="store_true",
+        help="before merging, read all weight files and compare them with the SHA-256 known of "
+        "them: from the Hub's cache, or a merge_manifest.json",
+    )
+    add_resume(parser)
     parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def add_resume(parser: argparse.ArgumentParser) -> None:
+    """The argument for what was stopped."""
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with what a stopped run of the same command has left; without anything left, "
+        "begin, and if it was finished, say so",
+    )
 
 
 def spellings(flag: str) -> list[str]:

@@ -23,8 +23,9 @@ from merge_recipe import Recipe
 from merge_report import REPORT_FILE, MergeReport
 from merge_yaml import write_recipes
 from model_companions import AUTO_TEMPLATE, NO_TEMPLATE
-from model_locate import HUB_ID, join_adapters, split_adapters, split_revision
+from model_locate import HUB_ID, join_adapters, last_part, split_adapters, split_revision
 from model_tokenizer import FORMS
+from model_utils import Origin
 from model_vocabulary import BY_MODEL, model_index
 
 VERSION = "0.1.0"
@@ -40,20 +41,7 @@ def saved_report(plan: Plan, report: MergeReport, earlier: Earlier) -> dict[str,
         where known), "versions", "result", "notes", "findings" per tensor, and what the models
         have changed, "task_vectors", empty unless it was asked for.
     """
-    plans = [*earlier.plans.values(), plan]
-    sources = {
-        name: source
-        for each in plans
-        for name, source in zip(each.recipe.names, each.sources, strict=True)
-        if name not in earlier.models
-    }
-    origins = {
-        origin.name: origin
-        for each in sources.values()
-        for origin in each.origins
-        if origin.name not in earlier.models
-    }
-    names = [*dict.fromkeys([*sources, *origins])]
+    origins, names = _named(plan, earlier)
     content = {
         "recipe": recipe_document(resolved_recipe(plan), complete=True),
         "earlier": [
@@ -85,10 +73,56 @@ def saved_report(plan: Plan, report: MergeReport, earlier: Earlier) -> dict[str,
         "findings": report.findings,
         "task_vectors": report.task_vectors,
     }
-    public: dict[str, Any] = publish(
-        json.loads(json.dumps(content)), public_names(names, [*earlier.models])
-    )
+    public: dict[str, Any] = publish(json.loads(json.dumps(content)), names)
     return public
+
+
+def _named(plan: Plan, earlier: Earlier) -> tuple[dict[str, Origin], dict[str, str]]:
+    """What a merge reads, by name, and public names of all models and adapters."""
+    sources = {
+        name: source
+        for each in (*earlier.plans.values(), plan)
+        for name, source in zip(each.recipe.names, each.sources, strict=True)
+        if name not in earlier.models
+    }
+    origins = {
+        origin.name: origin
+        for each in sources.values()
+        for origin in each.origins
+        if origin.name not in earlier.models
+    }
+    names = [*dict.fromkeys([*sources, *origins])]
+    return origins, public_names(names, [*earlier.models])
+
+
+def public_recipe(plan: Plan, earlier: Earlier) -> dict[str, Any]:
+    """The resolved recipe as a recipe file has it, with public names."""
+    _, names = _named(plan, earlier)
+    document = recipe_document(resolved_recipe(plan), complete=True)
+    published: dict[str, Any] = publish(json.loads(json.dumps(document)), names)
+    return published
+
+
+def public_inputs(plan: Plan, earlier: Earlier) -> list[dict[str, Any]]:
+    """The weight files that a merge reads: size and SHA-256 of the header, by public names."""
+    _, names = _named(plan, earlier)
+    files = {
+        (file.folder, file.name): file
+        for each in (*earlier.plans.values(), plan)
+        for source in each.sources
+        for file in source.files
+    }
+    found = [
+        {
+            "model": file.model if file.model in names else last_part(file.model),
+            "file": file.name,
+            "bytes": file.state.bytes,
+            "header_sha256": file.header_sha256,
+        }
+        for file in files.values()
+    ]
+    published: list[dict[str, Any]] = publish(found, names)
+    return published
 
 
 def _versions(*packages: str) -> dict[str, str]:

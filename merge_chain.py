@@ -22,12 +22,13 @@ from merge_memory import anonymous_memory
 from merge_operations import make_operations
 from merge_plan import Earlier, Plan, merged_when_read, open_plan, place_problems
 from merge_recipe import Recipe
-from merge_report import MergeReport, PlanReport
-from merge_run import RunSettings, analyze_models, merge_to_folder, plan
+from merge_report import MergeReport, PlanReport, disk_bytes
+from merge_run import RunSettings, analyze_models, finished_report, merge_to_folder, plan
 from merge_stream import MergedRows
 from merge_yaml import RecipeError
 from model_config import read_config
 from model_locate import split_adapters
+from model_partial import PartialFolder
 from model_utils import ModelFolder, open_model_folder
 
 
@@ -118,7 +119,8 @@ def plan_stages(
 ) -> PlanReport:
     """What the final recipe of several would do; arguments and errors as `merge_run.plan`."""
     recipe = replace(_final_recipe(stages), output_dir=output_dir)
-    with open_earlier(stages, _checked(RunSettings(**settings)), None) as earlier:
+    run_settings = _checked(RunSettings(**settings))
+    with open_earlier(stages, run_settings) as earlier:
         return plan(recipe, **settings, earlier=earlier)
 
 
@@ -127,7 +129,7 @@ def merge_stages(
     output_dir: Path,
     *,
     findings: bool = False,
-    progress: bool = True,
+    resume: bool = False,
     **settings: Any,
 ) -> MergeReport:
     """Carry out the final recipe of several; arguments and errors as `merge_run.merge_to_folder`.
@@ -135,17 +137,22 @@ def merge_stages(
     What can be known of any of them from headers alone is refused before anything is merged.
     """
     recipe = replace(_final_recipe(stages), output_dir=output_dir)
-    run_settings = _checked(RunSettings(**settings, progress=progress))
-    with open_earlier(stages, run_settings, None) as earlier:
-        if earlier.models:
-            sources = [source for each in earlier.plans.values() for source in each.sources]
-            if wrong := place_problems(output_dir, sources):
-                raise ValueError("\n".join(wrong))
-            plan(recipe, **settings, earlier=earlier)
-    with open_earlier(stages, run_settings, output_dir) as earlier:
-        return merge_to_folder(
-            recipe, **settings, findings=findings, progress=progress, earlier=earlier
-        )
+    run_settings = _checked(RunSettings(**settings, findings=findings, resume=resume))
+    with open_earlier(stages, run_settings) as earlier:
+        if not earlier.models:
+            return merge_to_folder(recipe, **asdict(run_settings))
+        if resume and (report := finished_report(recipe, run_settings, earlier)):
+            return report
+        sources = [source for each in earlier.plans.values() for source in each.sources]
+        if wrong := place_problems(output_dir, sources):
+            raise ValueError("\n".join(wrong))
+        needed = plan(recipe, **_of_plan(run_settings), earlier=earlier).disk_bytes
+    with PartialFolder(output_dir, resume=resume) as partial:
+        partial.check_space(needed)
+        with open_earlier(stages, run_settings, partial.earlier) as earlier:
+            settings = {**asdict(run_settings), "resume": False}
+            report = merge_to_folder(recipe, **settings, earlier=earlier, partial=partial)
+    return replace(report, notes=(*report.notes, *partial.notes))
 
 
 def analyze_stages(
@@ -158,8 +165,18 @@ def analyze_stages(
     """
     recipe = _final_recipe(stages)
     run_settings = _checked(RunSettings(**settings, progress=progress))
-    with open_earlier(stages, run_settings, place) as earlier:
+    with open_earlier(stages, run_settings) as earlier:
+        if not earlier.models:
+            return analyze_models(recipe, **settings, progress=progress)
+    with (
+        PartialFolder(place.with_name(f"{place.name}.models")) as partial,
+        open_earlier(stages, run_settings, partial.earlier) as earlier,
+    ):
         return analyze_models(recipe, **settings, progress=progress, earlier=earlier)
+
+
+def _of_plan(settings: RunSettings) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in ("device", "threads", "max_memory")}
 
 
 def _checked(settings: RunSettings) -> RunSettings:
@@ -176,28 +193,26 @@ def _final_recipe(stages: Sequence[Stage]) -> Recipe:
 
 @contextmanager
 def open_earlier(
-    stages: Sequence[Stage], settings: RunSettings, output_dir: Path | None
+    stages: Sequence[Stage], settings: RunSettings, place: Path | None = None
 ) -> Iterator[Earlier]:
     """The results that the final recipe needs, as open models.
 
     Args:
         stages: all recipes of a file; `check_stages` finds nothing wrong with them.
         settings: how they are merged.
-        output_dir: of the final recipe, whose models are going to be read; None if only their
-            headers are.
+        place: a folder for what has to be written of them, which the caller removes; None if only
+            their headers are going to be read.
     """
     by_name = {stage.name: stage for stage in stages if stage.name is not None}
     needed = _needed(by_name, final_stage(stages))
-    earlier, weights = Earlier(), output_dir is not None
+    earlier, weights = Earlier(), place is not None
     if not needed:
         yield earlier
         return
     with ExitStack() as stack:
-        beside = None if output_dir is None else _existing(output_dir.absolute().parent)
-        place = Path(tempfile.mkdtemp(prefix=".recipes-", dir=beside))
-        stack.callback(_remove, place)
+        small = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="recipes-")))
         for number, name in enumerate(needed):
-            recipe, folder = by_name[name].recipe, place / str(number)
+            recipe = by_name[name].recipe
             opened = stack.enter_context(open_plan(recipe, weights=weights, earlier=earlier))
             rows = None
             if merged_when_read(opened):
@@ -205,31 +220,22 @@ def open_earlier(
                 earlier.memory_bytes += fit.memory_bytes - anonymous_memory()
                 if weights:
                     rows = stack.enter_context(_rows(opened, settings, fit.block_bytes))
-            if weights and rows is None:
+            else:
+                earlier.disk_bytes += disk_bytes(opened)
+            if place is not None and rows is None:
+                folder = place / str(number)
                 merge_to_folder(
-                    replace(recipe, output_dir=folder), **asdict(settings), earlier=earlier
+                    replace(recipe, output_dir=folder),
+                    **{**asdict(settings), "findings": False},
+                    earlier=earlier,
                 )
                 model = open_model_folder(folder)
-                model.label = name
+                model.label, model.is_input = name, False
             else:
-                model = MergedModel(name, _small_files(opened, folder), opened, rows)
+                model = MergedModel(name, _small_files(opened, small / str(number)), opened, rows)
             stack.callback(model.close)
             earlier.models[name], earlier.plans[name] = model, opened
         yield earlier
-
-
-def _existing(folder: Path) -> Path:
-    """A folder, or the nearest above it that exists."""
-    return next(each for each in (folder, *folder.parents) if each.is_dir())
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder, even if it is interrupted once."""
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-    except KeyboardInterrupt:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 from signal import SIGHUP, SIGINT, SIGTERM
 from typing import Any
 
-from merge_adapters import AdapterReport
+from merge_adapter_output import AdapterReport
 from merge_analysis import Analysis, check_analysis_target, write_analysis
 from merge_arguments import (
     CHECK_HELP,
@@ -34,13 +34,21 @@ from merge_report import MergeReport, PlanReport
 from merge_run import analyze_models, merge_to_folder, plan
 from merge_schema import recipe_schema
 from merge_yaml import write_recipes
-from model_errors import ModelCompatibilityError
+from model_errors import (
+    MemoryLimitError,
+    ModelCompatibilityError,
+    OutputBusyError,
+    UnsafeModelError,
+)
 from model_verify import Findings, verify_folder
 
 EXIT_OK = 0
 EXIT_BAD_INPUT = 3
+EXIT_UNSAFE = 4
 EXIT_NO_SPACE = 5
 EXIT_IO = 6
+EXIT_BUSY = 7
+EXIT_MEMORY = 8
 
 SIGNALS = (SIGINT, SIGTERM, SIGHUP)
 
@@ -118,12 +126,22 @@ def _carry_out_recipe(arguments: argparse.Namespace) -> str:
         check_analysis_target(arguments.analyze)
         analysis = analyze_stages(stages, arguments.analyze, **settings)
         return _written(analysis, arguments)
-    report = merge_stages(stages, arguments.save, findings=arguments.findings, **settings)
+    report = merge_stages(stages, arguments.save, **_merge_settings(arguments))
     return printed(report, as_json=arguments.json)
 
 
 def _run_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in ("device", "threads", "max_memory")}
+
+
+def _merge_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How a merge into a folder is run."""
+    of_merge = ("findings", "resume", "verify_inputs")
+    return {
+        **_run_settings(arguments),
+        **{name: getattr(arguments, name) for name in of_merge},
+        "progress": not arguments.quiet,
+    }
 
 
 def _written(analysis: Analysis, arguments: argparse.Namespace) -> str:
@@ -178,9 +196,11 @@ def reported(work: Callable[[], str], *, last: bool = False) -> int:
         for line in _text(error).splitlines():
             shown = printable(line)
             print(shown if line.startswith(" ") else f"error: {shown}", file=sys.stderr)
+        _print_notes(error)
         return _exit_code(error)
     except KeyboardInterrupt as error:
-        print("error: interrupted; nothing has been written", file=sys.stderr)
+        print("error: interrupted", file=sys.stderr)
+        _print_notes(error)
         return 128 + (error.args[0] if error.args else SIGINT)
     try:
         print(text, flush=True)
@@ -198,7 +218,7 @@ def carry_out(recipe: Recipe, arguments: argparse.Namespace) -> str:
     if arguments.analyze is not None:
         check_analysis_target(arguments.analyze)
         return _written(analyze_models(recipe, **settings), arguments)
-    report = merge_to_folder(recipe, **settings, findings=arguments.findings)
+    report = merge_to_folder(recipe, **_merge_settings(arguments))
     return printed(report, as_json=arguments.json)
 
 
@@ -237,6 +257,12 @@ def _signals_interrupt(*, last: bool) -> Iterator[None]:
                 signal.signal(number, handler)
 
 
+def _print_notes(error: BaseException) -> None:
+    """What is left of the work, and how to go on with it."""
+    for note in getattr(error, "__notes__", ()):
+        print(f"note: {printable(note)}", file=sys.stderr)
+
+
 def _text(error: Exception) -> str:
     """What an error says, without the number that Python puts before it."""
     if not (isinstance(error, OSError) and error.strerror):
@@ -245,9 +271,15 @@ def _text(error: Exception) -> str:
 
 
 def _exit_code(error: Exception) -> int:
-    if isinstance(error, ValueError):
-        return EXIT_USAGE
-    if isinstance(error, ModelCompatibilityError):
-        return EXIT_BAD_INPUT
+    kinds = {
+        MemoryLimitError: EXIT_MEMORY,
+        ValueError: EXIT_USAGE,
+        UnsafeModelError: EXIT_UNSAFE,
+        ModelCompatibilityError: EXIT_BAD_INPUT,
+        OutputBusyError: EXIT_BUSY,
+    }
+    for kind, code in kinds.items():
+        if isinstance(error, kind):
+            return code
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     return EXIT_NO_SPACE if full else EXIT_IO

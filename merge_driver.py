@@ -142,13 +142,28 @@ OF_THE_RUN = (
         "is no limit. Refused where it is too little.",
     ),
     Setting("progress", True, bool, "show how far it is."),
+    Setting(
+        "verify_inputs",
+        False,
+        bool,
+        "before merging, compare all weight files with the SHA-256 that are known of them.",
+    ),
 )
-FINDINGS = Setting(
-    "findings",
-    False,
-    bool,
-    "also put into the report what each model has changed, and where they disagree.",
+OF_A_MERGE = (
+    Setting(
+        "findings",
+        False,
+        bool,
+        "also put into the report what each model has changed, and where they disagree.",
+    ),
+    Setting(
+        "resume",
+        False,
+        bool,
+        "go on with what a stopped run of the same merge has left; if it was finished, do nothing.",
+    ),
 )
+"""Of how a merge into a folder is run."""
 
 OF_EVERY_RECIPE = (*OF_THE_RECIPE, *OF_THE_TENSORS)
 
@@ -165,6 +180,7 @@ Raises:
     TypeError: a model is not named by a path or Hub id.
     ValueError: a parameter is out of range or its count is wrong.
     ModelCompatibilityError: models cannot be read or do not fit together.
+    OutputBusyError: another process is making this output.
     OSError: the disk is full, or a file cannot be read or written.
 """
 
@@ -187,7 +203,8 @@ def make_driver(name: str, module: str, description: str) -> Driver:
     def to_folder(values: Mapping[str, Any]) -> MergeReport:
         of_folder = {setting.name: values[setting.name] for setting in OF_A_FOLDER}
         recipe = make_recipe(name, **_of_recipe(method, values), **of_folder)
-        return merge_to_folder(recipe, **_of_run(values), findings=values["findings"])
+        of_merge = {setting.name: values[setting.name] for setting in OF_A_MERGE}
+        return merge_to_folder(recipe, **_of_run(values), **of_merge)
 
     shared = (*OF_EVERY_RECIPE, *OF_THE_RUN)
     in_folder = (
@@ -196,7 +213,7 @@ def make_driver(name: str, module: str, description: str) -> Driver:
         *OF_EVERY_RECIPE,
         *OF_A_FOLDER[2:],
         *OF_THE_RUN,
-        FINDINGS,
+        *OF_A_MERGE,
     )
     what = description.strip().splitlines()[0]
     functions = (

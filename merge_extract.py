@@ -3,17 +3,17 @@
 One matrix after the other is read, compared and taken apart; only the adapter is held in memory.
 """
 
-import time
+import functools
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from merge_adapters import AdapterReport, Errors, write_and_report
+from merge_adapter_output import AdapterOutput, AdapterReport, Errors
 from merge_lora import open_model
 from merge_plan import place_problems
 from merge_progress import progress_bar
@@ -33,7 +33,10 @@ from model_lora_writer import NewAdapter
 from model_prep import fit_problems
 from model_rows import float_rows, same_values
 from model_safetensors import DTYPE_NAMES
-from model_utils import ModelFolder, check_output_dir, rows_of
+from model_utils import ModelFolder, rows_of
+
+if TYPE_CHECKING:
+    from lora_utils import Truncated
 
 Floats = NDArray[np.float32]
 
@@ -80,7 +83,7 @@ class Extraction:
 
 
 def extract_adapter(
-    extraction: Extraction, output_dir: Path, *, progress: bool = True
+    extraction: Extraction, output_dir: Path, *, progress: bool = True, resume: bool = False
 ) -> AdapterReport:
     """Extract an adapter that makes of the base what comes nearest to the tuned model.
 
@@ -88,16 +91,16 @@ def extract_adapter(
         extraction: of what, and how much.
         output_dir: the folder to make; it must not exist, or be empty.
         progress: show how far it is, on stderr.
+        resume: go on with what a stopped run has left; if it was finished, do nothing.
 
     Raises:
+        OutputBusyError: another process is making this output.
         ValueError: something is wrong with the settings, or nothing has changed.
         ModelCompatibilityError: the models cannot be read or do not fit together.
         OSError: the disk is full, or a file cannot be read or written.
     """
-    started = time.monotonic()
     if problems := extraction.problems():
         raise ValueError("\n".join(problems))
-    check_output_dir(output_dir)
     with ExitStack() as stack:
         base = stack.enter_context(open_model(extraction.base_model))
         tuned = stack.enter_context(open_model(extraction.tuned_model, base_model=base.label))
@@ -105,7 +108,11 @@ def extract_adapter(
             raise ModelCompatibilityError(problems)
         if wrong := place_problems(output_dir, [base, tuned]):
             raise ValueError("\n".join(wrong))
-        work = _Work(extraction, base, tuned)
+        given = {key: value for key, value in asdict(extraction).items() if value is not None}
+        output = AdapterOutput(output_dir, given, [base, tuned], resume=resume)
+        if output.finished:
+            return output.finished
+        work = _Work(extraction, base, tuned, stack.enter_context(output))
         sizes = {module: tuned.tensors[f"{module}.weight"].nbytes for module in work.modules}
         with progress_bar(sum(sizes.values()), "extract", show=progress) as on_bytes:
             for module in work.modules:
@@ -113,20 +120,21 @@ def extract_adapter(
                 on_bytes(sizes[module])
         work.take_others()
         new = work.finished()
-        given = {key: value for key, value in asdict(extraction).items() if value is not None}
         del given["tuned_model"], given["base_model"]
         inputs = (extraction.tuned_model, extraction.base_model)
-        return write_and_report(
-            *(new, "extract", given, inputs, output_dir, extraction.dtype),
-            *(work.errors, work.notes, started),
+        return output.write(
+            new, "extract", given, inputs, extraction.dtype, work.errors, work.notes
         )
 
 
 class _Work:
     """An extraction on its way."""
 
-    def __init__(self, extraction: Extraction, base: ModelFolder, tuned: ModelFolder) -> None:
+    def __init__(
+        self, extraction: Extraction, base: ModelFolder, tuned: ModelFolder, output: AdapterOutput
+    ) -> None:
         self.extraction = extraction
+        self.output = output
         self.base = base
         self.tuned = tuned
         self.errors = Errors()
@@ -141,10 +149,6 @@ class _Work:
 
     def take_module(self, module: str) -> None:
         """Take the change of a matrix apart, if there is one."""
-        import torch
-
-        from lora_utils import factorise
-
         weight, bias = f"{module}.weight", f"{module}.bias"
         delta = self._values(self.tuned, weight)
         delta -= self._values(self.base, weight)
@@ -156,16 +160,20 @@ class _Work:
                 f"{self.tuned.label}: {weight} differs from {self.base.label} by NaN or infinity. "
                 "One of the models is broken; use another copy"
             )
-        found = factorise(
-            torch.from_numpy(delta),
-            rank=self.extraction.rank,
-            max_error=self.extraction.max_error,
-        )
+        found = self.output.factors(module, functools.partial(self._factorised, delta))
         self.errors.add(module, found)
         lora_a, lora_b = (each.numpy() for each in found.factors)
         self.new.factors[module] = lora_a, lora_b, False
         if biased:
             self.new.settings["bias"] = "lora_only"
+
+    def _factorised(self, delta: Floats) -> "Truncated":
+        import torch
+
+        from lora_utils import factorise
+
+        rank, max_error = self.extraction.rank, self.extraction.max_error
+        return factorise(torch.from_numpy(delta), rank=rank, max_error=max_error)
 
     def take_others(self) -> None:
         """Take what is no matrix of a layer whole, if it has changed; the biases of modules too."""

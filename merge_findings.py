@@ -31,6 +31,8 @@ TASK_VECTORS = "task_vectors"
 DENSITY_STEP = 1e-6
 """How near a density is told, as a share of it."""
 
+_COUNTS = ("conflicts", "largest", "histogram")
+
 LAYER = re.compile(r"\.layers\.(\d+)\.(.+?)(?:\.weight)?$")
 
 
@@ -237,6 +239,30 @@ def layer_of(name: str) -> tuple[int, str] | None:
     """
     found = LAYER.search(name)
     return None if found is None else (int(found.group(1)), found.group(2))
+
+
+def stored(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Findings on a tensor as records can hold them; `restored` gives them back."""
+    if TASK_VECTORS not in found:
+        return dict(found)
+    counts = {
+        name: None if value is None else value.tolist()
+        for name, value in vars(found[TASK_VECTORS]).items()
+        if name in _COUNTS
+    }
+    return {**found, TASK_VECTORS: {**vars(found[TASK_VECTORS]), **counts}}
+
+
+def restored(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What `stored` was given."""
+    if TASK_VECTORS not in found:
+        return dict(found)
+    counts = {
+        name: None if value is None else np.array(value)
+        for name, value in found[TASK_VECTORS].items()
+        if name in _COUNTS
+    }
+    return {**found, TASK_VECTORS: TensorSums(**{**found[TASK_VECTORS], **counts})}
 
 
 def told(

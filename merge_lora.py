@@ -32,7 +32,7 @@ from model_lora import (
 )
 from model_rows import float_rows, same_values
 from model_safetensors import FLOAT_DTYPES, TensorInfo, narrow, widen
-from model_utils import ModelFolder, Origin, open_model_folder, rows_of
+from model_utils import ModelFolder, Origin, WeightFile, open_model_folder, rows_of
 
 Floats = NDArray[np.float32]
 
@@ -142,6 +142,16 @@ class AdaptedModel(ModelFolder):
         self._locks: dict[str, threading.Lock] = {name: threading.Lock() for name in self._adapted}
         self._lock = threading.Lock()
         self._threads = threading.local()
+
+    @property
+    def files(self) -> tuple[WeightFile, ...]:
+        """Those of the base and of the adapters."""
+        return tuple(file for each in (self._base, *self._adapters) for file in each.files)
+
+    def check_unchanged(self) -> None:
+        """As `ModelFolder.check_unchanged`, of base and adapters."""
+        for each in (self._base, *self._adapters):
+            each.check_unchanged()
 
     def _info(self, name: str, adapted: _Adapted) -> TensorInfo:
         """Dtype and shape of a tensor after it has been changed."""

@@ -11,6 +11,7 @@ from merge_arguments import (
     JSON_HELP,
     CommandParser,
     add_lora,
+    add_resume,
     add_settings,
     number,
     spellings,
@@ -75,8 +76,14 @@ def _add_output(parser: CommandParser) -> None:
     parser.add_argument(
         "--dtype", choices=tuple(DTYPE_NAMES), default="float32", help="(default: %(default)s)"
     )
+    add_resume(parser)
     parser.add_argument("--json", action="store_true", help=JSON_HELP)
     parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def _making(arguments: argparse.Namespace) -> dict[str, bool]:
+    """How an adapter is made."""
+    return {"progress": not arguments.quiet, "resume": arguments.resume}
 
 
 def _add_weights(parser: CommandParser, what: str) -> None:
@@ -213,7 +220,7 @@ def _merge(argv: Sequence[str]) -> Callable[[], str]:
             seed=arguments.seed,
             dtype=arguments.dtype,
         )
-        report = merge_adapters(merge, arguments.save, progress=not arguments.quiet)
+        report = merge_adapters(merge, arguments.save, **_making(arguments))
         return printed(report, as_json=arguments.json)
 
     return work
@@ -254,7 +261,7 @@ def _extract(argv: Sequence[str]) -> Callable[[], str]:
             others=arguments.others,
             dtype=arguments.dtype,
         )
-        report = extract_adapter(extraction, arguments.save, progress=not arguments.quiet)
+        report = extract_adapter(extraction, arguments.save, **_making(arguments))
         return printed(report, as_json=arguments.json)
 
     return work

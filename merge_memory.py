@@ -17,6 +17,7 @@ from typing import NamedTuple
 from merge_operations import FINE_BINS
 from merge_plan import Plan
 from merge_stream import BLOCK_BYTES, Layout, TensorTask
+from model_errors import MemoryLimitError
 from model_utils import format_bytes, rows_of
 from scalar_utils import RUN
 
@@ -75,7 +76,7 @@ def fit_memory(
         findings: whether sums of every pair of models are gathered as well.
 
     Raises:
-        ValueError: the merge cannot be done in so little memory.
+        MemoryLimitError: the merge cannot be done in so little memory.
     """
     needs: dict[int, _Need] = {}
     block_bytes = BLOCK_BYTES
@@ -91,7 +92,7 @@ def fit_memory(
                 if used < useful:
                     notes.append(f"{used} of {threads} threads are used, to stay within max_memory")
                 return Fit(used, block_bytes, needed, tuple(notes))
-    raise ValueError(
+    raise MemoryLimitError(
         f"max_memory {format_bytes(limit or 0)} is too little: this merge takes at least "
         f"{format_bytes(needed)}, {format_bytes(held)} of which the process holds already. Allow "
         "more, or merge fewer models at once"

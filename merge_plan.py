@@ -189,11 +189,13 @@ class Earlier:
         models: by name.
         plans: how they are made.
         memory_bytes: what is taken to merge those that are merged as they are read.
+        disk_bytes: what those take that are merged into a folder first.
     """
 
     models: dict[str, ModelFolder] = field(default_factory=dict)
     plans: dict[str, Plan] = field(default_factory=dict)
     memory_bytes: int = 0
+    disk_bytes: int = 0
 
 
 @contextmanager

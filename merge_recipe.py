@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 from merge_settings import Choice, Setting, joined
 from model_lora import ROUNDINGS, TYINGS, LoraSettings, Rounding, Tying
+from model_partial import check_output_dir
 from model_safetensors import DTYPE_NAMES
-from model_utils import check_output_dir, parse_size
+from model_utils import parse_size
 from model_vocabulary import VocabularySettings, vocabulary_settings
 from scalar_utils import check_clamp_range, check_weight_decay
 

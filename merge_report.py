@@ -10,11 +10,12 @@ from merge_plan import Earlier, Plan, free_bytes, merged_when_read
 from merge_recipe import Recipe
 from merge_settings import written
 from model_checks import EMBEDDING, is_tied
-from model_utils import ModelFolder, format_bytes
+from model_utils import ModelFolder, format_bytes, parse_size
+from model_writer import MANIFEST, RECORD_BYTES, file_sizes
 
 REPORT_FILE = "merge_report.json"
 RECIPE_FILE = "merge_recipe.yml"
-OWN_FILES = ("README.md", "config.json", RECIPE_FILE, REPORT_FILE)
+OWN_FILES = ("README.md", "config.json", RECIPE_FILE, REPORT_FILE, MANIFEST)
 """What a merge writes itself, besides weights."""
 
 
@@ -63,6 +64,8 @@ class PlanReport:
         passes: how often the inputs are read.
         read_bytes: of weights, all passes together.
         write_bytes: of the result's tensors.
+        disk_bytes: that the merge takes, all files together, at most; earlier results that have to
+            be written down included.
         download_bytes: of weights that are on the Hub only.
         memory_bytes: highest memory of the process, without files that the system caches.
         threads: that are used.
@@ -88,6 +91,7 @@ class PlanReport:
     passes: int
     read_bytes: int
     write_bytes: int
+    disk_bytes: int
     download_bytes: int
     memory_bytes: int
     threads: int
@@ -127,6 +131,7 @@ class PlanReport:
             f"read        {format_bytes(self.read_bytes)} in {self.passes} "
             f"pass{'es' if self.passes > 1 else ''}",
             f"write       {format_bytes(self.write_bytes)}",
+            f"disk        at most {format_bytes(self.disk_bytes)}, all files together",
             f"memory      at most {format_bytes(self.memory_bytes)}, libraries included, "
             f"without cached files; {self.threads} thread{'s' if self.threads > 1 else ''}",
         ]
@@ -137,6 +142,23 @@ class PlanReport:
         if self.disk_free is not None:
             lines.append(f"disk free   {format_bytes(self.disk_free)}")
         return "\n".join(lines + [f"note        {note}" for note in self.notes])
+
+
+def small_file_bytes(plan: Plan, *, findings: bool = False) -> int:
+    """What all files of a result besides weights take on the disk, at most."""
+    carried = sum(path.stat().st_size for path in plan.carried.copies)
+    sources = [edit.source for edit in plan.carried.edits.values() if edit.source is not None]
+    carried += sum(2 * path.stat().st_size for path in sources)
+    models = plan.most_models + 1
+    each = 1024 + (512 if findings else 128) * models**2
+    return carried + len(plan.config_text) + 2**18 + each * len(plan.tasks)
+
+
+def disk_bytes(plan: Plan) -> int:
+    """What a result takes on the disk while it is made, at most."""
+    weights = file_sizes(plan.tensors, parse_size(plan.recipe.max_shard_size))
+    records = RECORD_BYTES * (len(plan.tensors) + 1)
+    return sum(weights.values()) + records + small_file_bytes(plan)
 
 
 def plan_report(plan: Plan, fit: Fit, earlier: Earlier) -> PlanReport:
@@ -152,7 +174,8 @@ def plan_report(plan: Plan, fit: Fit, earlier: Earlier) -> PlanReport:
     notes = [*plan.notes, *fit.notes]
     downloads = {origin.path: origin.download_bytes for _, each in plans for origin in each.origins}
     free = None if recipe.output_dir is None else free_bytes(recipe.output_dir)
-    if free is not None and free < plan.write_bytes:
+    disk = disk_bytes(plan) + earlier.disk_bytes
+    if free is not None and free < disk:
         notes.append("the disk has too little room; the merge would be refused")
     return PlanReport(
         method=recipe.method,
@@ -179,6 +202,7 @@ def plan_report(plan: Plan, fit: Fit, earlier: Earlier) -> PlanReport:
         passes=plan.passes,
         read_bytes=plan.read_bytes,
         write_bytes=plan.write_bytes,
+        disk_bytes=disk,
         download_bytes=sum(downloads.values()),
         memory_bytes=fit.memory_bytes,
         threads=fit.threads,
@@ -296,6 +320,7 @@ class MergeReport:
         tensors: tensors in the result.
         bytes_read: from the weights, all passes together.
         bytes_written: tensors of the result.
+        bytes_kept: of them, those that a stopped run had merged already; if all, nothing was done.
         seconds: wall time.
         peak_memory: highest resident memory of the whole process so far, in bytes.
         mapped_memory: what of it are files that the system caches, such as libraries; 0 if unknown.
@@ -321,6 +346,7 @@ class MergeReport:
     tensors: int
     bytes_read: int
     bytes_written: int
+    bytes_kept: int
     seconds: float
     peak_memory: int
     mapped_memory: int
@@ -337,6 +363,8 @@ class MergeReport:
     def summary(self) -> str:
         """The report in a few lines."""
         count, mapped = len(self.models), self.mapped_memory
+        if self.bytes_kept and not self.bytes_read:
+            return f"{self.output_dir} was finished before; nothing is left to do"
         lines = [
             f"merged {count} model{'s' if count > 1 else ''} by {self.method}, profile "
             f"{self.profile}, into {self.output_dir or 'memory'}: {self.tensors} tensors, "

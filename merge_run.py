@@ -1,6 +1,5 @@
 """Carry out a recipe: plan it, merge into a folder, or into a transformers model in memory."""
 
-import errno
 import json
 import sys
 import time
@@ -15,7 +14,8 @@ from numpy.typing import NDArray
 
 from merge_analysis import Analysis, make_analysis
 from merge_card import model_card, saved_report
-from merge_findings import analyze, told
+from merge_findings import analyze, restored, stored, told
+from merge_identity import digest, input_states, plan_identity
 from merge_memory import (
     Fit,
     anonymous_memory,
@@ -25,7 +25,7 @@ from merge_memory import (
     remember_compiled,
 )
 from merge_operations import arithmetic, make_operations, numba_problem
-from merge_plan import Earlier, Plan, free_bytes, open_plan, usable_cores
+from merge_plan import Earlier, Plan, open_plan, usable_cores
 from merge_progress import progress_bar
 from merge_recipe import Recipe
 from merge_report import (
@@ -36,16 +36,21 @@ from merge_report import (
     plan_report,
     resolved_parameters,
     resolved_slices,
+    small_file_bytes,
     vocabulary_summary,
 )
-from merge_stream import Sink, StreamSettings, stream
+from merge_stream import Nowhere, StreamSettings, stream
 from merge_yaml import write_recipes
 from model_checks import HEAD
+from model_config import read_config
 from model_errors import ModelCompatibilityError
+from model_files import read_text
+from model_partial import PartialFolder, tidy
 from model_prep import resize_vocabulary, set_special_ids, warn_about
 from model_small_files import GENERATION
-from model_utils import FolderWriter, format_bytes, get_llama, parse_size
+from model_utils import get_llama, parse_size
 from model_verify import verify_folder
+from model_writer import FolderWriter, read_manifest
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -68,6 +73,10 @@ class RunSettings:
         findings: also find out, in the last pass, what each model has changed and where they
             disagree; for the report.
         progress: show how far it is, on stderr.
+        resume: go on with what a stopped run of the same merge has left; if it was finished, do
+            nothing.
+        verify_inputs: before merging, read all weight files and compare them with the SHA-256
+            that are known of them.
     """
 
     device: str = "cpu"
@@ -75,6 +84,8 @@ class RunSettings:
     max_memory: str | int | None = None
     findings: bool = False
     progress: bool = True
+    resume: bool = False
+    verify_inputs: bool = False
 
     def problems(self) -> list[str]:
         """What is wrong with them."""
@@ -151,37 +162,97 @@ def merge_to_folder(
     max_memory: str | int | None = None,
     findings: bool = False,
     progress: bool = True,
+    resume: bool = False,
+    verify_inputs: bool = False,
     earlier: Earlier | None = None,
+    partial: PartialFolder | None = None,
 ) -> MergeReport:
     """Merge model folders into a new folder, in memory that does not grow with the models.
 
     Args:
         recipe: with an `output_dir`.
-        device, threads, max_memory, findings, progress: see `RunSettings`.
+        device, threads, max_memory, findings, progress, resume, verify_inputs: see `RunSettings`.
         earlier: results of earlier recipes that this one uses; see `merge_chain.open_earlier`.
+        partial: where the output is built, if it is open already.
 
     Raises:
         ValueError: something is wrong with the parameters or the output.
         ModelCompatibilityError: models cannot be read or do not fit together.
+        OutputBusyError: another process is making this output.
         OSError: the disk is full, or a file cannot be read or written.
     """
     if recipe.output_dir is None:
         raise ValueError("output_dir must name the folder to make, got None")
+    settings = RunSettings(device, threads, max_memory, findings, progress, resume, verify_inputs)
+    earlier = earlier or Earlier()
+    if resume and (finished := finished_report(recipe, settings, earlier)):
+        return finished
     started = time.monotonic()
-    settings = RunSettings(device, threads, max_memory, findings, progress)
     with _open_for_merging(recipe, settings, earlier) as plan:
         if findings:
             _check_same_models(plan)
-        fit = settings.fit(plan, 0 if earlier is None else earlier.memory_bytes)
-        _check_space(recipe.output_dir, plan.write_bytes)
-        size = parse_size(recipe.max_shard_size)
-        with FolderWriter(recipe.output_dir, plan.tensors, size) as writer:
-            found = _stream(plan, fit, writer, settings)
-            report = _report(plan, fit, found, started)
-            _write_small_files(plan, report, writer, earlier or Earlier())
-            _verify(writer.partial, recipe.output_dir)
-            writer.commit()
-        return replace(report, seconds=time.monotonic() - started)
+        fit = settings.fit(plan, earlier.memory_bytes)
+        if partial is not None:
+            return _merge(plan, fit, settings, earlier, partial, started)
+        with PartialFolder(recipe.output_dir, resume=resume) as opened:
+            report = _merge(plan, fit, settings, earlier, opened, started)
+        return replace(report, notes=(*report.notes, *opened.notes))
+
+
+def _merge(
+    plan: Plan,
+    fit: Fit,
+    settings: RunSettings,
+    earlier: Earlier,
+    partial: PartialFolder,
+    started: float,
+) -> MergeReport:
+    """Merge into a folder, or what is left of it."""
+    identity = plan_identity(plan, earlier, settings.device, findings=settings.findings)
+    with FolderWriter(
+        partial,
+        plan.tensors,
+        parse_size(plan.recipe.max_shard_size),
+        plan={**identity, "times of the inputs": input_states(plan, earlier)},
+        others=small_file_bytes(plan, findings=settings.findings),
+    ) as writer:
+        found = _stream(plan, fit, FolderSink(writer), settings)
+        for source in plan.sources:
+            source.check_unchanged()
+        report = _report(plan, fit, found, started)
+        _write_small_files(plan, report, writer, earlier)
+        _verify(writer.path, partial.output_dir)
+        writer.commit({"plan_sha256": digest(identity), "inputs": identity["the inputs"]})
+    return replace(report, bytes_kept=writer.kept_bytes, seconds=time.monotonic() - started)
+
+
+def finished_report(recipe: Recipe, settings: RunSettings, earlier: Earlier) -> MergeReport | None:
+    """The report of a merge whose output is there already; None if it is not, or of another merge.
+
+    Whether its files are intact is what `verify_folder` says; only their sizes are looked at.
+    """
+    assert recipe.output_dir is not None
+    started = time.monotonic()
+    manifest = read_manifest(recipe.output_dir)
+    if manifest is None:
+        return None
+    elsewhere, problems = replace(recipe, output_dir=None), settings.problems()
+    with open_plan(elsewhere, problems, weights=False, earlier=earlier) as plan:
+        identity = plan_identity(plan, earlier, settings.device, findings=settings.findings)
+        if manifest.get("plan_sha256") != digest(identity):
+            return None
+        tidy(recipe.output_dir)
+        saved = read_config(read_text(recipe.output_dir, REPORT_FILE, str(recipe.output_dir)))
+        fit = settings.fit(plan, earlier.memory_bytes)
+        report = _report(plan, fit, {}, started)
+        return replace(
+            report,
+            output_dir=str(recipe.output_dir),
+            bytes_read=0,
+            bytes_kept=plan.write_bytes,
+            findings=saved["findings"],
+            task_vectors=saved["task_vectors"],
+        )
 
 
 @contextmanager
@@ -231,6 +302,7 @@ def merge_to_model(
     threads: int | None = None,
     max_memory: str | int | None = None,
     progress: bool = True,
+    verify_inputs: bool = False,
 ) -> "PreTrainedModel":
     """Merge model folders into one transformers model, float32, on the CPU.
 
@@ -244,7 +316,9 @@ def merge_to_model(
             "a recipe with slices can be merged into a folder only: a model in memory has the "
             "layers of its config. Use merge_to_folder"
         )
-    settings = RunSettings(device, threads, max_memory, progress=progress)
+    settings = RunSettings(
+        device, threads, max_memory, progress=progress, verify_inputs=verify_inputs
+    )
     with _open_for_merging(replace(recipe, dtype="float32"), settings) as plan:
         fit = settings.fit(plan, beside=_model_bytes(plan))
         of_models = [note for source in plan.sources for note in source.notes]
@@ -288,28 +362,55 @@ def _check_names(plan: Plan, model: "PreTrainedModel") -> None:
 
 
 class ModelSink:
-    """Writes merged rows into a model in memory."""
+    """Writes merged rows into a model in memory.
+
+    Attributes:
+        findings: none are known beforehand.
+    """
 
     def __init__(self, model: "PreTrainedModel") -> None:
+        self.findings: dict[str, Mapping[str, Any]] = {}
         self.tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
 
     def write_rows(self, name: str, first: int, rows: NDArray[np.float32]) -> None:
         """As `FolderWriter.write_rows`."""
         self.tensors[name].reshape(-1, rows.shape[1])[first : first + len(rows)] = rows
 
+    def finish(self, findings: Mapping[str, Mapping[str, Any]]) -> None:
+        """Nothing is left to do."""
+
+
+class FolderSink:
+    """Writes merged rows into a folder, and what was found out into its records.
+
+    Attributes:
+        findings: by tensor, of those that a stopped run has merged.
+    """
+
+    def __init__(self, writer: FolderWriter) -> None:
+        self.findings = {name: restored(found) for name, found in writer.findings.items()}
+        self.write_rows = writer.write_rows
+        self._writer = writer
+
+    def finish(self, findings: Mapping[str, Mapping[str, Any]]) -> None:
+        """These tensors are complete."""
+        self._writer.finish({name: stored(found) for name, found in findings.items()})
+
 
 def _stream(
-    plan: Plan, fit: Fit, sink: Sink, run_settings: RunSettings
+    plan: Plan, fit: Fit, sink: ModelSink | FolderSink, run_settings: RunSettings
 ) -> dict[str, Mapping[str, Any]]:
-    loops = plan.loops
+    loops, done = plan.loops, sink.findings
+    groups = [group for group in plan.groups if not all(task.name in done for task in group)]
+    left = sum(plan.read_bytes_of([task], plan.passes_of(task)) for each in groups for task in each)
     merge_group = plan.observe if run_settings.findings else plan.merge
     with (
         make_operations(run_settings.device, loops, finish=plan.finish) as operations,
-        progress_bar(plan.read_bytes, plan.recipe.method, show=run_settings.progress) as on_bytes,
+        progress_bar(left, plan.recipe.method, show=run_settings.progress) as on_bytes,
     ):
         settings = StreamSettings(fit.threads, fit.block_bytes, on_bytes)
         findings = stream(
-            plan.groups,
+            groups,
             lambda tasks: merge_group(tasks, operations),
             plan.passes_of,
             operations,
@@ -318,7 +419,8 @@ def _stream(
             settings,
         )
         remember_compiled(plan, arithmetic(run_settings.device, loops))
-        return {task.name: findings[task.name] for task in plan.tasks if task.name in findings}
+        findings = {**done, **findings}
+        return {task.name: findings[task.name] for task in plan.tasks if findings.get(task.name)}
 
 
 def analyze_models(
@@ -358,7 +460,7 @@ def analyze_models(
                 StreamSettings(fit.threads, fit.block_bytes, on_bytes),
             )
         return make_analysis(
-            plan, {task.name: findings[task.name] for task in plan.tasks if task.name in findings}
+            plan, {task.name: findings[task.name] for task in plan.tasks if findings.get(task.name)}
         )
 
 
@@ -368,24 +470,6 @@ def _check_same_models(plan: Plan) -> None:
         raise ValueError(
             "--findings and --analyze compare the same models in all layers, and these slices have "
             "different ones. Ask without slices, or of slices of the same models"
-        )
-
-
-class Nowhere:
-    """A sink for passes that merge nothing."""
-
-    def write_rows(self, name: str, first: int, rows: NDArray[Any]) -> None:
-        """Never called."""
-        raise AssertionError(name)
-
-
-def _check_space(output_dir: Path, need: int) -> None:
-    free = free_bytes(output_dir)
-    if need > free:
-        raise OSError(
-            errno.ENOSPC,
-            f"{output_dir}: the result needs {format_bytes(need)}, the disk has "
-            f"{format_bytes(free)} free. Make room or choose another place",
         )
 
 
@@ -408,6 +492,7 @@ def _report(
         tensors=len(plan.tasks),
         bytes_read=plan.read_bytes,
         bytes_written=plan.write_bytes,
+        bytes_kept=0,
         seconds=time.monotonic() - started,
         peak_memory=peak_memory(),
         mapped_memory=mapped_memory(),

@@ -79,6 +79,9 @@ class Sink(Protocol):
     def write_rows(self, name: str, first: int, rows: NDArray[Any]) -> None:
         """Take merged rows, from row `first` on; see `FolderWriter.write_rows`."""
 
+    def finish(self, findings: Mapping[str, Mapping[str, Any]]) -> None:
+        """All rows of these tensors are merged; what the method found out about each."""
+
 
 class Input(NamedTuple):
     """What feeds a tensor of the merged model.
@@ -292,7 +295,7 @@ def stream(
         sink: takes the merged rows.
 
     Returns:
-        What the method found out about each tensor, by name.
+        What the method found out about each tensor, by name; empty where that is nothing.
 
     Raises:
         ModelCompatibilityError: an input holds NaN or infinity, or the result does not fit the
@@ -335,7 +338,9 @@ def stream(
             settings.on_bytes(job.group.credit() * job.segment.nbytes)
             job.group.finish_segment()
             if job.group.merge is not None:  # it was the last pass, or nothing is merged
-                findings.update(job.group.merge.findings)
+                found = {name: job.group.merge.findings.get(name, {}) for name in job.group.names}
+                sink.finish(found)
+                findings.update(found)
                 under_way.remove(job.group)
         if failures:  # of what was under way, the first that was begun, whichever was faster
             raise min(failures, key=lambda failure: failure[0])[1]
@@ -386,6 +391,7 @@ class _GroupWork:
     """A group of tensors on its way through its passes.
 
     Attributes:
+        names: of its tensors.
         request: the pass that is under way.
         left: its segments that no thread has been given yet.
         is_read: whether an earlier pass has read all of the group.
@@ -393,6 +399,7 @@ class _GroupWork:
     """
 
     def __init__(self, passes: Passes | Merge, segments: Sequence[_Segment], expected: int) -> None:
+        self.names = list(dict.fromkeys(segment.task.name for segment in segments))
         self._passes = passes
         self._segments = segments
         self._nbytes = sum(segment.nbytes for segment in segments)
@@ -657,7 +664,7 @@ class MergedRows:
     ) -> None:
         self._tasks = {task.name: task for task in tasks}
         self._merge_group = merge_group
-        self._reader = _Reader(sources, _NoSink(), operations, StreamSettings(1, block_bytes))
+        self._reader = _Reader(sources, Nowhere(), operations, StreamSettings(1, block_bytes))
         self._locks = {name: threading.Lock() for name in self._tasks}
         self._ready: dict[str, tuple[_GroupWork, _Segment]] = {}
         self._threads = threading.local()
@@ -691,12 +698,15 @@ class MergedRows:
         return work, segments[0]
 
 
-class _NoSink:
-    """Takes no rows."""
+class Nowhere:
+    """A sink for passes that merge nothing."""
 
     def write_rows(self, name: str, first: int, rows: NDArray[Any]) -> None:
         """Never called."""
         raise AssertionError(name)
+
+    def finish(self, findings: Mapping[str, Mapping[str, Any]]) -> None:
+        """Nothing is kept."""
 
 
 class _Workers:

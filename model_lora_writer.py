@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from model_errors import ModelCompatibilityError
 from model_locate import ADAPTER_CONFIG
 from model_lora import ADAPTER_WEIGHTS, PREFIX
+from model_partial import PartialFolder
 from model_safetensors import TensorInfo, narrow, widen
-from model_utils import FolderWriter, rows_of
+from model_utils import rows_of
+from model_writer import FolderWriter
 
 Floats = NDArray[np.float32]
 
@@ -43,7 +45,7 @@ class NewAdapter:
     whole: dict[str, Floats] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     target_modules: Sequence[str] = ()
-    files: Iterable[Path] = ()
+    files: Sequence[Path] = ()
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -92,22 +94,27 @@ class NewAdapter:
 
 
 def write_adapter(
-    adapter: NewAdapter, output_dir: Path, dtype: str, texts: Mapping[str, str]
+    adapter: NewAdapter,
+    partial: PartialFolder,
+    dtype: str,
+    texts: Mapping[str, str],
+    about: Mapping[str, Any] | None = None,
 ) -> int:
     """Write an adapter into a new folder, which appears complete or not at all.
 
     Args:
         adapter: what to write.
-        output_dir: the folder; it must not exist, or be empty.
+        partial: where; begun.
         dtype: safetensors name, such as "F32".
         texts: other files by name.
+        about: JSON for the manifest.
 
     Returns:
         Bytes of its tensors.
 
     Raises:
         ModelCompatibilityError: a tensor is NaN or infinite in that dtype.
-        FileExistsError: the folder is not free.
+        FileExistsError: the output is not free any more.
         OSError: the disk is full, or the place cannot be written.
     """
     tensors = adapter.tensors
@@ -123,15 +130,18 @@ def write_adapter(
         )
     infos = {name: TensorInfo(dtype, values.shape) for name, values in tensors.items()}
     size = sum(info.nbytes for info in infos.values())
-    with FolderWriter(output_dir, infos, max(1, size), ADAPTER_WEIGHTS) as writer:
+    others = sum(len(text.encode()) for text in texts.values()) + 2**18
+    others += sum(path.stat().st_size for path in adapter.files)
+    with FolderWriter(partial, infos, max(1, size), ADAPTER_WEIGHTS, others=others) as writer:
         for name, values in tensors.items():
             writer.write_rows(name, 0, _stored(values, dtype).reshape(rows_of(values.shape)))
+            writer.finish({name: {}})
         for path in adapter.files:
             writer.copy_file(path)
         writer.write_text(ADAPTER_CONFIG, json.dumps(adapter.config, indent=2) + "\n")
         for name, text in texts.items():
             writer.write_text(name, text)
-        writer.commit()
+        writer.commit(about)
     return size
 
 

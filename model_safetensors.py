@@ -6,6 +6,7 @@ into a buffer that is used again, and a file written block by block, so the few 
 header are here. Format: https://github.com/huggingface/safetensors#format
 """
 
+import hashlib
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_errors import ModelCompatibilityError
+from model_files import chunks, read_all
 
 FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),
@@ -40,7 +42,22 @@ _DTYPE_BITS = {
     }.items()
     for name in names.split()
 }
-_MAX_HEADER = 100_000_000
+MAX_HEADER = 32_000_000
+MAX_TENSORS = 200_000
+MAX_NAME = 512
+MAX_RANK = 8
+MAX_DIMENSION = 2**40
+
+STRICTER = (
+    "a name stands twice",
+    "an entry has other fields than dtype, shape and data_offsets, or is a list",
+    "a name is empty, begins with /, holds a NUL, or has more than 512 bytes",
+    "more than 8 dimensions, or one of more than 2**40",
+    "more than 32 MB, or more than 200,000 tensors",
+    "something else than { in front, or than spaces behind",
+    "__metadata__ is null",
+)
+"""What is refused although the safetensors library accepts it."""
 
 
 class TensorInfo(NamedTuple):
@@ -65,6 +82,18 @@ class HeaderEntry(NamedTuple):
 
     info: TensorInfo
     begin: int
+
+
+class Header(NamedTuple):
+    """What the first bytes of a file say.
+
+    Attributes:
+        entries: every tensor, in the order in which they are named.
+        sha256: of these bytes.
+    """
+
+    entries: dict[str, HeaderEntry]
+    sha256: str
 
 
 def widen(stored: NDArray[Any], dtype: str) -> NDArray[np.float32]:
@@ -93,39 +122,64 @@ def narrow(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
     return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
 
 
-def read_header(descriptor: int, label: str) -> dict[str, HeaderEntry]:
+def read_header(descriptor: int, label: str) -> Header:
     """Read and check the header of an open safetensors file.
+
+    Stricter than the safetensors library, which accepts some headers that mean two things or
+    exhaust their reader: see `STRICTER`.
 
     Args:
         descriptor: an open file.
         label: what errors call the file.
 
-    Returns:
-        Every tensor of the file, in the order of the header.
-
     Raises:
-        ModelCompatibilityError: the file is cut off, or its header is not valid: wrong JSON, a
-            name twice, an unknown dtype, tensors that overlap or leave bytes unused.
+        ModelCompatibilityError: the file is cut off, or its header is not valid.
     """
     size = os.fstat(descriptor).st_size
-    length = int.from_bytes(os.pread(descriptor, 8, 0), "little") if size >= 8 else 0
-    if not 2 <= length <= min(size - 8, _MAX_HEADER):
+    first = read_all(descriptor, 8)
+    length = int.from_bytes(first, "little") if len(first) == 8 else 0
+    if not 2 <= length <= size - 8:
         raise ModelCompatibilityError(
             f"{label}: not a complete safetensors file (it has {size} bytes and its header "
             f"claims {length}). Download or save it again"
         )
     try:
-        header = json.loads(os.pread(descriptor, length, 8), object_pairs_hook=_unique)
-        if not isinstance(header, dict):
-            raise ValueError("it is not a JSON object")
-        header.pop("__metadata__", None)
-        entries = {name: _entry(name, value, 8 + length) for name, value in header.items()}
-        _check_tiling(entries, 8 + length, size)
+        if length > MAX_HEADER:
+            raise ValueError(f"it claims {length} bytes, expected at most {MAX_HEADER}")
+        text = b"".join(chunks(descriptor, 8, length))
+        entries = parse_header(text, size)
     except (ValueError, RecursionError) as error:
         raise ModelCompatibilityError(
-            f"{label}: the safetensors header is corrupt: {error}. Download or save the file again"
+            f"{label}: the safetensors header is corrupt: {_short(error)}. Download or save the "
+            "file again"
         ) from error
+    return Header(entries, hashlib.sha256(first + text).hexdigest())
+
+
+def parse_header(text: bytes, size: int) -> dict[str, HeaderEntry]:
+    """The tensors of a header; `ValueError` or `RecursionError` where it is not valid.
+
+    Args:
+        text: the JSON, without the 8 bytes before it.
+        size: of the whole file.
+    """
+    if not text.startswith(b"{") or not text.rstrip(b" ").endswith(b"}"):
+        raise ValueError("it is not a JSON object, with nothing but spaces after it")
+    header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError("__metadata__ is not an object of texts")
+    if len(header) > MAX_TENSORS:
+        raise ValueError(f"it names {len(header)} tensors, expected at most {MAX_TENSORS}")
+    data_start = 8 + len(text)
+    entries = {name: _entry(name, value, data_start) for name, value in header.items()}
+    _check_tiling(entries, data_start, size)
     return entries
+
+
+def _short(error: Exception) -> str:
+    text = str(error)
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -138,6 +192,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(name: str, value: Any, data_start: int) -> HeaderEntry:
     """One tensor of the header; `ValueError` if it is not what the format says."""
+    name.encode("utf-8")  # half a surrogate pair is no text
+    if not name or name.startswith("/") or "\0" in name or len(name.encode()) > MAX_NAME:
+        raise ValueError(f"{name[:60]!r} is no name for a tensor")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"the entry of {name!r} is not dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -146,8 +203,13 @@ def _entry(name: str, value: Any, data_start: int) -> HeaderEntry:
     for numbers in (shape, offsets):
         if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):
             raise ValueError(f"{name!r} has shape {shape} at {offsets}, not whole numbers >= 0")
+    if len(shape) > MAX_RANK or any(n > MAX_DIMENSION for n in shape):
+        raise ValueError(
+            f"{name!r} has shape {shape}, expected at most {MAX_RANK} dimensions of 2**40"
+        )
     info = TensorInfo(dtype, tuple(shape))
-    if len(offsets) != 2 or offsets[1] - offsets[0] != info.nbytes:
+    bits = info.numel * _DTYPE_BITS[dtype]
+    if len(offsets) != 2 or 8 * (offsets[1] - offsets[0]) != bits:
         raise ValueError(f"{name!r} with {dtype} {shape} does not fill its bytes {offsets}")
     return HeaderEntry(info, data_start + offsets[0])
 

@@ -5,27 +5,22 @@ Weights are read with `pread` into buffers that the caller owns, and written wit
 places that are known beforehand, so neither side ever holds a whole tensor.
 """
 
-import contextlib
 import fnmatch
 import functools
-import json
 import os
 import re
-import secrets
-import shutil
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from model_config import read_config
-from model_errors import ModelCompatibilityError
-from model_locate import files_left_on_hub, find_model_folder, read_hub_header
-from model_safetensors import FLOAT_DTYPES, HeaderEntry, TensorInfo, build_header, read_header
+from model_errors import ModelCompatibilityError, UnsafeModelError
+from model_files import has_file, open_file, read_text
+from model_locate import CONFIG, files_left_on_hub, find_model_folder, read_hub_header
+from model_safetensors import FLOAT_DTYPES, HeaderEntry, TensorInfo, read_header
 from model_tokenizer import TokenTable, read_tokens
 
 if TYPE_CHECKING:
@@ -85,6 +80,37 @@ class Origin(NamedTuple):
     download_bytes: int
 
 
+class FileState(NamedTuple):
+    """By what it is seen that a file was changed: size, time of the last change in ns, inode."""
+
+    bytes: int
+    changed_ns: int
+    inode: int
+
+
+class WeightFile(NamedTuple):
+    """A weight file of a model, open for reading.
+
+    Attributes:
+        model: what the user called the model.
+        folder: where the file lies.
+        name: of the file.
+        header_sha256: of its header.
+        state: when it was opened.
+    """
+
+    model: str
+    folder: Path
+    name: str
+    header_sha256: str
+    state: FileState
+
+
+def _state(descriptor: int) -> FileState:
+    found = os.fstat(descriptor)
+    return FileState(found.st_size, found.st_mtime_ns, found.st_ino)
+
+
 class ModelFolder:
     """An open model folder: its config, its tensors, and rows of them on request.
 
@@ -97,6 +123,7 @@ class ModelFolder:
         tensors: dtype and shape of every tensor, by name.
         strengths: of the LoRA adapters that it has.
         notes: what the user should know of it.
+        is_input: False for a result that this very run has made.
 
     Reading is safe from several threads. Close it, or use it in a `with` block.
     """
@@ -107,12 +134,32 @@ class ModelFolder:
         self.tokenizer_path = path
         self.strengths: tuple[float, ...] = ()
         self.notes: tuple[str, ...] = ()
+        self.is_input = True
         self._on_hub = dict(on_hub or {})
         self.config_text = ""
         self.config: dict[str, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self._places: dict[str, _Place] = {}
         self._descriptors: list[int] = []
+        self._files: list[WeightFile] = []
+
+    @property
+    def files(self) -> tuple["WeightFile", ...]:
+        """The weight files that it is read from; none of a result that is made on the way."""
+        return tuple(self._files) if self.is_input else ()
+
+    def check_unchanged(self) -> None:
+        """Whether the weight files are as they were when they were opened.
+
+        Raises:
+            ModelCompatibilityError: one was written to.
+        """
+        for descriptor, file in zip(self._descriptors, self._files, strict=True):
+            if _state(descriptor) != file.state:
+                raise ModelCompatibilityError(
+                    f"{file.model}: {file.name} was changed while it was being read. Leave it "
+                    "alone meanwhile and run it again"
+                )
 
     @property
     def download_bytes(self) -> int:
@@ -224,7 +271,7 @@ class ModelFolder:
             )
 
     def _has(self, file: str) -> bool:
-        return file in self._on_hub or (self.path / file).is_file()
+        return file in self._on_hub or has_file(self.path, file)
 
     def _add_file(self, file: str, index: Mapping[str, str]) -> None:
         for name, info in self._read_infos(file).items():
@@ -241,21 +288,21 @@ class ModelFolder:
             infos = read_hub_header(self.label, self.path.name, file)
             self._on_hub[file] = self._on_hub[file] or sum(info.nbytes for info in infos.values())
             return infos
-        descriptor = os.open(self.path / file, os.O_RDONLY)
+        descriptor = open_file(self.path, file, self.label)
         self._descriptors.append(descriptor)
-        entries = read_header(descriptor, f"{self.label}/{file}")
+        entries, sha256 = read_header(descriptor, f"{self.label}/{file}")
+        self._files.append(WeightFile(self.label, self.path, file, sha256, _state(descriptor)))
         self._places.update({name: _place(descriptor, entry) for name, entry in entries.items()})
         return {name: entry.info for name, entry in entries.items()}
 
     def _read_index(self) -> dict[str, str]:
         """Tensor name to file name; empty for a folder with a single weight file."""
-        path = self.path / INDEX
         if self._has(WEIGHTS):
             return {}
-        if not path.is_file():
-            raise ModelCompatibilityError(_no_weights(self.label, self.path))
+        if not has_file(self.path, INDEX):
+            raise _no_weights(self.label, self.path)
         try:
-            weight_map = read_config(path.read_text("utf-8"))["weight_map"]
+            weight_map = read_config(read_text(self.path, INDEX, self.label))["weight_map"]
             files = set(weight_map.values())
             bad = [file for file in files if not _SHARD_NAME.fullmatch(file)]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -264,9 +311,9 @@ class ModelFolder:
                 f"({type(error).__name__}: {error}). Download it again"
             ) from error
         if bad or not files:
-            raise ModelCompatibilityError(
-                f"{self.label}: {INDEX} names the weight files {sorted(bad)}; expected names such "
-                "as model-00001-of-00002.safetensors, in the model's own folder"
+            raise UnsafeModelError(
+                f"{self.label}: {INDEX} names the weight files {sorted(bad)[:3]}; expected names "
+                "such as model-00001-of-00002.safetensors, in the model's own folder. Do not use it"
             )
         return dict(weight_map)
 
@@ -290,7 +337,7 @@ def open_model_folder(model: str | os.PathLike[str], *, weights: bool = True) ->
     path = find_model_folder(model, weights=weights)
     folder = ModelFolder(label, path, None if weights else files_left_on_hub(model, path))
     try:
-        folder.config_text = (folder.path / "config.json").read_bytes().decode("utf-8")
+        folder.config_text = read_text(folder.path, CONFIG, label)
         folder.config = read_config(folder.config_text)
         folder.open_weights()
     except ValueError as error:
@@ -326,265 +373,20 @@ def _read_fully(descriptor: int, target: NDArray[np.uint8], offset: int) -> bool
     return True
 
 
-def _no_weights(label: str, path: Path) -> str:
+def _no_weights(label: str, path: Path) -> ModelCompatibilityError:
     files = sorted({*os.listdir(path), *files_left_on_hub(label, path)})
     pickles = sorted(file for name in _PICKLE_NAMES for file in fnmatch.filter(files, name))
     if pickles:
-        return (
+        return UnsafeModelError(
             f"{label}: has only pickle weights ({pickles[0]}), which can run code when loaded. "
             "Convert them in a place you trust: AutoModelForCausalLM.from_pretrained(...)"
             '.save_pretrained("converted")'
         )
     others = fnmatch.filter(files, "*.safetensors")
     found = f"; found {', '.join(others[:3])}" if others else ""
-    return f"{label}: no {WEIGHTS} and no {INDEX}{found}. Expected a folder from save_pretrained"
-
-
-class _Flusher:
-    """Brings files to the disk while they are still being written.
-
-    Otherwise the system keeps most of what is written in memory until the end, and then the
-    disk works alone.
-
-    Attributes:
-        error: what went wrong first. The system says it once; a later fsync would not.
-    """
-
-    def __init__(self, descriptors: Sequence[int]) -> None:
-        self.error: OSError | None = None
-        self._descriptors = descriptors
-        self._written = 0
-        self._wake = threading.Condition()
-        self._stopping = False
-        self._thread: threading.Thread | None = None
-
-    def add(self, count: int) -> None:
-        """So many bytes were written.
-
-        Raises:
-            OSError: what was written before could not be brought to the disk.
-        """
-        if self.error is not None:
-            raise self.error
-        with self._wake:
-            self._written += count
-            if self._written < FLUSH_BYTES or self._stopping:
-                return
-            self._wake.notify()
-            if self._thread is None:
-                # Here, and not before: this is no main thread, which an interrupt could end
-                # in the middle of the start.
-                thread = threading.Thread(target=self._run, daemon=True)
-                thread.start()
-                self._thread = thread
-
-    def stop(self) -> None:
-        """End; returns when no file is worked on any more, even if it is interrupted."""
-        interrupt = None
-        while self._thread is not None:
-            try:
-                with self._wake:
-                    self._stopping = True
-                    self._wake.notify()
-                self._thread.join()
-                self._thread = None
-            except KeyboardInterrupt as error:
-                interrupt = error
-        if interrupt is not None:
-            raise interrupt
-
-    def _run(self) -> None:
-        while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._stopping or self._written >= FLUSH_BYTES)
-                if self._stopping:
-                    return
-                self._written = 0
-            try:
-                for descriptor in self._descriptors:
-                    _FLUSH(descriptor)
-            except OSError as error:
-                self.error = error
-                return
-
-
-class FolderWriter:
-    """A model folder that appears complete or not at all.
-
-    Built in a `with` block under a temporary name beside `output_dir`, and renamed by
-    `commit`. Leaving the block without `commit` removes what was written.
-
-    Args:
-        output_dir: the folder to make; it must not exist, or be empty.
-        tensors: dtype and shape of every tensor, in the order in which they are stored.
-        max_shard_size: bytes of tensors per file, at most (a larger tensor gets a file alone).
-        file: the name of a single weight file.
-
-    Raises:
-        FileExistsError: `output_dir` exists and is not an empty folder.
-        OSError: the disk is full, or the place cannot be written.
-    """
-
-    def __init__(
-        self,
-        output_dir: Path,
-        tensors: Mapping[str, TensorInfo],
-        max_shard_size: int,
-        file: str = WEIGHTS,
-    ) -> None:
-        check_output_dir(output_dir)
-        self.output_dir = Path(os.path.abspath(output_dir))
-        self.tensors = tensors
-        self.shards = plan_shards(tensors, max_shard_size, file)
-        self.partial = self.output_dir.with_name(
-            f".{self.output_dir.name}.partial-{secrets.token_hex(4)}"
-        )
-        self._parents_made: list[Path] = []
-        self._places: dict[str, tuple[int, HeaderEntry]] = {}
-        self._descriptors: list[int] = []
-        self._flusher = _Flusher(self._descriptors)
-
-    def __enter__(self) -> Self:
-        try:
-            for parent in reversed(self.output_dir.parents):
-                if not parent.exists():
-                    parent.mkdir()
-                    self._parents_made.append(parent)
-            self.partial.mkdir()
-            for file, names in self.shards.items():
-                self._create_shard(file, names)
-            if len(self.shards) > 1:
-                self.write_text(INDEX, self._index())
-        except BaseException:
-            self._abandon()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._abandon()
-
-    def write_rows(self, name: str, first: int, rows: NDArray[Any]) -> None:
-        """Write rows of a tensor, starting at row `first`; safe from several threads.
-
-        Args:
-            name: one of the tensors that the folder was made for.
-            first: row along the first axis; 0 for a vector.
-            rows: (count, row length), contiguous, in the dtype of the tensor as numpy holds it.
-        """
-        descriptor, entry = self._places[name]
-        if rows.dtype != FLOAT_DTYPES[entry.info.dtype]:
-            raise TypeError(f"{name} is {entry.info.dtype}, got rows of {rows.dtype}")
-        row_bytes = rows_of(entry.info.shape)[1] * rows.itemsize
-        view = rows.reshape(-1).view(np.uint8).data
-        offset = entry.begin + first * row_bytes
-        while len(view):
-            count = os.pwrite(descriptor, view, offset)
-            view, offset = view[count:], offset + count
-        self._flusher.add(rows.nbytes)
-
-    def write_text(self, name: str, text: str) -> None:
-        """Add a text file."""
-        (self.partial / name).write_bytes(text.encode("utf-8"))
-
-    def copy_file(self, source: Path) -> None:
-        """Add a file, byte for byte."""
-        shutil.copyfile(source, self.partial / source.name)
-
-    def commit(self) -> None:
-        """Bring everything to the disk and give the folder its name."""
-        self._flusher.stop()
-        self._flusher.add(0)  # raises what went wrong
-        for descriptor in self._descriptors:
-            os.fsync(descriptor)
-        for file in self.partial.iterdir():
-            _fsync_path(file)
-        _fsync_path(self.partial)
-        check_output_dir(self.output_dir)
-        os.rename(self.partial, self.output_dir)
-        self._parents_made.clear()
-        _fsync_path(self.output_dir.parent)
-
-    def _create_shard(self, file: str, names: Sequence[str]) -> None:
-        header, entries = build_header({name: self.tensors[name] for name in names})
-        size = len(header) + sum(entry.info.nbytes for entry in entries.values())
-        descriptor = os.open(self.partial / file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        self._descriptors.append(descriptor)
-        if hasattr(os, "posix_fallocate"):  # a full disk shows here; macOS has no such call
-            os.posix_fallocate(descriptor, 0, size)
-        os.pwrite(descriptor, header, 0)
-        self._places.update({name: (descriptor, entry) for name, entry in entries.items()})
-
-    def _index(self) -> str:
-        files = {name: file for file, names in self.shards.items() for name in names}
-        metadata = {
-            "total_parameters": sum(info.numel for info in self.tensors.values()),
-            "total_size": sum(info.nbytes for info in self.tensors.values()),
-        }
-        index = {"metadata": metadata, "weight_map": dict(sorted(files.items()))}
-        return json.dumps(index, indent=2) + "\n"
-
-    def _abandon(self) -> None:
-        """Close the files; remove what was made if it was not renamed."""
-        try:
-            self._flusher.stop()
-        finally:
-            self._remove()
-
-    def _remove(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.pop())
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(self.partial)
-        while self._parents_made:
-            with contextlib.suppress(OSError):  # someone else has put something there meanwhile
-                self._parents_made.pop().rmdir()
-
-
-def check_output_dir(output_dir: Path) -> None:
-    """Raise `FileExistsError` unless `output_dir` is free: not there, or an empty folder.
-
-    A complete folder takes its place by being renamed, which works with no link or mount point.
-    """
-    if output_dir.is_symlink() or os.path.ismount(output_dir):
-        raise FileExistsError(
-            f"{output_dir}: the output is a link or a mount point. Name a new folder inside it"
-        )
-    if output_dir.is_dir() and not any(output_dir.iterdir()):
-        return
-    if output_dir.exists():
-        raise FileExistsError(
-            f"{output_dir}: the output exists already. Choose another name or remove it first"
-        )
-
-
-def plan_shards(
-    tensors: Mapping[str, TensorInfo], max_shard_size: int, file: str = WEIGHTS
-) -> dict[str, list[str]]:
-    """File names and the tensors in each, filled in order up to `max_shard_size` bytes.
-
-    >>> info = TensorInfo("F16", (4,))
-    >>> plan_shards({"a": info, "b": info, "c": info}, 16)["model-00002-of-00002.safetensors"]
-    ['c']
-    """
-    shards: list[list[str]] = []
-    room = -1
-    for name, info in tensors.items():
-        if info.nbytes > room or not shards:
-            shards.append([])
-            room = max_shard_size
-        shards[-1].append(name)
-        room -= info.nbytes
-    if len(shards) == 1:
-        return {file: shards[0]}
-    return {
-        f"model-{number:05}-of-{len(shards):05}.safetensors": names
-        for number, names in enumerate(shards, 1)
-    }
+    return ModelCompatibilityError(
+        f"{label}: no {WEIGHTS} and no {INDEX}{found}. Expected a folder from save_pretrained"
+    )
 
 
 def parse_size(size: str | int, name: str = "size") -> int:
@@ -615,14 +417,6 @@ def format_bytes(count: float) -> str:
         if count >= size:
             return f"{count / size:.2f} {unit}"
     return f"{count:.0f} bytes"
-
-
-def _fsync_path(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def get_llama(model: str | os.PathLike[str], device: str = "cpu") -> "PreTrainedModel":

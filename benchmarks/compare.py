@@ -249,17 +249,22 @@ def make_models(shape_name: str, folders: Sequence[str]) -> None:
     sys.path.insert(0, str(ROOT))
     import torch
 
+    from model_partial import PartialFolder
     from model_safetensors import TensorInfo
-    from model_utils import FolderWriter
+    from model_writer import FolderWriter
 
     torch.set_num_threads(1)  # the tensors are spread over the cores instead
     shape = SHAPES[shape_name]
     tensors = {name: TensorInfo("BF16", size) for name, size in tensor_shapes(shape).items()}
     with contextlib.ExitStack() as stack:
-        writers = {
-            model: stack.enter_context(FolderWriter(Path(folder), tensors, 10**10))
+        partial = {
+            model: stack.enter_context(PartialFolder(Path(folder)))
             for model, folder in enumerate(folders)
             if not Path(folder).exists()
+        }
+        writers = {
+            model: stack.enter_context(FolderWriter(each, tensors, 10**10, plan={}))
+            for model, each in partial.items()
         }
 
         def make_tensor(number: int, name: str) -> None:
@@ -281,6 +286,7 @@ def make_models(shape_name: str, folders: Sequence[str]) -> None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(make_tensor, range(len(tensors)), tensors))
         for writer in writers.values():
+            writer.finish({name: {} for name in tensors})
             writer.write_text("config.json", config(shape))
             writer.commit()
 

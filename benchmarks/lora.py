@@ -41,6 +41,7 @@ def make_adapter(folder: Path, base: Path, rank: int, seed: int) -> None:
     import torch
 
     from model_lora_writer import NewAdapter, write_adapter
+    from model_partial import PartialFolder
 
     generator = torch.Generator().manual_seed(seed)
     new = NewAdapter(str(base), target_modules=[])
@@ -51,7 +52,9 @@ def make_adapter(folder: Path, base: Path, rank: int, seed: int) -> None:
             lora_b = torch.randn(shape[0], rank, generator=generator) * 0.02
             new.factors[module] = lora_a.numpy(), lora_b.numpy(), False
     new.target_modules = sorted({module.rpartition(".")[2] for module in new.factors})
-    write_adapter(new, folder, "F32", {})
+    with PartialFolder(folder) as partial:
+        partial.begin({})
+        write_adapter(new, partial, "F32", {})
 
 
 def best(name: str, command: Sequence[str], out: Path, inputs: Sequence[Path], runs: int) -> None:

@@ -5,12 +5,14 @@ import importlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -365,9 +367,12 @@ def test_files_that_cannot_be_written_end_with_status_6(models, capsys):
 
 
 def test_a_full_disk_ends_with_status_5(models, capsys, monkeypatch):
-    monkeypatch.setattr("merge_run.free_bytes", lambda _: 0)
+    full = SimpleNamespace(f_bavail=0, f_frsize=4096)
+    monkeypatch.setattr("os.statvfs", lambda _: full)
     assert ties("--save", "out") == 5
-    assert capsys.readouterr().err.startswith("error: out: the result needs")
+    text = r"error: .*out: the result needs [\d,]+ bytes, the disk has 0 free"
+    assert re.match(text, capsys.readouterr().err)
+    assert sorted(os.listdir(models)) == ["a", "b", "base"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -381,7 +386,7 @@ def test_two_signals_in_the_middle_leave_nothing_behind(models, tmp_path, number
         [sys.executable, ROOT / "dare_llama.py", *arguments],
         cwd=tmp_path, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    while not list(tmp_path.glob("new/.out.partial-*/model.safetensors")):
+    while not list(tmp_path.glob("new/.out.partial/model/model.safetensors")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(number)
@@ -389,17 +394,22 @@ def test_two_signals_in_the_middle_leave_nothing_behind(models, tmp_path, number
     process.send_signal(number)
     _, error = process.communicate()
     assert process.returncode == 128 + number, error
-    assert error == "error: interrupted; nothing has been written\n"
-    assert sorted(os.listdir(tmp_path)) == ["a", "b", "base"]
+    assert error.startswith("error: interrupted\n")
+    kept = sorted(path.name for path in tmp_path.glob("new/*"))
+    if kept:  # as much as was complete
+        assert kept == [".out.partial"]
+        assert "the same run with --resume (resume=True) goes on with it" in error
+    else:
+        assert sorted(os.listdir(tmp_path)) == ["a", "b", "base"]
 
 
-def test_an_interrupt_leaves_nothing_and_ends_with_status_130(models, capsys, monkeypatch):
+def test_an_interrupt_before_anything_is_done_leaves_nothing(models, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("model_utils.FolderWriter.write_rows", interrupted)
+    monkeypatch.setattr("model_writer.FolderWriter.write_rows", interrupted)
     assert ties("--save", "out") == 130
-    assert capsys.readouterr().err == "error: interrupted; nothing has been written\n"
+    assert capsys.readouterr().err == "error: interrupted\n"
     assert sorted(os.listdir(models)) == ["a", "b", "base"]
 
 
@@ -680,7 +690,7 @@ def test_sources_of_single_tokens_come_from_a_file(models, capsys):
 
 
 def test_a_merge_that_does_not_fit_is_refused_before_anything_is_written(models, capsys):
-    assert ties("--densities", 0.5, 0.5, "--save", "out", "--max-memory", "20MB") == 2
+    assert ties("--densities", 0.5, 0.5, "--save", "out", "--max-memory", "20MB") == 8
     error = capsys.readouterr().err
     assert error.startswith("error: max_memory 20.00 MB is too little: this merge takes at least ")
     assert "Allow more" in error

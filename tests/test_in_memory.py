@@ -91,7 +91,7 @@ def test_both_functions_take_the_same_arguments_in_the_same_order(method):
         assert memory[parameter.name].default is None  # stands for the profile's
 
 
-FOLDER_ONLY = ("output_dir", "dtype", "chat_template", "max_shard_size", "findings")
+FOLDER_ONLY = ("output_dir", "dtype", "chat_template", "max_shard_size", "findings", "resume")
 CUT = "vocabularies cut to the smallest, 40 rows"
 MIXED = "some models tie their head"
 

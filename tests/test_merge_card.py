@@ -71,7 +71,7 @@ def saved(*names, paths=None, notes=(), files=("tokenizer.json",), method="ties"
     vocabulary = {"rows": 7, "tokenizer_source": names[0], "rows_changed": {names[-1]: {"cut": 1}}}
     report = MergeReport(
         method, "default", {"lam": 1.0}, (), recipe.options, names[0], names[1:], "/home/me/out",
-        "float32", vocabulary, 3, 10, 20, 1.5, 2**30, 0, files, (), tuple(notes),
+        "float32", vocabulary, 3, 10, 20, 0, 1.5, 2**30, 0, files, (), tuple(notes),
         {"model.norm.weight": {"kept": 1}}, {},
     )  # fmt: skip
     return saved_report(plan, report, Earlier())

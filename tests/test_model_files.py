@@ -6,6 +6,7 @@ import os
 import stat
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,18 +18,20 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_checkpoints import make_llama, read_tensors
 
-import model_utils
+import model_writer
 from model_config import edit_config, merged_config, read_config
 from model_errors import ModelCompatibilityError
 from model_locate import find_model_folder
+from model_partial import PartialFolder
 from model_safetensors import TensorInfo, build_header, read_header
-from model_utils import FolderWriter, get_llama, open_model_folder, parse_size, plan_shards
+from model_utils import get_llama, open_model_folder, parse_size
+from model_writer import FolderWriter, plan_shards
 
 
 def header_of(path):
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        return read_header(descriptor, path.name)
+        return read_header(descriptor, path.name).entries
     finally:
         os.close(descriptor)
 
@@ -287,18 +290,29 @@ TENSORS = {
 }
 
 
+@contextmanager
+def folder_writer(path, max_shard_size):
+    with (
+        PartialFolder(path) as partial,
+        FolderWriter(partial, TENSORS, max_shard_size, plan={}) as writer,
+    ):
+        yield writer
+
+
 def write_all(writer, names=("a", "b", "c")):
     for name in names:
         rows = torch.arange(TENSORS[name].numel).float()
         shape = TENSORS[name].shape
         writer.write_rows(name, 0, rows.view(shape if len(shape) > 1 else (1, -1)).numpy())
+        writer.finish({name: {}})
 
 
 @pytest.mark.parametrize(("shard_size", "files"), [(10**9, 1), (50, 2), (70, 2), (1, 3)])
 def test_a_folder_is_written_as_the_library_expects(tmp_path, shard_size, files):
-    with FolderWriter(tmp_path / "out", TENSORS, shard_size) as writer:
+    with folder_writer(tmp_path / "out", shard_size) as writer:
         writer.write_rows("a", 1, torch.arange(4, 12).float().view(2, 4).numpy())
         writer.write_rows("a", 0, torch.arange(4).float().view(1, 4).numpy())
+        writer.finish({"a": {}})
         write_all(writer, ("b", "c"))
         writer.commit()
     stored = read_tensors(tmp_path / "out")
@@ -319,16 +333,25 @@ def test_a_folder_is_written_as_the_library_expects(tmp_path, shard_size, files)
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_without_commit_nothing_is_left(tmp_path):
-    def interrupted():
-        with FolderWriter(tmp_path / "out", TENSORS, 50) as writer:
-            write_all(writer)
-            assert not (tmp_path / "out").exists()
-            raise KeyboardInterrupt
+@pytest.mark.parametrize("error", [ModelCompatibilityError("x"), KeyboardInterrupt(), OSError(5)])
+def test_without_commit_there_is_no_output(tmp_path, error):
+    """What would only fail again is removed; what was interrupted is kept if something is done."""
 
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert os.listdir(tmp_path) == []
+    def interrupted(names):
+        with folder_writer(tmp_path / "new/out", 50) as writer:
+            write_all(writer, names)
+            assert not (tmp_path / "new/out").exists()
+            raise error
+
+    for names in ((), ("a", "b")):
+        with pytest.raises(type(error)):
+            interrupted(names)
+        if names and not isinstance(error, ModelCompatibilityError):
+            assert os.listdir(tmp_path / "new") == [".out.partial"]
+            (note,) = error.__notes__
+            assert "new/.out.partial; the same run with --resume (resume=True) goes on" in note
+        else:
+            assert os.listdir(tmp_path) == []
 
 
 def test_an_output_that_exists_is_refused_and_an_empty_folder_is_used(tmp_path):
@@ -338,18 +361,18 @@ def test_an_output_that_exists_is_refused_and_an_empty_folder_is_used(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("full", "file"):
         with pytest.raises(FileExistsError, match=f"{name}: the output exists already"):
-            FolderWriter(tmp_path / name, TENSORS, 50)
+            PartialFolder(tmp_path / name)
     (tmp_path / "link").symlink_to(tmp_path / "empty")
     with pytest.raises(FileExistsError, match="link: the output is a link or a mount point"):
-        FolderWriter(tmp_path / "link", TENSORS, 50)
-    with FolderWriter(tmp_path / "empty", TENSORS, 50) as writer:
+        PartialFolder(tmp_path / "link")
+    with folder_writer(tmp_path / "empty", 50) as writer:
         write_all(writer)
         writer.commit()
     assert len(read_tensors(tmp_path / "empty")) == 3
 
 
 def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path):
-    with FolderWriter(tmp_path / "new/out", TENSORS, 50) as writer:
+    with folder_writer(tmp_path / "new/out", 50) as writer:
         write_all(writer)
         (tmp_path / "new/out").mkdir()
         (tmp_path / "new/out/x").write_text("mine")
@@ -362,7 +385,7 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path):
 def test_the_current_folder_can_be_the_output_if_it_is_empty(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with FolderWriter(Path("."), TENSORS, 10**9) as writer:
+    with folder_writer(Path("."), 10**9) as writer:
         write_all(writer)
         writer.commit()
     assert os.listdir(tmp_path) == ["here"]
@@ -370,7 +393,7 @@ def test_the_current_folder_can_be_the_output_if_it_is_empty(tmp_path, monkeypat
 
 
 def test_text_is_written_as_it_is(tmp_path):
-    with FolderWriter(tmp_path / "out", TENSORS, 10**9) as writer:
+    with folder_writer(tmp_path / "out", 10**9) as writer:
         writer.write_text("config.json", '{"a":\r\n1}')
         write_all(writer)
         writer.commit()
@@ -379,7 +402,7 @@ def test_text_is_written_as_it_is(tmp_path):
 
 def test_rows_of_another_dtype_are_not_cast(tmp_path):
     with (
-        FolderWriter(tmp_path / "out", TENSORS, 50) as writer,
+        folder_writer(tmp_path / "out", 50) as writer,
         pytest.raises(TypeError, match=r"b is F32, got rows of float16"),
     ):
         writer.write_rows("b", 0, np.zeros((1, 5), np.float16))
@@ -430,11 +453,11 @@ def test_a_disk_that_fails_while_files_are_brought_to_it_ends_the_merge(
         failed.set()
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(model_utils, "_FLUSH", flush)
-    monkeypatch.setattr(model_utils, "FLUSH_BYTES", 1)
+    monkeypatch.setattr(model_writer, "_FLUSH", flush)
+    monkeypatch.setattr(model_writer, "FLUSH_BYTES", 1)
 
     def merge():
-        with FolderWriter(tmp_path / "out", TENSORS, 10**9) as writer:
+        with folder_writer(tmp_path / "out", 10**9) as writer:
             write_all(writer, ("a",))
             assert failed.wait(10)
             while not late:
@@ -443,13 +466,13 @@ def test_a_disk_that_fails_while_files_are_brought_to_it_ends_the_merge(
 
     with pytest.raises(OSError, match="Input/output error"):
         merge()
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == [".out.partial"]
 
 
 def test_an_interrupt_while_the_disk_is_busy_leaves_no_folder(tmp_path, monkeypatch):
     busy = threading.Event()
-    monkeypatch.setattr(model_utils, "FLUSH_BYTES", 1)
-    monkeypatch.setattr(model_utils, "_FLUSH", lambda _: (busy.set(), time.sleep(0.3)))
+    monkeypatch.setattr(model_writer, "FLUSH_BYTES", 1)
+    monkeypatch.setattr(model_writer, "_FLUSH", lambda _: (busy.set(), time.sleep(0.3)))
     plain, interrupts = threading.Thread.join, iter([KeyboardInterrupt, None])
 
     def join(thread, timeout=None):
@@ -462,12 +485,13 @@ def test_an_interrupt_while_the_disk_is_busy_leaves_no_folder(tmp_path, monkeypa
 
     def merge(writer):
         with writer:
-            write_all(writer, ("a",))
+            writer.write_rows("b", 0, np.zeros((1, 5), np.float32))
             assert busy.wait(10)
             monkeypatch.setattr(threading.Thread, "join", interrupted)
 
-    writer = FolderWriter(tmp_path / "out", TENSORS, 10**9)
-    with pytest.raises(KeyboardInterrupt):
-        merge(writer)
+    with PartialFolder(tmp_path / "out") as partial:
+        writer = FolderWriter(partial, TENSORS, 10**9, plan={})
+        with pytest.raises(KeyboardInterrupt):
+            merge(writer)
+        assert writer._descriptors == []
     assert os.listdir(tmp_path) == []
-    assert writer._descriptors == []

@@ -263,6 +263,9 @@ class Kept:
         target = self.tensors[name].view(-1, rows.shape[1])
         target[first : first + len(rows)] = torch.from_numpy(rows)
 
+    def finish(self, findings):
+        pass
+
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare"])
 def test_a_merge_of_mapped_rows_does_not_depend_on_blocks_or_threads(tmp_path, method):

@@ -1,0 +1,84 @@
+"""What decides the bytes of a result: by it the beginning of the same merge is known again."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from merge_card import VERSION, public_inputs, public_recipe
+from merge_plan import Earlier, Plan
+from merge_stream import TensorTask
+from model_companions import Edit
+from model_files import read_file
+
+FORMAT = 1
+
+
+def plan_identity(plan: Plan, earlier: Earlier, device: str, *, findings: bool) -> dict[str, Any]:
+    """Everything that decides a byte of a result, as JSON without paths.
+
+    Args:
+        plan: what is merged; its models are open.
+        earlier: results of earlier recipes among its models.
+        device: where it is computed.
+        findings: whether they are reported.
+
+    Returns:
+        By what a user would call it: the format and version, the recipe (and the earlier ones it
+        uses), the inputs (weight files: size and digest of the header), digests of what feeds
+        each tensor and of the small files.
+    """
+    tasks = [_described(task) for each in (*earlier.plans.values(), plan) for task in each.tasks]
+    files = [_small_files(each) for each in (*earlier.plans.values(), plan)]
+    return {
+        "the version": [FORMAT, VERSION],
+        "the recipe": public_recipe(plan, earlier),
+        "the earlier recipes": {
+            name: public_recipe(each, earlier) for name, each in earlier.plans.items()
+        },
+        "the device": device,
+        "--findings": findings,
+        "the inputs": public_inputs(plan, earlier),
+        "the tensors": digest(tasks),
+        "the small files": digest(files),
+    }
+
+
+def input_states(plan: Plan, earlier: Earlier) -> list[Any]:
+    """Sizes, times of change and inodes of the weight files, by which a change is seen."""
+    plans = (*earlier.plans.values(), plan)
+    files = (file for each in plans for source in each.sources for file in source.files)
+    return sorted({file.state for file in files})
+
+
+def _described(task: TensorTask) -> list[Any]:
+    """What feeds a tensor."""
+    row_map = task.row_map
+    rows = None
+    if row_map is not None:
+        rows = [hashlib.sha256(row_map.rows.tobytes()).hexdigest(), repr(row_map.fills)]
+    parameters = {name: repr(value) for name, value in task.parameters.items()}
+    return [task.name, task.info, task.inputs, parameters, rows, task.names, task.copied]
+
+
+def _small_files(plan: Plan) -> list[Any]:
+    """What makes the small files of a result."""
+    copies = {path.name: _sha256(path) for path in plan.carried.copies}
+    edits = {name: _made_of(edit) for name, edit in plan.carried.edits.items()}
+    return [plan.config_text, copies, edits]
+
+
+def _made_of(edit: Edit) -> list[Any]:
+    source = None if edit.source is None else _sha256(edit.source)
+    tokens = None if edit.vocabulary is None else [edit.vocabulary.rows, edit.vocabulary.added]
+    return [source, tokens, edit.changes, edit.text]
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(read_file(path.parent, path.name, path.name)).hexdigest()
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value."""
+    text = json.dumps(value, sort_keys=True, default=dict)
+    return hashlib.sha256(text.encode()).hexdigest()
