@@ -11,6 +11,9 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from model_errors import ModelCompatibilityError, UnsafeModelError
 
 MB = 10**6
@@ -149,6 +152,17 @@ def chunks(descriptor: int, offset: int, size: int) -> Iterator[bytes]:
     while size > 0 and (part := os.pread(descriptor, min(size, CHUNK_BYTES), offset)):
         yield part
         size, offset = size - len(part), offset + len(part)
+
+
+def read_into(descriptor: int, target: NDArray[np.uint8], offset: int) -> bool:
+    """Fill a buffer from a file; False where the file ends before."""
+    done = 0
+    while done < len(target):  # a signal can end a read early
+        count = os.preadv(descriptor, [target[done:].data], offset + done)
+        if count == 0:
+            return False
+        done += count
+    return True
 
 
 def write_all(descriptor: int, content: bytes | memoryview, offset: int) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from model_config import read_config
 from model_errors import ModelCompatibilityError, UnsafeModelError
-from model_files import has_file, open_file, read_text
+from model_files import has_file, open_file, read_into, read_text
 from model_locate import CONFIG, files_left_on_hub, find_model_folder, read_hub_header
 from model_safetensors import FLOAT_DTYPES, HeaderEntry, TensorInfo, read_header
 from model_tokenizer import TokenTable, read_tokens
@@ -211,7 +211,7 @@ class ModelFolder:
                 "header was read. Open the model with its weights"
             )
         target = buffer[: (stop - first) * place.row_bytes]
-        if not _read_fully(place.descriptor, target, place.begin + first * place.row_bytes):
+        if not read_into(place.descriptor, target, place.begin + first * place.row_bytes):
             raise ModelCompatibilityError(
                 f"{self.label}: {name} ends early: the file changed while it was being read. "
                 "Leave it alone meanwhile and run it again"
@@ -360,17 +360,6 @@ def rows_of(shape: Sequence[int]) -> tuple[int, int]:
     rows = shape[0] if len(shape) > 1 else 1
     numel = TensorInfo("F32", tuple(shape)).numel
     return rows, numel // rows if rows else 0
-
-
-def _read_fully(descriptor: int, target: NDArray[np.uint8], offset: int) -> bool:
-    """Fill a buffer from a file; False where the file ends before."""
-    done = 0
-    while done < len(target):  # a signal can end a read early
-        count = os.preadv(descriptor, [target[done:].data], offset + done)
-        if count == 0:
-            return False
-        done += count
-    return True
 
 
 def _no_weights(label: str, path: Path) -> ModelCompatibilityError:

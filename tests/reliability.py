@@ -110,7 +110,7 @@ def cleared(work: Path) -> None:
     work.mkdir()
 
 
-class Wrong(Exception):
+class WrongEndError(Exception):
     """A promise that was not kept."""
 
 
@@ -121,9 +121,9 @@ def check_end(
     said = log.read_text()[-2000:]
     there = (work / "out").exists()
     if there and content_of(work / "out") != reference:
-        raise Wrong(f"a wrong output, status {status}\n{said}")
+        raise WrongEndError(f"a wrong output, status {status}\n{said}")
     if status not in (allowed | {0} if there else allowed):
-        raise Wrong(f"status {status}, expected {allowed}\n{said}")
+        raise WrongEndError(f"status {status}, expected {allowed}\n{said}")
 
 
 def check_resumed(
@@ -132,11 +132,11 @@ def check_resumed(
     """Whether the run can be gone on with, and then has the right output and leaves nothing."""
     status = run_apart(lambda: run(["--resume"]), log)
     if status != 0:
-        raise Wrong(f"--resume ended with status {status}\n{log.read_text()[-2000:]}")
+        raise WrongEndError(f"--resume ended with status {status}\n{log.read_text()[-2000:]}")
     if content_of(work / "out") != reference:
-        raise Wrong("--resume made another output")
+        raise WrongEndError("--resume made another output")
     if left := sorted({*os.listdir(work)} - {"out"}):
-        raise Wrong(f"--resume left {left}")
+        raise WrongEndError(f"--resume left {left}")
 
 
 def faults(*, short: bool, step: int) -> Counter[str]:
@@ -171,7 +171,7 @@ def faults(*, short: bool, step: int) -> Counter[str]:
                         try:
                             check_end(status, ENDS[kind] if happened else {0}, work, reference, log)
                             check_resumed(run, work, reference, log)
-                        except Wrong as wrong:
+                        except WrongEndError as wrong:
                             where = "going on" if resumed else "new"
                             print(f"WRONG: {name}, {where}, {kind} no. {at}: {wrong}", flush=True)
                             done["wrong"] += 1
