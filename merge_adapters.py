@@ -16,8 +16,8 @@ from merge_plan import place_problems
 from merge_progress import progress_bar
 from merge_recipe import brief, unknown_name
 from model_checks import VOCABULARY_TENSORS, layer_order
-from model_companions import has_tokenizer, tokenizer_files
-from model_errors import ModelCompatibilityError
+from model_companions import tokenizer_files
+from model_errors import ModelCompatibilityError, refusal
 from model_locate import adapter_name, last_part
 from model_lora import (
     PREFIX,
@@ -32,6 +32,7 @@ from model_lora import (
 from model_lora_writer import NewAdapter
 from model_rows import same_values
 from model_safetensors import DTYPE_NAMES
+from model_tokenizer import has_tokenizer
 
 if TYPE_CHECKING:
     from lora_utils import Factors, Truncated
@@ -248,7 +249,7 @@ def _open(merge: AdapterMerge, stack: ExitStack) -> list[_Input]:
     if len(turned) > 1:
         problems.append("some adapters have fan_in_fan_out, and some do not. Merge one kind")
     if problems:
-        raise ModelCompatibilityError(problems)
+        raise refusal(problems)
     return inputs
 
 

@@ -12,9 +12,9 @@ from merge_methods import METHODS
 from merge_parameters import PROFILES
 from merge_recipe import DEFAULT_SHARD_SIZE, Parameter, Recipe
 from model_companions import AUTO_TEMPLATE
+from model_config import read_config
 from model_lora import ROUNDINGS, TYINGS
 from model_safetensors import DTYPE_NAMES
-from model_tokenizer import read_object
 from model_vocabulary import CHOICES, VocabularySettings, token_source
 
 EXIT_USAGE = 2
@@ -463,9 +463,9 @@ def _vocabulary(arguments: argparse.Namespace) -> VocabularySettings:
 
 def _token_sources(path: Path) -> dict[str, Any]:
     try:
-        return read_object(path)
+        return read_config(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = error.strerror if isinstance(error, OSError) else f"is no JSON object: {error}"
         raise ValueError(
             f"--tokens {path}: {reason}. Expected a JSON object such as "
             '{"<token>": {"source": "MODEL"}}'

@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from lora_utils import fold_dora, lora_delta, row_norms
 from merge_operations import numba_problem
 from model_checks import EMBEDDING, HEAD, is_tied, model_problems
-from model_companions import has_tokenizer
 from model_config import merged_config, read_config
-from model_errors import AdapterGivenError, ModelCompatibilityError
+from model_errors import AdapterGivenError, ModelCompatibilityError, refusal
 from model_locate import AdapterName, adapter_name, last_part, split_adapters
 from model_lora import (
     AdapterFolder,
@@ -32,6 +31,7 @@ from model_lora import (
 )
 from model_rows import float_rows, same_values
 from model_safetensors import FLOAT_DTYPES, TensorInfo, narrow, widen
+from model_tokenizer import has_tokenizer
 from model_utils import ModelFolder, Origin, WeightFile, open_model_folder, rows_of
 
 Floats = NDArray[np.float32]
@@ -408,7 +408,7 @@ def _steps_by_tensor(
                 steps.setdefault(name, []).append(_Step(adapter, strength, change))
     problems += _conflicts(base, adapters, steps)
     if problems:
-        raise ModelCompatibilityError(problems)
+        raise refusal(problems)
     return steps, notes
 
 
@@ -624,5 +624,5 @@ def _open_adapters(
         except ModelCompatibilityError as error:
             problems += error.problems
     if problems:
-        raise ModelCompatibilityError(problems)
+        raise refusal(problems)
     return adapters

@@ -24,9 +24,9 @@ from merge_recipe import Recipe, option_problems, output_problems, unknown_name
 from merge_resolve import Parameters, distinct, resolve, tensor_parameters, unused_filters
 from merge_stream import Merge, Passes, TensorTask
 from model_checks import EMBEDDING, HEAD, model_problems
-from model_companions import CarriedFiles, carry
-from model_config import merged_config
-from model_errors import ModelCompatibilityError
+from model_companions import CarriedFiles, carry, code_note
+from model_config import code_keys, merged_config, without_code
+from model_errors import ModelCompatibilityError, refusal
 from model_prep import Alignment, align, fit_problems
 from model_safetensors import DTYPE_NAMES, TensorInfo
 from model_utils import ModelFolder, Origin
@@ -238,13 +238,13 @@ def open_plan(
             broken += _fit_problems(recipe, sources)
             if usage:
                 raise ValueError("\n".join([*usage, *broken]))
-            raise ModelCompatibilityError(broken)
+            raise refusal(broken)
         if recipe.slices and (wrong := [p for each in sources for p in model_problems(each)]):
             raise ModelCompatibilityError(wrong)
         alignment = _align(recipe, parameters[0], sources)
         carried, broken = carry(sources, alignment.vocabulary, recipe.chat_template)
         if broken:
-            raise ModelCompatibilityError(broken)
+            raise refusal(broken)
         yield _lay_out(recipe, parameters, sources, alignment, carried)
 
 
@@ -375,6 +375,8 @@ def _lay_out(
     advice = [text for values in distinct(parameters.values()) for text in method.advice(values)]
     notes = [*recipe.notes, *unused_filters(slices, places), *dict.fromkeys(advice)]
     notes += [*dict.fromkeys(_model_notes(sources)), *alignment.notes, *carried.notes]
+    if keys := code_keys(sources[0].config):
+        notes.append(code_note(sources[0].label, "config.json", keys))
     if copied:
         owners = dict.fromkeys(sources[places[name].inputs[0].model].label for name in copied)
         notes.append(
@@ -483,7 +485,7 @@ def _config_text(
         **alignment.special_ids,
         **of_layers,
     }
-    return merged_config(template.config_text, changes)
+    return without_code(merged_config(template.config_text, changes))
 
 
 def _model_notes(sources: Sequence[ModelFolder]) -> Iterator[str]:

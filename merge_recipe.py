@@ -214,7 +214,9 @@ class Recipe:
 
     def placed(self, problems: Iterable[str]) -> list[str]:
         """What is wrong with it, with the place where it was read."""
-        return [f"{self.place}: {each}" if self.place else each for each in problems]
+        if not self.place:
+            return list(problems)
+        return [type(each)(f"{self.place}: {each}") for each in problems]  # it may be unsafe
 
     @property
     def names(self) -> tuple[str, ...]:

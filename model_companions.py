@@ -6,6 +6,7 @@ and end tokens where they come from another model than the tokenizer.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,8 +15,9 @@ from typing import Any
 
 from model_chat_templates import is_template
 from model_checks import special_id_form_problems, special_id_problems
-from model_config import edit_config
+from model_config import code_keys, edit_config, without_code
 from model_errors import ModelCompatibilityError
+from model_files import has_file, open_file, read_file, read_text
 from model_small_files import (
     DEFAULT,
     GENERATION,
@@ -38,7 +40,6 @@ from model_token_files import (
 from model_tokenizer import (
     ADDED,
     CONFIG,
-    FORMS,
     MERGES,
     SENTENCEPIECE,
     SPECIAL,
@@ -65,12 +66,6 @@ MARKER = re.compile(r"<\|\w+\|>|\[\|\w+\|\]")
 
 SHOWN = 3
 
-MAX_BYTES = 500_000_000
-"""More than any of these files has."""
-
-CACHED_FILE = re.compile(r"/models--[^/]+/blobs/[^/]+$|/blobs/[0-9a-f]{2}/[0-9a-f]{64}$")
-"""Where the links of a Hub snapshot lead."""
-
 UNFIT = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 """What an edit raises where a file is of another form than expected."""
 
@@ -84,21 +79,24 @@ class Edit:
         vocabulary: whose tokens it shall have, if it lists tokens.
         changes: top-level values to set.
         text: the whole text, instead.
+        drops_code: entries that name code are left out.
     """
 
     source: Path | None
     vocabulary: MergedVocabulary | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
     text: str | None = None
+    drops_code: bool = False
 
     def make(self) -> str:
         """The text of the edited file."""
         if self.text is not None:
             return self.text
-        text = "{}\n" if self.source is None else self.source.read_bytes().decode("utf-8")
+        text = "{}\n" if self.source is None else _text(self.source)
         if self.vocabulary is not None and self.source is not None:
             text = with_vocabulary(self.source, text, self.vocabulary)
-        return edit_config(text, self.changes) if self.changes else text
+        text = edit_config(text, self.changes) if self.changes else text
+        return without_code(text) if self.drops_code else text
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,11 @@ class CarriedFiles:
         if name in self.edits:
             return self.edits[name].make()
         found = [path for path in self.copies if path.name == name]
-        return found[0].read_text("utf-8") if found else None
+        return _text(found[0]) if found else None
+
+
+def _text(file: Path) -> str:
+    return read_text(file.parent, file.name, str(file.parent))
 
 
 @dataclass
@@ -183,6 +185,7 @@ def carry(
     template = None if given == chat_template else _chosen_template(draft, labels, chat_template)
     _change_tokens(draft)
     _change_template(draft, template, given)
+    _drop_code(draft)
     draft.problems += _taken_problems(draft, template)
     if not draft.problems:
         _settle(draft)
@@ -238,7 +241,7 @@ def _settle(draft: _Draft) -> None:
                 "tokenizer (tokenizer_source)"
             )
         else:
-            if edit.source is not None and edit.source.read_bytes() == changed:
+            if edit.source is not None and _text(edit.source).encode() == changed:
                 del draft.edits[name]
 
 
@@ -248,8 +251,10 @@ def _taken_problems(draft: _Draft, template: Companions | None) -> list[str]:
     taken = [(draft.donor, draft.files.values()), (first, files_in(first.path, LICENCES))]
     if template is not None:
         place = template.tokenizer_path
-        own = template.template_files or {n: place / n for n in (CONFIG, OLD_TEMPLATE)}
-        taken.append((template, [file for file in own.values() if file.exists()]))
+        own = template.template_files or {
+            name: place / name for name in (CONFIG, OLD_TEMPLATE) if has_file(place, name)
+        }
+        taken.append((template, own.values()))
     problems = [problem for side, files in taken for problem in _file_problems(side, files)]
     return list(dict.fromkeys(problems))
 
@@ -257,56 +262,53 @@ def _taken_problems(draft: _Draft, template: Companions | None) -> list[str]:
 def _file_problems(side: Companions, files: Iterable[Path]) -> Iterator[str]:
     """Files that are not what they seem to be."""
     for file in files:
-        if not file.exists():
-            yield f"{side.label}: {file.name} is a link to nothing. Download the model again"
-        elif _leads_out(file, side.path) and _leads_out(file, side.tokenizer_path):
-            yield (
-                f"{side.label}: {file.name} is a link out of the model's folder, and a result may "
-                "be published. Put the file itself there"
-            )
-        elif (size := file.stat().st_size) > MAX_BYTES:
-            yield (
-                f"{side.label}: {file.name} has {size} bytes, expected at most {MAX_BYTES}. "
-                "Download the model again"
-            )
-        elif file.suffix == ".json" and not _is_plain_text(file):
+        place = next(p for p in (side.path, side.tokenizer_path) if p in file.parents)
+        try:
+            content = read_file(place, str(file.relative_to(place)), side.label)
+        except ModelCompatibilityError as error:
+            yield from error.problems
+            continue
+        if file.suffix == ".json" and not _is_plain_text(content):
             yield (
                 f"{side.label}: {file.name} is not UTF-8, or starts with a byte order mark, which "
                 "loaders refuse. Save it as UTF-8 without one"
             )
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder has a tokenizer."""
-    return any((folder / form).is_file() for form in FORMS)
+def _drop_code(draft: _Draft) -> None:
+    """Leave out what names code that a loader would run."""
+    donor = draft.donor
+    for name, content in (
+        (CONFIG, donor.tokenizer_config),
+        (SPECIAL, donor.special_map),
+        (GENERATION, donor.generation or {}),
+    ):
+        if (keys := code_keys(content)) and name in draft.files:
+            edit = draft.edits.get(name) or Edit(draft.files[name])
+            draft.edits[name] = replace(edit, drops_code=True)
+            draft.notes.append(code_note(donor.label, name, keys))
+
+
+def code_note(label: str, name: str, keys: Sequence[str]) -> str:
+    """Says that a file names code, which is not taken over."""
+    return f"{label}: {name} names code ({', '.join(keys)}), which is never run and not taken over"
 
 
 def tokenizer_files(model: ModelFolder) -> list[Path]:
     """Tokenizer and chat template of a model or adapter, to be copied.
 
     Raises:
-        ModelCompatibilityError: one is a link out of the folder, or to nothing.
+        UnsafeModelError: one is a link out of the folder, or no file.
     """
-    place = model.tokenizer_path
-    files = [*files_in(place, TOKENIZER_FILES)]
-    if links := [file.name for file in files if _leads_out(file, place) or not file.is_file()]:
-        raise ModelCompatibilityError(
-            f"{model.label}: {', '.join(links)} is a link out of the model's folder, or to "
-            "nothing, and an adapter may be published. Put the file itself there"
-        )
+    files = [*files_in(model.tokenizer_path, TOKENIZER_FILES)]
+    for file in files:
+        os.close(open_file(model.tokenizer_path, file.name, model.label))
     return files
 
 
-def _leads_out(file: Path, folder: Path) -> bool:
-    """Whether a file is a link out of its model's folder; the Hub's cache counts as within."""
-    target = file.resolve()
-    within = target.is_relative_to(folder.resolve())
-    return not (within or CACHED_FILE.search(target.as_posix()))
-
-
-def _is_plain_text(file: Path) -> bool:
+def _is_plain_text(content: bytes) -> bool:
     try:
-        return not file.read_bytes().decode("utf-8").startswith("\ufeff")
+        return not content.decode("utf-8").startswith("\ufeff")
     except UnicodeDecodeError:
         return False
 

@@ -11,14 +11,70 @@ from typing import Any
 
 
 def read_config(text: str) -> dict[str, Any]:
-    """The JSON object in `text`; `ValueError` if it is something else."""
+    """The JSON object in `text`; `ValueError` if it is something else, or a key stands twice."""
     try:
-        config = json.loads(text)
+        config = json.loads(text, object_pairs_hook=unique_keys)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(config, dict):
         raise ValueError("expected a JSON object")
     return config
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which no key stands twice: readers take the first one, or the last."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in values if keys.count(key) > 1)
+        raise ValueError(f"{twice[:60]!r} stands in it twice")
+    return values
+
+
+CODE_KEYS = (
+    *("auto_map", "trust_remote_code", "custom_pipelines", "_attn_implementation"),
+    *("_attn_implementation_internal", "_experts_implementation_internal"),
+)
+"""Entries by which a loader would run code that comes with a model, or from the Hub."""
+
+
+def code_keys(config: Mapping[str, Any]) -> list[str]:
+    """The entries of a config, and of configs inside it, that name code."""
+    inner = (value for key, value in config.items() if is_inner(key, value))
+    found = [key for key in CODE_KEYS if key in config]
+    return list(dict.fromkeys([*found, *(key for value in inner for key in code_keys(value))]))
+
+
+def is_inner(key: str, value: Any) -> bool:
+    """Whether an entry is a config inside a config, such as `text_config`."""
+    return isinstance(value, dict) and key.endswith("_config")
+
+
+def without_code(text: str) -> str:
+    """A config without the entries of `code_keys`; the rest of the text stays as it is.
+
+    >>> without_code('{"a": 1, "auto_map": {"AutoConfig": "x.Y"}, "text_config": {"auto_map": 1}}')
+    '{"a": 1, "text_config": {}}'
+    """
+    for key, value in read_config(text).items():
+        start, stop = _value_spans(text)[key]
+        if is_inner(key, value):
+            text = text[:start] + without_code(text[start:stop]) + text[stop:]
+        elif key in CODE_KEYS:
+            text = _without_entry(text, key)
+    return text
+
+
+def _without_entry(text: str, key: str) -> str:
+    """The text of an object without an entry, and without the comma before or after it."""
+    keys = [*_value_spans(text)]
+    place = keys.index(key)
+    stops = [text.index("{") + 1, *(stop for _, stop in _value_spans(text).values())]
+    start, stop = stops[place], stops[place + 1]
+    if place:  # with the comma before it
+        return text[:start] + text[stop:]
+    rest = text[stop:]
+    return text[:start] + (rest.lstrip().removeprefix(",") if len(keys) > 1 else rest)
 
 
 def edit_config(text: str, changes: Mapping[str, Any]) -> str:
@@ -63,7 +119,7 @@ def merged_config(text: str, changes: Mapping[str, Any]) -> str:
 def _with_inner_configs(text: str, changes: Mapping[str, Any]) -> str:
     """The text with the configs inside it edited, at any depth."""
     for key, value in read_config(text).items():
-        if isinstance(value, dict) and key.endswith("_config"):
+        if is_inner(key, value):
             start, stop = _value_spans(text)[key]
             inner = _with_inner_configs(text[start:stop], changes)
             inner = edit_config(inner, {name: changes[name] for name in changes.keys() & value})

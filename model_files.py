@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from model_errors import ModelCompatibilityError, UnsafeModelError
+from model_errors import UnsafeModelError
 
 MB = 10**6
 
@@ -24,8 +24,8 @@ JSON_BYTES = 16 * MB
 TOKENIZER_BYTES = 256 * MB
 """The largest tokenizer.json has 35 MB."""
 
-SMALL_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-"""Files that may be as long as `TOKENIZER_BYTES`; others, `JSON_BYTES`."""
+TOKENIZER_NAMES = ("tokenizer", "vocab", "merges", "tekken")
+"""How the files begin that may be as long as `TOKENIZER_BYTES`; others, `JSON_BYTES`."""
 
 CHUNK_BYTES = 2**22
 """Files are read in parts of this size."""
@@ -123,12 +123,12 @@ def read_file(folder: Path, name: str, label: str) -> bytes:
     Raises:
         ModelCompatibilityError: it is longer than such a file can be.
     """
-    limit = TOKENIZER_BYTES if name in SMALL_FILES else JSON_BYTES
     descriptor = open_file(folder, name, label)
     try:
         size = os.fstat(descriptor).st_size
+        limit = TOKENIZER_BYTES if name.startswith(TOKENIZER_NAMES) else JSON_BYTES
         if size > limit:
-            raise ModelCompatibilityError(
+            raise UnsafeModelError(
                 f"{label}: {name} has {size} bytes, expected at most {limit}. Download the model "
                 "again"
             )
@@ -138,8 +138,11 @@ def read_file(folder: Path, name: str, label: str) -> bytes:
 
 
 def read_text(folder: Path, name: str, label: str) -> str:
-    """The text of a small file; `ValueError` where it is not UTF-8. Else as `read_file`."""
-    return read_file(folder, name, label).decode("utf-8")
+    """The text of a small file; `ValueError` where it is not plain UTF-8. Else as `read_file`."""
+    text = read_file(folder, name, label).decode("utf-8")
+    if text.startswith("\ufeff"):
+        raise ValueError("it starts with a byte order mark, which loaders refuse")
+    return text
 
 
 def read_all(descriptor: int, size: int) -> bytes:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from model_checks import EMBEDDING, HEAD, VOCABULARY_TENSORS, Model, is_tied
 from model_config import read_config
-from model_errors import ModelCompatibilityError
+from model_errors import ModelCompatibilityError, UnsafeModelError
+from model_files import has_file, read_text
 from model_locate import ADAPTER_CONFIG, files_left_on_hub, find_model_folder
 from model_safetensors import FLOAT_DTYPES, widen
 from model_utils import ModelFolder
@@ -193,11 +194,12 @@ def open_adapter(name: str, *, weights: bool = True) -> AdapterFolder:
     path = find_model_folder(name, weights=weights, config=ADAPTER_CONFIG)
     adapter = AdapterFolder(name, path, None if weights else files_left_on_hub(name, path))
     try:
-        adapter.config_text = (path / ADAPTER_CONFIG).read_bytes().decode("utf-8")
+        adapter.config_text = read_text(path, ADAPTER_CONFIG, name)
         adapter.config = read_config(adapter.config_text)
         if problems := [*_config_problems(adapter)]:
             raise ModelCompatibilityError(problems)
-        adapter.open_file(ADAPTER_WEIGHTS, _no_weights(adapter))
+        if not adapter.open_file(ADAPTER_WEIGHTS):
+            raise _no_weights(adapter)
     except ValueError as error:
         adapter.close()
         raise ModelCompatibilityError(
@@ -209,13 +211,15 @@ def open_adapter(name: str, *, weights: bool = True) -> AdapterFolder:
     return adapter
 
 
-def _no_weights(adapter: AdapterFolder) -> str:
-    if (adapter.path / "adapter_model.bin").is_file():
-        return (
+def _no_weights(adapter: AdapterFolder) -> ModelCompatibilityError:
+    if has_file(adapter.path, "adapter_model.bin"):
+        return UnsafeModelError(
             f"{adapter.label}: has only pickle weights (adapter_model.bin), which can run code "
             "when loaded. Convert them in a place you trust: PEFT's load and save_pretrained"
         )
-    return f"{adapter.label}: no {ADAPTER_WEIGHTS}. Expected a folder from PEFT's save_pretrained"
+    return ModelCompatibilityError(
+        f"{adapter.label}: no {ADAPTER_WEIGHTS}. Expected a folder from PEFT's save_pretrained"
+    )
 
 
 def _config_problems(adapter: AdapterFolder) -> Iterator[str]:

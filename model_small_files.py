@@ -8,6 +8,7 @@ from typing import Any
 from model_checks import special_ids
 from model_config import read_config
 from model_errors import ModelCompatibilityError
+from model_files import has_file, read_file, read_text
 from model_token_files import DECODER, content_of
 from model_tokenizer import CONFIG, SPECIAL
 from model_utils import ModelFolder
@@ -68,8 +69,8 @@ class Companions:
         """Files that hold a chat template, by its name."""
         place = self.tokenizer_path
         more = sorted((place / TEMPLATE_FOLDER).glob("*.jinja"))
-        named = {DEFAULT: place / TEMPLATE} | {file.stem: file for file in more}
-        return {name: file for name, file in named.items() if file.is_file()}
+        main = {DEFAULT: place / TEMPLATE} if has_file(place, TEMPLATE) else {}
+        return main | {file.stem: file for file in more}
 
     @cached_property
     def templates(self) -> dict[str, str]:
@@ -100,12 +101,12 @@ class Companions:
     def licences(self) -> dict[str, bytes]:
         """Licence files by name."""
         files = files_in(self.path, LICENCES)
-        return {file.name: file.read_bytes() for file in files if file.is_file()}
+        return {file.name: read_file(self.path, file.name, self.label) for file in files}
 
     def problems(self) -> list[str]:
         """What is wrong with the files that are read here."""
         found: dict[str, None] = {}
-        for name in ("generation", "special_settings", "templates"):
+        for name in ("generation", "special_settings", "templates", "licences"):
             try:
                 getattr(self, name)
             except ModelCompatibilityError as error:
@@ -113,11 +114,11 @@ class Companions:
         return list(found)
 
     def _object(self, name: str) -> dict[str, Any] | None:
-        file = (self.path if name == GENERATION else self.tokenizer_path) / name
-        if not file.is_file():
+        place = self.path if name == GENERATION else self.tokenizer_path
+        if not has_file(place, name):
             return None
         try:
-            return read_config(file.read_bytes().decode("utf-8"))
+            return read_config(read_text(place, name, self.label))
         except ValueError as error:
             raise ModelCompatibilityError(
                 f"{self.label}: {name} is not a valid JSON object ({error}). "
@@ -125,8 +126,9 @@ class Companions:
             ) from error
 
     def _text(self, file: Path) -> str:
+        name = str(file.relative_to(self.tokenizer_path))
         try:
-            return file.read_bytes().decode("utf-8")
+            return read_text(self.tokenizer_path, name, self.label)
         except ValueError as error:
             raise ModelCompatibilityError(
                 f"{self.label}: {file.name} is not UTF-8 text ({error}). Download the model again"
@@ -156,8 +158,7 @@ def roles_of(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def files_in(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
-    """Files of a folder that match a pattern, and links that lead nowhere."""
+    """What matches a pattern in a folder, but for folders."""
     for file in sorted(folder.iterdir()):
-        there = file.is_file() or not file.exists()
-        if there and any(file.match(pattern) for pattern in patterns):
+        if not file.is_dir() and any(file.match(pattern) for pattern in patterns):
             yield file

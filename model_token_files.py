@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from model_config import edit_config, read_config
+from model_files import read_text
 from model_tokenizer import ADDED, CONFIG, MERGES, SPECIAL, TOKENIZER, VOCABULARY
 from model_vocabulary import MergedVocabulary
 
@@ -23,7 +24,7 @@ DECODER = "added_tokens_decoder"
 def with_vocabulary(file: Path, text: str, vocabulary: MergedVocabulary) -> str:
     """A file that lists tokens, with those of the merged vocabulary."""
     if file.name == MERGES:
-        known = read_config(file.with_name(VOCABULARY).read_bytes().decode("utf-8"))
+        known = read_config(read_text(file.parent, VOCABULARY, str(file.parent)))
         return _cut_merges(text, _kept(known, vocabulary))
     content = read_config(text)
     if file.name == TOKENIZER:

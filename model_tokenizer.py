@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model_config import read_config
 from model_errors import ModelCompatibilityError
+from model_files import has_file, read_file, read_text
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 SENTENCEPIECE, VOCABULARY, MERGES = "tokenizer.model", "vocab.json", "merges.txt"
@@ -60,17 +62,17 @@ class TokenTable:
 
 def has_tokenizer(path: Path) -> bool:
     """Whether a folder holds a tokenizer in one of the forms."""
-    return any((path / form).is_file() for form in FORMS)
+    return any(has_file(path, form) for form in FORMS)
 
 
-def signature(path: Path) -> str | None:
+def signature(path: Path, label: str) -> str | None:
     """A digest of all files that define the tokens of a folder; None where there are none."""
     if not has_tokenizer(path):
         return None
     digest = hashlib.sha256()
     for name in (*FORMS, MERGES, CONFIG, ADDED, SPECIAL):
-        if (path / name).is_file():
-            content = (path / name).read_bytes()
+        if has_file(path, name):
+            content = read_file(path, name, label)
             digest.update(f"{name} {len(content)}\0".encode() + content)
     return digest.hexdigest()
 
@@ -83,13 +85,13 @@ def read_tokens(path: Path, label: str) -> TokenTable | None:
     Raises:
         ModelCompatibilityError: a tokenizer file is not what its name says.
     """
-    key = signature(path)
+    key = signature(path, label)
     if key is None:
         return None
     table = _tables.get(key)
     if table is None:
         try:
-            table = _tables[key] = _read_tokens(path)
+            table = _tables[key] = _read_tokens(path, label)
         except ImportError as error:
             raise ModelCompatibilityError(f"{label}: {error}") from error
         except ValueError as error:
@@ -97,15 +99,12 @@ def read_tokens(path: Path, label: str) -> TokenTable | None:
     return table
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path, name: str, label: str) -> dict[str, Any]:
     """The JSON object in a file; `ValueError` if it holds something else."""
     try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} holds no JSON object")
-    return content
+        return read_config(read_text(path, name, label))
+    except ValueError as error:
+        raise ValueError(f"{name} is no JSON object: {error}") from error
 
 
 def added_token(token_id: int, content: str, flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,16 +114,16 @@ def added_token(token_id: int, content: str, flags: Mapping[str, Any]) -> dict[s
     }
 
 
-def _read_tokens(path: Path) -> TokenTable:
+def _read_tokens(path: Path, label: str) -> TokenTable:
     """The table of a folder with a tokenizer; `ValueError` if a file is broken."""
-    beside = _added_beside(path)
-    if (path / TOKENIZER).is_file():
-        return _from_json(read_object(path / TOKENIZER), beside)
-    if (path / SENTENCEPIECE).is_file():
-        normal, control = _read_pieces(path / SENTENCEPIECE)
+    beside = _added_beside(path, label)
+    if has_file(path, TOKENIZER):
+        return _from_json(_read_object(path, TOKENIZER, label), beside)
+    if has_file(path, SENTENCEPIECE):
+        normal, control = _read_pieces(path, label)
         return _table(normal, [*control, *beside])
-    normal = _normal_ids(VOCABULARY, read_object(path / VOCABULARY))
-    return _table(normal, beside, merges=_read_merges(path / MERGES))
+    normal = _normal_ids(VOCABULARY, _read_object(path, VOCABULARY, label))
+    return _table(normal, beside, merges=_read_merges(path, label))
 
 
 def _table(
@@ -181,18 +180,18 @@ def _splitting(content: Mapping[str, Any]) -> str:
 # tokenizer.model and vocab.json
 
 
-def _read_pieces(path: Path) -> tuple[dict[str, int], list[dict[str, Any]]]:
+def _read_pieces(path: Path, label: str) -> tuple[dict[str, int], list[dict[str, Any]]]:
     """Ids of all pieces, and those that never come from text as added tokens."""
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
         raise ImportError(
-            f"without a {TOKENIZER} beside it, a {path.name} is read with the package "
+            f"without a {TOKENIZER} beside it, a {SENTENCEPIECE} is read with the package "
             "sentencepiece. Install it: pip install sentencepiece"
         ) from error
-    broken = f"{path.name} is no SentencePiece model"
+    broken = f"{SENTENCEPIECE} is no SentencePiece model"
     try:
-        pieces = SentencePieceProcessor(model_proto=path.read_bytes())
+        pieces = SentencePieceProcessor(model_proto=read_file(path, SENTENCEPIECE, label))
     except RuntimeError as error:
         raise ValueError(broken) from error
     if not len(pieces):
@@ -206,14 +205,14 @@ def _read_pieces(path: Path) -> tuple[dict[str, int], list[dict[str, Any]]]:
     return {name: index for index, name in enumerate(names)}, control
 
 
-def _read_merges(path: Path) -> str | None:
+def _read_merges(path: Path, label: str) -> str | None:
     """Digest of a merges.txt, whose first line may be a comment; None if there is none."""
-    if not path.is_file():
+    if not has_file(path, MERGES):
         return None
     try:
-        lines = path.read_bytes().decode("utf-8").split("\n")
+        lines = read_text(path, MERGES, label).split("\n")
     except ValueError as error:
-        raise ValueError(f"{path.name} is no text: {error}") from error
+        raise ValueError(f"{MERGES} is no text: {error}") from error
     stripped = (line.rstrip("\r") for line in lines)
     return _digest(MERGES, [line for line in stripped if line and not line.startswith("#version")])
 
@@ -221,16 +220,16 @@ def _read_merges(path: Path) -> str | None:
 # Added tokens beside the normal ones
 
 
-def _added_beside(path: Path) -> list[dict[str, Any]]:
+def _added_beside(path: Path, label: str) -> list[dict[str, Any]]:
     """Added tokens of the other files, in the form of tokenizer.json, in the order of their ids.
 
     As in transformers, added_tokens.json counts only where there is no added_tokens_decoder.
     """
-    config = read_object(path / CONFIG) if (path / CONFIG).is_file() else {}
+    config = _read_object(path, CONFIG, label) if has_file(path, CONFIG) else {}
     if config.get("added_tokens_decoder") is not None:
         entries = _decoder_entries(config["added_tokens_decoder"])
     else:
-        entries = _old_entries(path, config)
+        entries = _old_entries(path, label, config)
     return sorted(entries, key=lambda entry: int(entry["id"]))
 
 
@@ -243,14 +242,14 @@ def _decoder_entries(decoder: Any) -> Iterator[dict[str, Any]]:
         yield added_token(token_id, entry["content"], entry)
 
 
-def _old_entries(path: Path, config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _old_entries(path: Path, label: str, config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Those of added_tokens.json; special are the ones that another file names so."""
-    if not (path / ADDED).is_file():
+    if not has_file(path, ADDED):
         return
     special = {*_named(config)}
-    if (path / SPECIAL).is_file():
-        special |= {*_named(read_object(path / SPECIAL))}
-    for token, token_id in read_object(path / ADDED).items():
+    if has_file(path, SPECIAL):
+        special |= {*_named(_read_object(path, SPECIAL, label))}
+    for token, token_id in _read_object(path, ADDED, label).items():
         entry = _checked(ADDED, {"id": token_id, "content": token})
         flags = {"special": token in special, "normalized": token not in special}
         yield added_token(entry["id"], token, flags)

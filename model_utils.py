@@ -241,15 +241,16 @@ class ModelFolder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def open_file(self, file: str, missing: str) -> None:
-        """Take in the tensors of a single weight file.
+    def open_file(self, file: str) -> bool:
+        """Take in the tensors of a single weight file; False where there is none.
 
         Raises:
-            ModelCompatibilityError: the file is corrupt, or there is none: with the text `missing`.
+            ModelCompatibilityError: the file is corrupt.
         """
         if not self._has(file):
-            raise ModelCompatibilityError(missing)
+            return False
         self._add_file(file, {})
+        return True
 
     def open_weights(self) -> None:
         """Open the weight files of a model and take in their headers."""

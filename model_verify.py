@@ -29,6 +29,7 @@ from model_checks import (
 )
 from model_config import read_config
 from model_errors import ModelCompatibilityError
+from model_files import has_file, read_text
 from model_locate import find_model_folder
 from model_safetensors import DTYPE_NAMES, FLOAT_DTYPES, widen
 from model_tokenizer import FORMS, TokenTable, has_tokenizer, read_tokens
@@ -265,15 +266,15 @@ def read_side_files(path: Path, label: str) -> SideFiles:
     objects: dict[str, Mapping[str, Any]] = {}
     for name in (GENERATION, TOKENIZER_CONFIG, TOKENS_MAP):
         try:
-            if (path / name).is_file():
-                objects[name] = read_config((path / name).read_text("utf-8"))
+            if has_file(path, name):
+                objects[name] = read_config(read_text(path, name, label))
         except ValueError as error:
             problems.append(
                 f"{label}: {name} is not a valid JSON object ({error}). Save or download it again"
             )
     tokens = None
     try:
-        if TOKENIZER_CONFIG in objects or not (path / TOKENIZER_CONFIG).is_file():
+        if TOKENIZER_CONFIG in objects or not has_file(path, TOKENIZER_CONFIG):
             tokens = read_tokens(path, label)
     except ModelCompatibilityError as error:
         # A package that is not installed says nothing about the folder.
@@ -292,10 +293,10 @@ def index_problems(path: Path, label: str) -> Iterator[str]:
 
     An index that is no JSON object at all is what `open_model_folder` refuses.
     """
-    if (path / WEIGHTS).is_file() or not (path / INDEX).is_file():
+    if has_file(path, WEIGHTS) or not has_file(path, INDEX):
         return
     try:
-        metadata = read_config((path / INDEX).read_text("utf-8")).get("metadata")
+        metadata = read_config(read_text(path, INDEX, label)).get("metadata")
     except ValueError:
         return
     if not isinstance(metadata, dict):

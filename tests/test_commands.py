@@ -337,7 +337,6 @@ def change_config(folder, change):
     ("spoil", "text"),
     [
         (lambda: os.remove("a/config.json"), "error: a: no config.json"),
-        (lambda: os.rename("a/model.safetensors", "a/pytorch_model.bin"), "only pickle weights"),
         (lambda: os.truncate("a/model.safetensors", 300), "not a complete safetensors file"),
         (lambda: change_config("a", quantize), "weights are quantized (quant_method 'gptq'"),
         (lambda: make_llama(Path("a"), **{**SMALL, "hidden_size": 32}), "has shape [32, 32], but"),
@@ -357,6 +356,17 @@ def test_bad_input_ends_with_status_3_and_nothing_written(models, capsys, spoil,
     error = capsys.readouterr().err
     assert text in error
     assert "Traceback" not in error
+    assert sorted(os.listdir(models)) == ["a", "b", "base"]
+
+
+def test_models_that_could_do_harm_end_with_status_4(models, capsys):
+    os.rename("a/model.safetensors", "a/pytorch_model.bin")
+    quantized = {"quantization_config": {"quant_method": "gptq"}}
+    change_config("b", lambda config: config.update(quantized))
+    assert ties("--save", "out") == 4
+    error = capsys.readouterr().err
+    assert "error: a: has only pickle weights (pytorch_model.bin), which can run code" in error
+    assert "error: b: weights are quantized" in error
     assert sorted(os.listdir(models)) == ["a", "b", "base"]
 
 
@@ -496,7 +506,7 @@ def test_usage_errors_end_with_status_2(models, capsys, arguments, text):
 
 
 def test_a_plan_reads_no_weights_and_writes_nothing(models, capsys, monkeypatch):
-    monkeypatch.setattr("model_utils._read_fully", None)
+    monkeypatch.setattr("model_utils.read_into", None)
     options = ("--save", "out", "--dtype", "float32", "--threads", 2)
     assert ties("--densities", 0.5, 0.5, "--plan", *options) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -667,7 +677,7 @@ def test_models_of_two_kinds_of_problem_are_all_named(models):
     ("content", "text"),
     [
         (None, "--tokens sources.json: No such file or directory. Expected a JSON object such as"),
-        ("{", "--tokens sources.json: sources.json is not JSON: "),
+        ("{", "--tokens sources.json: is no JSON object: "),
         ('{"a": 5}', "tokens: 'a' has the source 5. Expected a model, or "),
         ('{"a": "c"}', "tokens: 'a' is to come from a model, but 'c' is none of the models: base,"),
         ('{"zz": "b"}', "tokens: 'zz' is not a token of the result"),

@@ -16,10 +16,11 @@ from tiny_tokenizers import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-import model_companions
+import model_files
 from merge_recipe import Recipe
 from merge_run import merge_to_folder
 from model_companions import carry
+from model_errors import ModelCompatibilityError
 from model_prep import align
 from model_utils import open_model_folder
 from model_vocabulary import TokenSource, VocabularySettings
@@ -206,17 +207,28 @@ def main_template_linked_out(folder):
     ("change", "text"),
     [
         (main_template_linked_out, "base: chat_template.jinja is a link out of the model's fold"),
-        (link_out, "base: LICENSE is a link out of the model's folder, and a result may be pub"),
-        (template_linked_out, "base: tools.jinja is a link out of the model's folder"),
+        (link_out, "base: LICENSE is a link out of the model's folder, and what it holds"),
+        (
+            template_linked_out,
+            "base: additional_chat_templates/tools.jinja is a link out of the model's folder",
+        ),
         (link_to_nothing, "base: special_tokens_map.json is a link to nothing. Download the mo"),
-        (with_mark, "base: tokenizer.json is not UTF-8, or starts with a byte order mark, which"),
+        (with_mark, "base: tokenizer.json is no JSON object: it starts with a byte order mark"),
     ],
 )
 def test_files_that_are_not_what_they_seem_are_refused(tmp_path, change, text):
     base = make(tmp_path / "base", [STOP])
     change(base)
-    (problem,) = Carried(base, make(tmp_path / "tuned", [STOP])).problems
+    (problem,) = problems_of(base, make(tmp_path / "tuned", [STOP]))
     assert text in problem
+
+
+def problems_of(*folders):
+    """What is wrong with the small files, wherever it is found."""
+    try:
+        return Carried(*folders).problems
+    except ModelCompatibilityError as error:
+        return error.problems
 
 
 def test_a_link_within_the_folder_is_followed(tmp_path):
@@ -228,8 +240,8 @@ def test_a_link_within_the_folder_is_followed(tmp_path):
 
 
 def test_a_file_of_absurd_size_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(model_companions, "MAX_BYTES", 1000)
-    (problem,) = Carried(make(tmp_path / "base", [STOP])).problems
+    monkeypatch.setattr(model_files, "TOKENIZER_BYTES", 1000)
+    (problem,) = problems_of(make(tmp_path / "base", [STOP]))
     assert "tokenizer.json has " in problem
     assert "expected at most 1000. Download the model again" in problem
 

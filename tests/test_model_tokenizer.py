@@ -62,7 +62,7 @@ def test_a_folder_without_tokenizer_files_has_no_tokens(folder):
     write_json(folder / "tokenizer_config.json", {"bos_token": "<s>"})
     write_json(folder / "added_tokens.json", {"<s>": 0})
     (folder / "merges.txt").write_text("a b\n")
-    assert (has_tokenizer(folder), signature(folder), read_tokens(folder, "m")) == (
+    assert (has_tokenizer(folder), signature(folder, "m"), read_tokens(folder, "m")) == (
         False,
         None,
         None,
@@ -296,7 +296,7 @@ def test_folders_with_equal_files_share_one_table_as_long_as_it_is_used(folder, 
         write_byte_level(path, ["<|a|>"])
     first = read_tokens(folder, "m")
     assert read_tokens(other, "n") is first
-    key = signature(folder)
+    key = signature(folder, "m")
     assert key in model_tokenizer._tables
     del first
     gc.collect()
@@ -312,20 +312,20 @@ def test_folders_with_equal_files_share_one_table_as_long_as_it_is_used(folder, 
 )
 def test_the_signature_covers_every_file_that_is_read(folder, file):
     write_json(folder / "vocab.json", {"a": 0})
-    before = signature(folder)
+    before = signature(folder, "m")
     (folder / file).write_text('{"b": 0}')
-    assert signature(folder) != before
+    assert signature(folder, "m") != before
     (folder / file).rename(folder / "other.json")
     if file != "vocab.json":
-        assert signature(folder) == before
+        assert signature(folder, "m") == before
 
 
 def test_what_no_token_depends_on_leaves_the_signature_alone(folder):
     write_byte_level(folder, ["<|a|>"])
-    before = signature(folder)
+    before = signature(folder, "m")
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     write_json(folder / "generation_config.json", {})
-    assert signature(folder) == before
+    assert signature(folder, "m") == before
 
 
 # Broken files
@@ -340,10 +340,10 @@ def json_text(**content):
 @pytest.mark.parametrize(
     ("file", "text", "problem"),
     [
-        ("tokenizer.json", "{", "tokenizer.json is not JSON: Expecting property name"),
-        ("tokenizer.json", "[" * 100_000, "tokenizer.json is not JSON: "),
-        ("tokenizer.json", "\udcff", "tokenizer.json is not JSON: 'utf-8' codec"),
-        ("tokenizer.json", "[]", "tokenizer.json holds no JSON object"),
+        ("tokenizer.json", "{", "tokenizer.json is no JSON object: Expecting property name"),
+        ("tokenizer.json", "[" * 100_000, "tokenizer.json is no JSON object: "),
+        ("tokenizer.json", "\udcff", "tokenizer.json is no JSON object: 'utf-8' codec"),
+        ("tokenizer.json", "[]", "tokenizer.json is no JSON object"),
         ("tokenizer.json", "{}", "tokenizer.json holds no model with a vocab"),
         ("tokenizer.json", '{"model": []}', "tokenizer.json holds no model with a vocab"),
         ("tokenizer.json", '{"model": {}}', "tokenizer.json holds no model with a vocab"),
@@ -397,9 +397,9 @@ def json_text(**content):
         ),
         ("tokenizer.model", "pieces", "tokenizer.model is no SentencePiece model"),
         ("tokenizer.model", "", "tokenizer.model is no SentencePiece model"),
-        ("vocab.json", "[]", "vocab.json holds no JSON object"),
+        ("vocab.json", "[]", "vocab.json is no JSON object"),
         ("vocab.json", '{"a": "0"}', "vocab.json holds the token 'a' with the id '0'"),
-        ("tokenizer_config.json", "[]", "tokenizer_config.json holds no JSON object"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json is no JSON object"),
         (
             "tokenizer_config.json",
             json.dumps({DECODER: [1]}),
@@ -416,7 +416,7 @@ def json_text(**content):
             json.dumps({DECODER: {"1": "a"}}),
             "tokenizer_config.json lists the added token 'a', without an id or a content",
         ),
-        ("added_tokens.json", "{", "added_tokens.json is not JSON"),
+        ("added_tokens.json", "{", "added_tokens.json is no JSON object"),
         (
             "added_tokens.json",
             '{"a": 1.0}',
