@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from merge_finite import NAN_POLICIES
 from merge_methods import METHODS
 from merge_parameters import PROFILES
 from merge_recipe import DEFAULT_SHARD_SIZE, Parameter, Recipe
@@ -292,6 +293,13 @@ def _add_tensors(parser: argparse.ArgumentParser) -> None:
         metavar=("LOWEST", "HIGHEST"),
         help="keep merged values in this range (default: no bounds)",
     )
+    group.add_argument(
+        *spellings("--nan_policy"),
+        choices=NAN_POLICIES,
+        default="error",
+        help="NaN and infinity in the models: error refuses them, base takes the base's values "
+        "instead, propagate lets them through (default: %(default)s)",
+    )
 
 
 def add_lora(parser: argparse.ArgumentParser) -> None:
@@ -447,6 +455,7 @@ def recipe_of(method: str, arguments: argparse.Namespace) -> Recipe:
         clamp_range=None if arguments.clamp_range is None else tuple(arguments.clamp_range),
         lora_rounding=arguments.lora_rounding,
         tied_lora=arguments.tied_lora,
+        nan_policy=arguments.nan_policy,
     )
 
 

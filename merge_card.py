@@ -25,7 +25,7 @@ from merge_yaml import write_recipes
 from model_companions import AUTO_TEMPLATE, NO_TEMPLATE
 from model_locate import HUB_ID, join_adapters, last_part, split_adapters, split_revision
 from model_tokenizer import FORMS
-from model_utils import Origin
+from model_utils import Origin, WeightFile
 from model_vocabulary import BY_MODEL, model_index
 
 VERSION = "0.1.0"
@@ -103,23 +103,36 @@ def public_recipe(plan: Plan, earlier: Earlier) -> dict[str, Any]:
     return published
 
 
-def public_inputs(plan: Plan, earlier: Earlier) -> list[dict[str, Any]]:
-    """The weight files that a merge reads: size and SHA-256 of the header, by public names."""
-    _, names = _named(plan, earlier)
+def weight_files(plan: Plan, earlier: Earlier) -> list[WeightFile]:
+    """The weight files that a merge reads, those for earlier results included, each once."""
     files = {
         (file.folder, file.name): file
         for each in (*earlier.plans.values(), plan)
         for source in each.sources
         for file in source.files
     }
+    return [*files.values()]
+
+
+def public_inputs(
+    plan: Plan, earlier: Earlier, hashes: Mapping[WeightFile, str] | None = None
+) -> list[dict[str, Any]]:
+    """What is told of the weight files that a merge reads: name, size, digests; no paths.
+
+    Args:
+        plan, earlier: the merge.
+        hashes: their SHA-256, where these are known.
+    """
+    _, names = _named(plan, earlier)
     found = [
         {
             "model": file.model if file.model in names else last_part(file.model),
             "file": file.name,
             "bytes": file.state.bytes,
             "header_sha256": file.header_sha256,
+            **({"sha256": hashes[file]} if hashes else {}),
         }
-        for file in files.values()
+        for file in weight_files(plan, earlier)
     ]
     published: list[dict[str, Any]] = publish(found, names)
     return published

@@ -247,6 +247,7 @@ def _rows(plan: Plan, settings: RunSettings, block_bytes: int) -> Iterator[Merge
             operations,
             plan.sources,
             block_bytes,
+            plan.recipe.nan_policy,
         )
 
 

@@ -103,6 +103,13 @@ OF_THE_TENSORS = (
         'what becomes of a tied head of which adapters change one side: "untie" or "shared"; see '
         "`model_lora.LoraSettings`.",
     ),
+    Setting(
+        "nan_policy",
+        "error",
+        str,
+        'what becomes of NaN and infinity in the models: "error" refuses them, "base" takes the '
+        'base\'s values instead, "propagate" lets them through.',
+    ),
 )
 OF_A_FOLDER = (
     Setting(

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from merge_card import VERSION, public_inputs, public_recipe
+from merge_card import VERSION, public_inputs, public_recipe, weight_files
 from merge_plan import Earlier, Plan
 from merge_stream import TensorTask
 from model_companions import Edit
@@ -46,9 +46,7 @@ def plan_identity(plan: Plan, earlier: Earlier, device: str, *, findings: bool) 
 
 def input_states(plan: Plan, earlier: Earlier) -> list[Any]:
     """Sizes, times of change and inodes of the weight files, by which a change is seen."""
-    plans = (*earlier.plans.values(), plan)
-    files = (file for each in plans for source in each.sources for file in source.files)
-    return sorted({file.state for file in files})
+    return [file.state for file in weight_files(plan, earlier)]
 
 
 def _described(task: TensorTask) -> list[Any]:

@@ -278,18 +278,12 @@ def check_recipe(recipe: Recipe) -> tuple[list[Parameters], list[str]]:
     problems = []
     if recipe.profile not in PROFILES:
         problems.append(unknown_name("profile", recipe.profile, PROFILES))
-    if method.base == "required" and not _has_base(recipe):
+    if method.base == "required" and not recipe.has_base:
         problems.append(f"{recipe.method} needs a base_model, the common ancestor of the models")
     if method.base == "none" and recipe.base_model is not None:
         problems.append(f"{recipe.method} takes no base_model, got {recipe.base_model}")
     parameters, wrong = resolve(recipe)
     return parameters, [*problems, *wrong, *others]
-
-
-def _has_base(recipe: Recipe) -> bool:
-    if not recipe.slices:
-        return recipe.base_model is not None
-    return all(each.base is not None for each in recipe.slices)
 
 
 def _vocabulary_problems(recipe: Recipe) -> list[str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from merge_finite import NAN_POLICIES, NanPolicy
 from merge_settings import Choice, Setting, joined
 from model_lora import ROUNDINGS, TYINGS, LoraSettings, Rounding, Tying
 from model_partial import check_output_dir
@@ -35,6 +36,7 @@ OPTIONS = (
     "clamp_range",
     "lora_rounding",
     "tied_lora",
+    "nan_policy",
 )
 """Fields of a recipe that every method has beside its parameters."""
 
@@ -166,6 +168,8 @@ class Recipe:
         clamp_range: lowest and highest merged value; None for no bounds.
         lora_rounding, tied_lora: how LoRA adapters are put on their bases; see
             `model_lora.LoraSettings`. None for the profile's way.
+        nan_policy: what becomes of NaN and infinity in the models: "error" refuses them, "base"
+            takes the base's values instead, "propagate" lets them through.
         notes: what the user should know of how it was read.
         place: where it was read, for messages: file and line.
     """
@@ -190,6 +194,7 @@ class Recipe:
     clamp_range: tuple[float, float] | None = None
     lora_rounding: Rounding | None = None
     tied_lora: Tying | None = None
+    nan_policy: NanPolicy = "error"
     notes: tuple[str, ...] = field(default=(), compare=False)
     place: str = field(default="", compare=False)
 
@@ -217,6 +222,13 @@ class Recipe:
         if not self.place:
             return list(problems)
         return [type(each)(f"{self.place}: {each}") for each in problems]  # it may be unsafe
+
+    @property
+    def has_base(self) -> bool:
+        """Whether there is a base, for every slice if there are any."""
+        if not self.slices:
+            return self.base_model is not None
+        return all(each.base is not None for each in self.slices)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -405,6 +417,10 @@ def option_problems(recipe: Recipe) -> list[str]:
         wrong = [each for each in getattr(recipe, name) if not isinstance(each, str)]
         if wrong:
             problems.append(f"{name} must be patterns of names, got {wrong[0]!r}")
+    if recipe.nan_policy not in NAN_POLICIES:
+        problems.append(unknown_name("nan_policy", recipe.nan_policy, NAN_POLICIES))
+    elif recipe.nan_policy == "base" and not recipe.has_base:
+        problems.append("nan_policy base needs a base_model, whose values are taken")
     for name, choices in (("lora_rounding", ROUNDINGS), ("tied_lora", TYINGS)):
         if getattr(recipe, name) not in (None, *choices):
             problems.append(

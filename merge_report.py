@@ -10,8 +10,9 @@ from merge_plan import Earlier, Plan, free_bytes, merged_when_read
 from merge_recipe import Recipe
 from merge_settings import written
 from model_checks import EMBEDDING, is_tied
+from model_hashes import MANIFEST
 from model_utils import ModelFolder, format_bytes, parse_size
-from model_writer import MANIFEST, RECORD_BYTES, file_sizes
+from model_writer import RECORD_BYTES, file_sizes
 
 REPORT_FILE = "merge_report.json"
 RECIPE_FILE = "merge_recipe.yml"

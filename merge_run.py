@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from merge_analysis import Analysis, make_analysis
-from merge_card import model_card, saved_report
+from merge_card import model_card, public_inputs, saved_report, weight_files
 from merge_findings import analyze, restored, stored, told
+from merge_finite import remark_on_broken
 from merge_identity import digest, input_states, plan_identity
 from merge_memory import (
     Fit,
@@ -45,10 +47,11 @@ from model_checks import HEAD
 from model_config import read_config
 from model_errors import ModelCompatibilityError
 from model_files import read_text
+from model_hashes import verify_files
 from model_partial import PartialFolder, tidy
 from model_prep import resize_vocabulary, set_special_ids, warn_about
 from model_small_files import GENERATION
-from model_utils import get_llama, parse_size
+from model_utils import WeightFile, get_llama, parse_size
 from model_verify import verify_folder
 from model_writer import FolderWriter, read_manifest
 
@@ -209,6 +212,7 @@ def _merge(
 ) -> MergeReport:
     """Merge into a folder, or what is left of it."""
     identity = plan_identity(plan, earlier, settings.device, findings=settings.findings)
+    hashes, unknown = _verified(plan, earlier, settings)
     with FolderWriter(
         partial,
         plan.tensors,
@@ -222,8 +226,26 @@ def _merge(
         report = _report(plan, fit, found, started)
         _write_small_files(plan, report, writer, earlier)
         _verify(writer.path, partial.output_dir)
-        writer.commit({"plan_sha256": digest(identity), "inputs": identity["the inputs"]})
+        inputs = public_inputs(plan, earlier, hashes)
+        writer.commit({"plan_sha256": digest(identity), "inputs": inputs})
+    report = replace(report, notes=(*report.notes, *unknown))
     return replace(report, bytes_kept=writer.kept_bytes, seconds=time.monotonic() - started)
+
+
+def _verified(
+    plan: Plan, earlier: Earlier, settings: RunSettings
+) -> tuple[dict[WeightFile, str], list[str]]:
+    """The SHA-256 of all weight files if they are to be verified, and notes on unknown ones.
+
+    Raises:
+        ModelCompatibilityError: one is not what it should be.
+    """
+    if not settings.verify_inputs:
+        return {}, []
+    files = weight_files(plan, earlier)
+    size = sum(file.state.bytes for file in files)
+    with progress_bar(size, "verify", show=settings.progress) as on_bytes:
+        return verify_files(files, settings.threads or usable_cores(), on_bytes)
 
 
 def finished_report(recipe: Recipe, settings: RunSettings, earlier: Earlier) -> MergeReport | None:
@@ -324,6 +346,9 @@ def merge_to_model(
         of_models = [note for source in plan.sources for note in source.notes]
         # where a driver's function is called
         warn_about(plan.alignment, stacklevel=5, of_models=of_models)
+        _, unknown = _verified(plan, Earlier(), settings)
+        for note in unknown:
+            warnings.warn(note, stacklevel=5)
         model = get_llama(plan.template.path)
         resize_vocabulary(model, plan.alignment.vocabulary.rows, tied=plan.alignment.tied)
         set_special_ids(model, plan.alignment.special_ids)
@@ -408,7 +433,8 @@ def _stream(
         make_operations(run_settings.device, loops, finish=plan.finish) as operations,
         progress_bar(left, plan.recipe.method, show=run_settings.progress) as on_bytes,
     ):
-        settings = StreamSettings(fit.threads, fit.block_bytes, on_bytes)
+        policy = plan.recipe.nan_policy
+        settings = StreamSettings(fit.threads, fit.block_bytes, on_bytes, policy)
         findings = stream(
             groups,
             lambda tasks: merge_group(tasks, operations),
@@ -498,7 +524,12 @@ def _report(
         mapped_memory=mapped_memory(),
         files_carried=plan.carried.names,
         files_left=plan.carried.left,
-        notes=(*plan.notes, *fit.notes, *plan.method.remarks(findings)),
+        notes=(
+            *plan.notes,
+            *fit.notes,
+            *plan.method.remarks(findings),
+            *remark_on_broken(findings, recipe.nan_policy),
+        ),
         findings=by_tensor,
         task_vectors=groups,
     )

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from merge_finite import NAN_POLICIES
 from merge_methods import ALIASES, METHODS, Method
 from merge_parameters import PROFILES
 from merge_recipe import Parameter
@@ -56,6 +57,7 @@ def recipe_schema() -> dict[str, Any]:
             },
             "lora_rounding": {"enum": [*ROUNDINGS]},
             "tied_lora": {"enum": [*TYINGS]},
+            "nan_policy": {"enum": [*NAN_POLICIES]},
         },
         "additionalProperties": False,
         "oneOf": [{"required": ["models"]}, {"required": ["slices"]}],

@@ -25,11 +25,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from model_errors import ModelCompatibilityError
+from merge_finite import FiniteCheck, NanPolicy
 from model_rows import MappedRows
-from model_safetensors import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo, widen
+from model_safetensors import FLOAT_DTYPES, TensorInfo, widen
 from model_utils import rows_of
-from model_vocabulary import MISSING, RowMap
+from model_vocabulary import RowMap
 
 BLOCK_BYTES = 2**21
 """Bytes of a block, all inputs and the result together: it stays in a core's cache."""
@@ -42,9 +42,6 @@ SAMPLE_STEP, SAMPLE_SHARE = 8, 4
 
 UNDER_WAY = 3
 """Segments handed out per thread: one is worked on, the others are read ahead."""
-
-LARGEST = {"F32": 3.40282e38, "F16": 65504, "BF16": 3.38953e38}
-"""The largest finite value of each dtype."""
 
 READ_AHEAD_BYTES = 64 * SEGMENT_BYTES
 """Inputs of a group that are larger may not be in memory any more when its next pass comes."""
@@ -266,11 +263,13 @@ class StreamSettings:
         threads: segments worked on at once.
         block_bytes: memory of a block (at least one row is taken).
         on_bytes: told how many bytes of input have been read since the last call.
+        nan_policy: what becomes of values of the models that are not finite.
     """
 
     threads: int = 1
     block_bytes: int = BLOCK_BYTES
     on_bytes: Callable[[int], None] = lambda _: None
+    nan_policy: NanPolicy = "error"
 
 
 def stream(
@@ -338,7 +337,7 @@ def stream(
             settings.on_bytes(job.group.credit() * job.segment.nbytes)
             job.group.finish_segment()
             if job.group.merge is not None:  # it was the last pass, or nothing is merged
-                found = {name: job.group.merge.findings.get(name, {}) for name in job.group.names}
+                found = reader.findings(job.group)
                 sink.finish(found)
                 findings.update(found)
                 under_way.remove(job.group)
@@ -501,6 +500,7 @@ class _Reader:
         self.operations = operations
         self.settings = settings
         self.stopping = threading.Event()
+        self._check = FiniteCheck(sources, operations, settings.nan_policy)
         self._local = threading.local()
 
     def segments(self, tasks: Sequence[TensorTask]) -> Iterator[_Segment]:
@@ -543,11 +543,16 @@ class _Reader:
         state = gather.start_segment(segment.number)
         for block in self._blocks(segment, sample=gather.sample):
             looks = check and not gather.sample
-            if looks and not gather.tells_finite:
-                self._check_inputs(segment.task, block)
+            tells = gather.tells_finite and self._check.policy == "error"
+            if self._looks_before(first_time=looks) and not tells:
+                self._check.look_at_inputs(segment.task, block, first_time=looks)
             finite = gather.take(block, collection, state)
-            if looks and gather.tells_finite and not finite:
-                self._check_inputs(segment.task, block)
+            if looks and tells and not finite:
+                self._check.look_at_inputs(segment.task, block, first_time=True)
+
+    def _looks_before(self, *, first_time: bool) -> bool:
+        """Whether the inputs of a block are looked at before they are used."""
+        return first_time or self._check.policy == "base"  # which replaces them in every pass
 
     def _merge(self, merge: Merge, segment: _Segment, observed: Any = None, *, check: bool) -> None:
         for block in self.merged_blocks(merge, segment, check=check):
@@ -560,12 +565,20 @@ class _Reader:
         assert merge.take is not None
         state = merge.start_segment(segment.number)
         for block in self._blocks(segment):
-            if check:
-                self._check_inputs(segment.task, block)
+            if self._looks_before(first_time=check):
+                self._check.look_at_inputs(segment.task, block, first_time=check)
             merge.take(block, state)
-            if not self.operations.result_is_finite(block):
-                _refuse_result(segment.task, block)
+            self._check.look_at_result(segment.task, block)
             yield block
+
+    def findings(self, group: _GroupWork) -> dict[str, Mapping[str, Any]]:
+        """What was found out about each tensor of a group that is merged."""
+        assert group.merge is not None
+        broken = self._check.findings(group.names)
+        return {
+            name: {**group.merge.findings.get(name, {}), **broken.get(name, {})}
+            for name in group.names
+        }
 
     def _blocks(self, segment: _Segment, *, sample: bool = False) -> Iterator[Block]:
         """The blocks of a segment, or some rows of some."""
@@ -595,51 +608,6 @@ class _Reader:
             memory = self._local.memory = self.operations.memory(size)
         return memory
 
-    def _check_inputs(self, task: TensorTask, block: Block) -> None:
-        for index in self.operations.broken_inputs(block):
-            model, name = task.inputs[index]
-            values = _own(task.row_map, index, model, block)
-            if np.isfinite(values).all():
-                continue  # rows that stand in: their owner is among the inputs
-            raise ModelCompatibilityError(
-                f"{self.sources[model].label}: {name} has NaN or infinite weights: "
-                f"{_where_not_finite(values, block, _row_of(task.row_map, model))}. The model is "
-                "broken; use another copy"
-            )
-
-
-def _own(row_map: RowMap | None, index: int, model: int, block: Block) -> NDArray[np.float32]:
-    """An input's rows of a block, with zeros where they are not the model's own."""
-    values = block.values(index)
-    if row_map is None:
-        return values
-    missing = row_map.rows[model, block.first : block.first + block.rows] == MISSING
-    return np.where(missing[:, None], np.float32(0.0), values)
-
-
-def _row_of(row_map: RowMap | None, model: int) -> Callable[[int], int]:
-    """From a row of the result to the model's own."""
-    return (lambda row: row) if row_map is None else (lambda row: int(row_map.rows[model, row]))
-
-
-def _refuse_result(task: TensorTask, block: Block) -> None:
-    name = next(name for name, dtype in DTYPE_NAMES.items() if dtype == task.info.dtype)
-    raise ModelCompatibilityError(
-        f"{task.name}: {_where_not_finite(block.values(-1), block)} does not fit {name} (largest "
-        f"value {LARGEST[task.info.dtype]:g}). Choose another output dtype, or check weights and "
-        "lam"
-    )
-
-
-def _where_not_finite(
-    values: NDArray[np.float32], block: Block, row_of: Callable[[int], int] = lambda row: row
-) -> str:
-    """ "row 3, column 7 (inf; 12 such values in this block)"."""
-    bad = np.argwhere(~np.isfinite(values))
-    row, column = bad[0].tolist()
-    place = row_of(block.first + row)
-    return f"row {place}, column {column} ({values[row, column]}; {len(bad)} such in this block)"
-
 
 class MergedRows:
     """Merges rows when they are asked for, from any thread.
@@ -652,6 +620,7 @@ class MergedRows:
         tasks: the tensors.
         merge_group, operations, sources: as of `stream`; each tensor is a group.
         block_bytes: memory of a block.
+        nan_policy: as of `StreamSettings`.
     """
 
     def __init__(
@@ -661,10 +630,12 @@ class MergedRows:
         operations: Arithmetic,
         sources: Sequence[Source],
         block_bytes: int = BLOCK_BYTES,
+        nan_policy: NanPolicy = "error",
     ) -> None:
         self._tasks = {task.name: task for task in tasks}
         self._merge_group = merge_group
-        self._reader = _Reader(sources, Nowhere(), operations, StreamSettings(1, block_bytes))
+        settings = StreamSettings(1, block_bytes, nan_policy=nan_policy)
+        self._reader = _Reader(sources, Nowhere(), operations, settings)
         self._locks = {name: threading.Lock() for name in self._tasks}
         self._ready: dict[str, tuple[_GroupWork, _Segment]] = {}
         self._threads = threading.local()

@@ -30,6 +30,7 @@ from model_checks import (
 from model_config import read_config
 from model_errors import ModelCompatibilityError
 from model_files import has_file, read_text
+from model_hashes import changed_files
 from model_locate import find_model_folder
 from model_safetensors import DTYPE_NAMES, FLOAT_DTYPES, widen
 from model_tokenizer import FORMS, TokenTable, has_tokenizer, read_tokens
@@ -150,6 +151,9 @@ def verify_folder(
             ]
             if read_weights:
                 problems += value_problems(model, threads, on_bytes)
+                changed, notes = changed_files(model.path, label)
+                problems += changed
+                side = side._replace(notes=(*side.notes, *notes))
             return _findings(model, side, read_weights, problems)
     except ModelCompatibilityError as error:
         tokens = None if side.tokens is None else len(side.tokens.tokens)

@@ -32,12 +32,10 @@ from model_files import (
     write_all,
     write_file,
 )
+from model_hashes import MANIFEST
 from model_partial import PartialFolder
 from model_safetensors import FLOAT_DTYPES, HeaderEntry, TensorInfo, build_header
 from model_utils import INDEX, WEIGHTS, rows_of
-
-MANIFEST = "merge_manifest.json"
-"""The last file that is written: sizes and SHA-256 of all others, and of what went in."""
 
 FLUSH_BYTES = 2**27
 """What is written goes to the disk in portions of this size."""

@@ -137,6 +137,7 @@ def test_the_report_has_the_recipe_as_it_was_resolved(tmp_path):
         },
         "include": [], "exclude": [], "merge_embeddings": True, "merge_lm_head": True,
         "weight_decay": 0.0,
+        "nan_policy": "error",
         "dtype": "bfloat16",
         "max_shard_size": "5GB",
         "vocabulary": {
