@@ -80,7 +80,8 @@ class PartialFolder:
         path: the folder.
         model: in it, what will be the output.
         earlier: in it, a folder for results that this one is made of.
-        journal, reserve: in it, the file with records, and one that takes disk space.
+        plan, journal, reserve: in it, the files with the plan and with records, and one that takes
+            disk space.
         notes: what the user should know of it.
 
     Raises:
@@ -98,6 +99,7 @@ class PartialFolder:
         self.path = self.output_dir.with_name(f".{self.output_dir.name}.partial")
         self.model = self.path / MODEL
         self.earlier = self.path / EARLIER
+        self.plan = self.path / PLAN
         self.journal = self.path / JOURNAL
         self.reserve = self.path / RESERVE
         self.notes: tuple[str, ...] = ()
@@ -338,8 +340,8 @@ def _records(content: bytes) -> Iterator[tuple[Any, int]]:
 def _difference(there: bytes, plan: Mapping[str, Any]) -> str:
     """Which parts of a plan that was found are not as in the plan that is wanted."""
     try:
-        found = json.loads(there)
-        parts = [part for part, value in plan.items() if found.get(part) != value]
+        found, wanted = json.loads(there), json.loads(json.dumps(plan))
+        parts = [part for part, value in wanted.items() if found.get(part) != value]
     except (ValueError, AttributeError):
         parts = []
     return f"{' and '.join(parts) or 'its plan'} differ{'' if len(parts) > 1 else 's'}"

@@ -221,7 +221,11 @@ class FolderWriter:
             self.path / file: len(header) + sum(self.tensors[n].nbytes for n in self.shards[file])
             for file, header in headers.items()
         }
-        others = {self.partial.journal: self._record_bytes, self.partial.reserve: self._others}
+        others = {
+            self.partial.plan: self.partial.plan.stat().st_size,
+            self.partial.journal: self._record_bytes,
+            self.partial.reserve: self._others,
+        }
         check_space(sizes | others, self.partial.output_dir)
 
     def _open_shard(self, file: str, header: bytes, entries: Mapping[str, HeaderEntry]) -> None:

@@ -1,24 +1,33 @@
 """What is promised of runs that stop, tried out: `python tests/reliability.py` does everything.
 
-    python tests/reliability.py faults           every operation on files fails once
-    python tests/reliability.py kills            SIGKILL at random moments
-    python tests/reliability.py disk             too little room
-    python tests/reliability.py starts           several runs on one output
-    python tests/reliability.py --short ...      a part of the cases, as in the test suite
+    python tests/reliability.py faults     every operation on files fails once
+    python tests/reliability.py kills      SIGKILL at random moments
+    python tests/reliability.py disk       a disk with too little room, or that others fill
+    python tests/reliability.py starts     several runs on one output
+    python tests/reliability.py inputs     models that are read-only, or vanish
+    python tests/reliability.py large --models FOLDER
+                                           SIGKILL of merges of FOLDER/base and FOLDER/tuned-*,
+                                           as benchmarks/compare.py makes them
+    python tests/reliability.py --short    a part of the cases, as in the test suite
 
 Prints a line for each, with the number of cases; ends with status 1 if one went wrong.
 """
 
 import argparse
 import contextlib
+import hashlib
+import json
 import os
+import random
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,10 +148,10 @@ def check_resumed(
         raise WrongEndError(f"--resume left {left}")
 
 
-def faults(*, short: bool, step: int) -> Counter[str]:
+def faults(options: argparse.Namespace) -> Counter[str]:
     """Every operation on files fails in turn, in a new run and in one that goes on."""
-    torch.set_num_threads(1)  # forked processes have no other threads
     done: Counter[str] = Counter()
+    short = options.short
     with tiny_models() as place:
         work, log, half = place / "work", place / "log", place / "half"
         inputs = {each: content_of(place / each) for each in ("base", "a", "b")}
@@ -161,7 +170,7 @@ def faults(*, short: bool, step: int) -> Counter[str]:
                 for kind in KINDS:
                     at = 0
                     while True:
-                        at += 1 if not short else step
+                        at += options.step if short else 1
                         cleared(work)
                         if resumed:
                             shutil.copytree(half, work, dirs_exist_ok=True)
@@ -186,27 +195,300 @@ def faults(*, short: bool, step: int) -> Counter[str]:
     return done
 
 
-CAMPAIGNS = {"faults": faults}
+TIES = [*driver("ties"), "--quiet", "--threads", "2", "--densities", "0.5", "0.5"]
 
 
-def main() -> int:
+def ties(more: Sequence[str] = ()) -> int:
+    """The merge that is disturbed in all campaigns but the first."""
+    return merge_command.run_command("ties", "", [*TIES, *more])
+
+
+def complain(done: Counter[str], text: str) -> None:
+    """Note that something went wrong."""
+    print(f"WRONG: {text}", flush=True)
+    done["wrong"] += 1
+
+
+def start(work: Callable[[], int], log: Path) -> int:
+    """Begin some work in a forked process, with its output in a file; the process's number."""
+    child = os.fork()
+    if child == 0:
+        status = 99
+        try:
+            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for stream in (1, 2):
+                os.dup2(descriptor, stream)
+            sys.stdout = sys.stderr = os.fdopen(descriptor, "w", buffering=1)
+            status = work()
+        finally:
+            os._exit(status)
+    return child
+
+
+def ended(child: int) -> int:
+    """How a process ended."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@contextlib.contextmanager
+def tiny_merge() -> Iterator[tuple[Path, Mapping[str, bytes], float]]:
+    """The tiny models, the output of their merge, and the seconds that it takes when warm."""
+    with tiny_models() as place:
+        assert ties() == 0
+        cleared(place / "work")
+        started = time.monotonic()
+        assert run_apart(ties, place / "log") == 0
+        seconds = time.monotonic() - started
+        reference = content_of(place / "work/out")
+        cleared(place / "work")
+        yield place, reference, seconds
+
+
+def kills(options: argparse.Namespace) -> Counter[str]:
+    """SIGKILL at random moments, one to five times, before a run that may end."""
+    done: Counter[str] = Counter()
+    chance = random.Random(options.seed)
+    with tiny_merge() as (place, reference, seconds):
+        work, log = place / "work", place / "log"
+        wanted = options.count or (50 if options.short else 1000)
+        while done["kills"] < wanted:
+            cleared(work)
+            for _ in range(chance.randint(1, 5)):
+                child = start(lambda: ties(["--resume"]), log)
+                time.sleep(chance.uniform(0, seconds))
+                os.kill(child, signal.SIGKILL)
+                if ended(child) == -signal.SIGKILL:
+                    done["kills"] += 1
+                if (work / "out").exists() and content_of(work / "out") != reference:
+                    complain(done, f"seed {options.seed}: a wrong output after a kill")
+            try:
+                check_resumed(lambda more: ties(more), work, reference, log)
+                done["resumed"] += 1
+            except WrongEndError as wrong:
+                complain(done, f"seed {options.seed}, {done['kills']} kills: {wrong}")
+    return done
+
+
+def starts(options: argparse.Namespace) -> Counter[str]:
+    """Several runs on one output at once; one of them makes it, the others say so at once."""
+    done: Counter[str] = Counter()
+    chance = random.Random(options.seed)
+    with tiny_merge() as (place, reference, _):
+        work = place / "work"
+        for number in range(options.count or (10 if options.short else 100)):
+            cleared(work)
+            if killed := number % 3 == 2:  # something has been left
+                run_apart(ties, place / "log", Faults(place, "SIGKILL", chance.randint(100, 600)))
+            ready, go = os.pipe()
+            count = chance.choice([2, 4, 8])
+            logs = [place / f"log-{index}" for index in range(count)]
+            more = ["--resume"] if chance.random() < 0.5 else []
+
+            def when_told(ready: int = ready, more: Sequence[str] = more) -> int:
+                os.read(ready, 1)
+                return ties(more)
+
+            children = [start(when_told, log) for log in logs]
+            os.close(ready)
+            os.write(go, b"x" * count)
+            os.close(go)
+            ends = sorted(ended(child) for child in children)
+            # Who comes when all is done finds it, or with --resume says that it is done.
+            late = {0} if more else {2, 6}
+            if not (ends.count(0) >= 1 and {*ends} <= {0, 7} | late):
+                said = "".join(log.read_text() for log in logs)
+                complain(done, f"round {number}, killed {killed}: ended with {ends}\n{said}")
+            elif not more and ends.count(0) != 1:
+                complain(done, f"round {number}: {ends.count(0)} runs made one output")
+            elif content_of(work / "out") != reference or os.listdir(work) != ["out"]:
+                complain(done, f"round {number}: a wrong output, or something is left")
+            done["rounds"] += 1
+            done["turned away"] += ends.count(7)
+    return done
+
+
+@contextlib.contextmanager
+def small_disk(place: Path, size: int) -> Iterator[None]:
+    """A disk of so many bytes, as `place`, for a while."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def can_mount(place: Path) -> bool:
+    """Whether this process may make small disks."""
+    try:
+        with small_disk(place, 2**20):
+            return True
+    except (subprocess.CalledProcessError, FileNotFoundError):
+        return False
+
+
+def disk(options: argparse.Namespace) -> Counter[str]:
+    """Disks of 10 to 110 percent of the need, of just the need, and such that others fill."""
+    done: Counter[str] = Counter()
+    chance = random.Random(options.seed)
+    with tiny_merge() as (place, reference, seconds):
+        work, log = place / "work", place / "log"
+        if not can_mount(work):
+            print("disk: left out, as no disks can be made here (root)")
+            return done
+        with small_disk(work, 2**16):
+            assert run_apart(ties, log) == 5
+            (need,) = re.findall(r"the result needs ([\d,]+) bytes", log.read_text())
+        exact = int(need.replace(",", ""))
+        for size in [*range(exact // 10, exact * 11 // 10, exact // 20), exact - 4096, exact]:
+            size = size // 4096 * 4096
+            with small_disk(work, size):
+                status = run_apart(ties, log)
+                fits = size >= exact
+                if status != (0 if fits else 5):
+                    complain(done, f"{size} bytes of {exact}: status {status}\n{log.read_text()}")
+                elif fits and content_of(work / "out") != reference:
+                    complain(done, f"{size} bytes: a wrong output")
+                elif not fits and (
+                    os.listdir(work) or "the disk has" not in log.read_text()
+                ):
+                    complain(done, f"{size} bytes: left {os.listdir(work)}\n{log.read_text()}")
+                done["sizes"] += 1
+        for number in range(2 if options.short else 20):
+            with small_disk(work, exact + 2**20):
+                child = start(ties, log)
+                time.sleep(chance.uniform(0, seconds))
+                with contextlib.suppress(OSError), (work / "filler").open("wb") as file:
+                    while True:
+                        file.write(bytes(2**14))
+                status = ended(child)
+                (work / "filler").unlink()
+                try:
+                    check_end(status, {0, 5}, work, reference, log)
+                    check_resumed(lambda more: ties(more), work, reference, log)
+                except WrongEndError as wrong:
+                    complain(done, f"filled, no. {number}: {wrong}")
+                done["filled"] += 1
+    return done
+
+
+def inputs(options: argparse.Namespace) -> Counter[str]:
+    """Models that only can be read, and models whose files vanish meanwhile."""
+    done: Counter[str] = Counter()
+    chance = random.Random(options.seed)
+    with tiny_merge() as (place, reference, seconds):
+        work, log, models = place / "work", place / "log", place / "a"
+        files = [path for name in ("base", "a", "b") for path in (place / name).iterdir()]
+        for path in files:
+            path.chmod(0o444)
+        for name in ("base", "a", "b"):
+            (place / name).chmod(0o555)
+        place.chmod(0o755)
+        work.chmod(0o777)
+        log.chmod(0o666)
+
+        def as_nobody() -> int:
+            if os.getuid() == 0:  # whom permissions do not concern
+                os.setgid(65534)
+                os.setuid(65534)
+            return ties()
+
+        status = run_apart(as_nobody, log)
+        if status or content_of(work / "out") != reference:
+            complain(done, f"read-only models: status {status}\n{log.read_text()}")
+        done["read-only"] += 1
+        for name in ("base", "a", "b"):
+            (place / name).chmod(0o755)
+        shutil.copytree(models, place / "kept")
+        for number in range(10 if options.short else 200):
+            cleared(work)
+            child = start(ties, log)
+            time.sleep(chance.uniform(0, seconds))
+            shutil.rmtree(models)
+            try:
+                check_end(ended(child), {0, 3, 6}, work, reference, log)
+            except WrongEndError as wrong:
+                complain(done, f"vanished, no. {number}: {wrong}")
+            shutil.copytree(place / "kept", models)
+            cleared(work)
+            done["vanished"] += 1
+    return done
+
+
+def large(options: argparse.Namespace) -> Counter[str]:
+    """SIGKILL of the real command at random moments, on models of a real size."""
+    done: Counter[str] = Counter()
+    if options.models is None:
+        print("large: left out, as --models is not given")
+        return done
+    chance = random.Random(options.seed)
+    work = options.models / "work"
+    work.mkdir()
+    tuned = [str(path) for path in sorted(options.models.glob("tuned-*"))]
+    command = [sys.executable, str(ROOT / "ties_llama.py"), str(options.models / "base")]
+    command += ["--ft_models", *tuned, "--densities", *["0.5"] * len(tuned)]
+    command += ["--save", str(work / "out"), "--quiet", "--json", "--max-shard-size", "500MB"]
+    started = time.monotonic()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    seconds = time.monotonic() - started
+    reference = {path.name: sha256(path) for path in (work / "out").iterdir()}
+    for number in range(options.count or 20):
+        cleared(work)
+        waited = chance.uniform(0.5, seconds)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        time.sleep(waited)
+        process.kill()
+        done["kills"] += process.wait() == -signal.SIGKILL
+        report = subprocess.run([*command, "--resume"], stdout=subprocess.PIPE, check=False)
+        found = {path.name: sha256(path) for path in (work / "out").iterdir()}
+        if report.returncode or found != reference or os.listdir(work) != ["out"]:
+            complain(done, f"no. {number}, killed after {waited:.1f} s of {seconds:.1f}")
+        said = json.loads(report.stdout)
+        kept = said["bytes_kept"] / said["bytes_written"]
+        print(
+            f"killed after {waited:4.1f} of {seconds:4.1f} s, {kept:4.0%} kept, "
+            f"{said['seconds']:4.1f} s to the end",
+            flush=True,
+        )
+    shutil.rmtree(work)
+    return done
+
+
+def sha256(path: Path) -> str:
+    """Of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+CAMPAIGNS = {
+    "faults": faults,
+    "kills": kills,
+    "disk": disk,
+    "starts": starts,
+    "inputs": inputs,
+    "large": large,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and run what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("campaign", nargs="*", choices=[*CAMPAIGNS, []], default=[])
     parser.add_argument("--short", action="store_true")
-    parser.add_argument("--step", type=int, default=17)
-    arguments = parser.parse_args()
+    parser.add_argument("--step", type=int, default=17, help="of faults, with --short")
+    parser.add_argument("--count", type=int, help="cases of kills, starts and large")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--models", type=Path, help="for large")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)  # forked processes have no other threads
     wrong = 0
     for name in arguments.campaign or CAMPAIGNS:
         started = time.monotonic()
-        done = CAMPAIGNS[name](short=arguments.short, step=arguments.step)
+        done = CAMPAIGNS[name](arguments)
         wrong += done.pop("wrong", 0)
         cases = ", ".join(f"{count} {kind}" for kind, count in done.items())
-        print(
-            f"{name}: {sum(done.values())} cases ({cases}), {wrong} wrong, "
-            f"{time.monotonic() - started:.0f} s",
-            flush=True,
-        )
+        print(f"{name}: {cases}; {wrong} wrong; {time.monotonic() - started:.0f} s", flush=True)
     return int(wrong > 0)
 
 
