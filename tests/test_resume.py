@@ -56,9 +56,10 @@ def stop(monkeypatch, merge=ties, after=STOPPED):
         if len(done) >= after:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
+    with monkeypatch.context() as patch:
         patch.setattr(FolderWriter, "finish", finish)
-        merge()
+        with pytest.raises(KeyboardInterrupt) as caught:
+            merge()
     return done, caught.value
 
 
