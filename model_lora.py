@@ -19,6 +19,7 @@ from model_config import read_config
 from model_errors import ModelCompatibilityError, UnsafeModelError
 from model_files import has_file, read_text
 from model_locate import ADAPTER_CONFIG, files_left_on_hub, find_model_folder
+from model_patterns import check_pattern, matched
 from model_safetensors import FLOAT_DTYPES, widen
 from model_utils import ModelFolder
 
@@ -67,8 +68,6 @@ _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 _BEGINNINGS = ("gaussian", "eva", "orthogonal", "mica")
 """Those that leave it alone."""
-
-_MAX_PATTERN = 1000
 
 
 Rounding = Literal["none", "sum", "delta"]
@@ -130,7 +129,13 @@ class Change(NamedTuple):
 
 
 class AdapterFolder(ModelFolder):
-    """An open LoRA adapter: `config` is its adapter_config.json, `tensors` its own."""
+    """An open LoRA adapter: `config` is its adapter_config.json, `tensors` its own.
+
+    Attributes:
+        known_modules: those for which its patterns may be asked.
+    """
+
+    known_modules: frozenset[str] = frozenset()
 
     @property
     def uses_dora(self) -> bool:
@@ -171,13 +176,36 @@ class AdapterFolder(ModelFolder):
 
     def module_rank(self, module: str) -> int:
         """r of a module: that of the first pattern that fits it."""
-        return int(_by_pattern(self.config.get("rank_pattern"), module, self.config["r"]))
+        return int(self._by_pattern("rank_pattern", module, self.config["r"]))
 
     def module_scale(self, module: str) -> float:
         """What the product of a module's factors is multiplied by."""
-        alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
+        alpha = self._by_pattern("alpha_pattern", module, self.config["lora_alpha"])
         rank = self.module_rank(module)
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def _by_pattern(self, key: str, module: str, otherwise: Any) -> Any:
+        """The value of the first pattern that fits the end of a module's path."""
+        for pattern, value in (self.config.get(key) or {}).items():
+            if self.fits(_at_the_end(pattern), module):
+                return value
+        return otherwise
+
+    def fits(self, pattern: str, module: str) -> bool:
+        """Whether one of the adapter's patterns fits a module's whole path.
+
+        Raises:
+            ModelCompatibilityError: the patterns take too long.
+        """
+        self.known_modules |= {module}
+        patterns = [self.config.get(key) for key in ("target_modules", "exclude_modules")]
+        patterns = [each for each in patterns if isinstance(each, str)]
+        for key in ("rank_pattern", "alpha_pattern"):
+            patterns += map(_at_the_end, self.config.get(key) or {})
+        try:
+            return module in matched(tuple(patterns), self.known_modules)[pattern]
+        except ValueError as error:
+            raise UnsafeModelError(f"{self.label}: {ADAPTER_CONFIG}: {error}") from error
 
 
 def open_adapter(name: str, *, weights: bool = True) -> AdapterFolder:
@@ -269,7 +297,7 @@ def _entry_problems(config: Mapping[str, Any]) -> Iterator[str]:
     for name in ("target_modules", "exclude_modules"):
         if isinstance(config.get(name), str):
             try:
-                _compiled(config[name])
+                check_pattern(config[name])
             except ValueError as error:
                 yield f"{name}: {error}"
         elif not _is_names(config.get(name)):
@@ -290,7 +318,7 @@ def _pattern_problems(name: str, patterns: Any, fits: Callable[[Any], bool]) -> 
         if not fits(value):
             yield f"{name}: {pattern!r} has {_shown(value)}, expected a number"
         try:
-            _compiled(pattern)
+            check_pattern(pattern)
         except ValueError as error:
             yield f"{name}: {error}"
 
@@ -333,12 +361,9 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
-    """The value of the first pattern that fits the end of a module's path."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return otherwise
+def _at_the_end(pattern: str) -> str:
+    """A pattern for the end of a module's path, as PEFT means those of ranks and alphas."""
+    return rf"(.*\.)?({pattern})"
 
 
 class Changes(NamedTuple):
@@ -396,6 +421,7 @@ def parts_of(adapter: AdapterFolder) -> AdapterParts:
             other or do not have the rank that the config says; all of them are listed.
     """
     modules, unknown = _by_module(adapter)
+    adapter.known_modules |= {*modules}
     problems = _unknown_problems(adapter, unknown)
     problems += [
         f"{name} is stored as {info.dtype}; expected float32, float16 or bfloat16"
@@ -436,7 +462,7 @@ def _module_factors(
         )
         return None
     lora_a, lora_b = (parts[part] for part in kinds[0])
-    if not _is_target(adapter.config, module):
+    if not _is_target(adapter, module):
         problems.append(
             f"{lora_a}: target_modules in {ADAPTER_CONFIG} does not name {module}, so PEFT "
             "would not use it. Save the adapter again, or correct target_modules"
@@ -473,6 +499,7 @@ def changes_of(adapter: AdapterFolder, base: Model) -> Changes:
         ModelCompatibilityError: as `parts_of`; or tensors of the adapter have no place in the model
             or do not fit; all of them are listed.
     """
+    adapter.known_modules |= {name.removesuffix(".weight") for name in base.tensors}
     found = parts_of(adapter)
     problems: list[str] = []
     turned = _is_turned(adapter, base, found.factors)
@@ -677,20 +704,20 @@ def _low_rank(
     return LowRank(lora_b, lora_a, False, False, rank, scale, magnitude)
 
 
-def _is_target(config: Mapping[str, Any], module: str) -> bool:
+def _is_target(adapter: AdapterFolder, module: str, *, tying: bool = True) -> bool:
     """Whether PEFT would give a module factors."""
+    config = adapter.config
     targets = config.get("target_modules")
     head, embedding = (tensor.removesuffix(".weight") for tensor in (HEAD, EMBEDDING))
     if targets is None:
         return True  # by the kind of model
     both = {head: embedding, embedding: head}
-    if module in both and config.get("ensure_weight_tying"):
-        config = {**config, "ensure_weight_tying": False}
-        return _is_target(config, module) or _is_target(config, both[module])
+    if module in both and tying and config.get("ensure_weight_tying"):
+        return any(_is_target(adapter, each, tying=False) for each in (module, both[module]))
     if isinstance(targets, str):
         if targets == "all-linear":
             return module != head
-        return bool(_compiled(targets).fullmatch(module))
+        return adapter.fits(targets, module)
     if module in targets:
         return True
     chosen = config.get("layers_to_transform")
@@ -699,23 +726,6 @@ def _is_target(config: Mapping[str, Any], module: str) -> bool:
     if layers and (layer is None or int(layer[1]) not in layers):
         return False
     return any(_ends_with(module, target) for target in targets)
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    """A pattern of adapter_config.json; `ValueError` if it is none, or could take for ever."""
-    if len(pattern) > _MAX_PATTERN or _NESTED.search(pattern):
-        raise ValueError(
-            f"the pattern {_shown(pattern)} is too long, or repeats what is repeated already, "
-            "which can take for ever. Write it more simply"
-        )
-    try:
-        return re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{_shown(pattern)} is no regular expression ({error})") from error
-
-
-_NESTED = re.compile(r"[*+}][?+]?(?:\)[?]?)*\)[*+{]")
-"""A group whose end is repeated and that is repeated itself."""
 
 
 def _ends_with(module: str, end: str) -> bool:
@@ -775,8 +785,8 @@ def _notes(
         module
         for module in targets
         if adapter.config.get("target_modules") is not None
-        and _is_target(adapter.config, module)
-        and not _is_left_out(adapter.config, module)
+        and _is_target(adapter, module)
+        and not _is_left_out(adapter, module)
         and module not in modules
     ]
     if left:
@@ -787,14 +797,14 @@ def _notes(
         )
 
 
-def _is_left_out(config: Mapping[str, Any], module: str) -> bool:
+def _is_left_out(adapter: AdapterFolder, module: str) -> bool:
     """Whether `exclude_modules` or `modules_to_save` takes a module from the targets."""
-    left = config.get("exclude_modules") or ()
+    left = adapter.config.get("exclude_modules") or ()
     if isinstance(left, str):
-        left_out = bool(_compiled(left).fullmatch(module))
+        left_out = adapter.fits(left, module)
     else:
         left_out = any(_ends_with(module, name) for name in left)
-    return left_out or is_saved(config, module)
+    return left_out or is_saved(adapter.config, module)
 
 
 def is_saved(config: Mapping[str, Any], module: str) -> bool:

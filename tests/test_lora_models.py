@@ -372,7 +372,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a pattern that hangs": (
         {"changes": {"target_modules": "([a-z0-9_.]+)+!"}},
-        "repeats what is repeated already",
+        "take too long, or too much. Write them more simply",
     ),
     "no pattern": ({"changes": {"target_modules": "("}}, "is no regular expression"),
     "a pattern too large": (
