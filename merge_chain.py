@@ -226,7 +226,7 @@ def open_earlier(
                 folder = place / str(number)
                 merge_to_folder(
                     replace(recipe, output_dir=folder),
-                    **{**asdict(settings), "findings": False},
+                    **{**asdict(settings), "findings": False, "verify_inputs": False},
                     earlier=earlier,
                 )
                 model = open_model_folder(folder)

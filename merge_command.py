@@ -102,6 +102,10 @@ def _check_parts(
         parser.error(f"--analyze merges nothing: give it without {out} and --plan")
     if arguments.findings and not arguments.save:
         parser.error(f"--findings is for the report of a merge: give it with {out}")
+    for name in ("resume", "verify_inputs"):
+        if getattr(arguments, name) and (arguments.plan or not arguments.save):
+            option = f"--{name.replace('_', '-')}"
+            parser.error(f"{option} is for a merge: give it with {out}, without --plan")
 
 
 def _carry_out_recipe(arguments: argparse.Namespace) -> str:

@@ -220,7 +220,7 @@ def _merge(
         plan={**identity, "times of the inputs": input_states(plan, earlier)},
         others=small_file_bytes(plan, findings=settings.findings),
     ) as writer:
-        found = _stream(plan, fit, FolderSink(writer), settings)
+        found, bytes_read = _stream(plan, fit, FolderSink(writer), settings)
         for source in plan.sources:
             source.check_unchanged()
         report = _report(plan, fit, found, started)
@@ -228,8 +228,13 @@ def _merge(
         _verify(writer.path, partial.output_dir)
         inputs = public_inputs(plan, earlier, hashes)
         writer.commit({"plan_sha256": digest(identity), "inputs": inputs})
-    report = replace(report, notes=(*report.notes, *unknown))
-    return replace(report, bytes_kept=writer.kept_bytes, seconds=time.monotonic() - started)
+    return replace(
+        report,
+        bytes_read=bytes_read,
+        bytes_kept=writer.kept_bytes,
+        seconds=time.monotonic() - started,
+        notes=(*report.notes, *unknown),
+    )
 
 
 def _verified(
@@ -424,7 +429,8 @@ class FolderSink:
 
 def _stream(
     plan: Plan, fit: Fit, sink: ModelSink | FolderSink, run_settings: RunSettings
-) -> dict[str, Mapping[str, Any]]:
+) -> tuple[dict[str, Mapping[str, Any]], int]:
+    """Merge what is not done; what was found out about each tensor, and the bytes read for it."""
     loops, done = plan.loops, sink.findings
     groups = [group for group in plan.groups if not all(task.name in done for task in group)]
     left = sum(plan.read_bytes_of([task], plan.passes_of(task)) for each in groups for task in each)
@@ -446,7 +452,8 @@ def _stream(
         )
         remember_compiled(plan, arithmetic(run_settings.device, loops))
         findings = {**done, **findings}
-        return {task.name: findings[task.name] for task in plan.tasks if findings.get(task.name)}
+    known = {task.name: findings[task.name] for task in plan.tasks if findings.get(task.name)}
+    return known, left
 
 
 def analyze_models(

@@ -96,6 +96,8 @@ def test_only_what_is_not_done_is_merged_again(models, reference, monkeypatch, w
     assert not {*written} & {*done}
     assert content_of(Path("out")) == reference
     assert 0 < report.bytes_kept < report.bytes_written
+    left = report.bytes_written - report.bytes_kept
+    assert report.bytes_read == 6 * left  # three models, twice
     assert sorted(os.listdir()) == ["a", "b", "base", "out"]
 
 
