@@ -16,7 +16,7 @@ from merge_plan import place_problems
 from merge_progress import progress_bar
 from merge_recipe import brief, unknown_name
 from model_checks import VOCABULARY_TENSORS, layer_order
-from model_companions import tokenizer_files
+from model_companions import code_notes, tokenizer_files
 from model_errors import ModelCompatibilityError, refusal
 from model_locate import adapter_name, last_part
 from model_lora import (
@@ -208,6 +208,7 @@ def merge_adapters(
         notes = [*_notes(merge, method, inputs, errors.total)]
         if givers:
             notes.append(f"the tokenizer beside it is that of {givers[0].label}")
+            notes += code_notes(givers[0], new.files)
         del given["adapters"], given["method"]
         return output.write(new, method, given, merge.adapters, merge.dtype, errors, notes)
 

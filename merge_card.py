@@ -261,7 +261,9 @@ def publish(value: Any, names: Mapping[str, str]) -> Any:
 
 def _path_forms(name: str) -> set[str]:
     """How a text may name a folder by its path; nothing for a name that is not one."""
-    forms = {name, str(Path(name)), os.path.abspath(name), str(Path(name).resolve())}
+    forms = {name, str(Path(name)), os.path.abspath(name)}
+    with contextlib.suppress(ValueError, OSError):  # it can be no path at all
+        forms.add(str(Path(name).resolve()))
     forms |= {repr(form)[1:-1] for form in forms}
     return {form for form in forms if "/" in form}
 

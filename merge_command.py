@@ -39,6 +39,7 @@ from model_errors import (
     ModelCompatibilityError,
     OutputBusyError,
     UnsafeModelError,
+    refusal,
 )
 from model_verify import Findings, verify_folder
 
@@ -175,16 +176,16 @@ def run_check(argv: Sequence[str]) -> int:
     arguments, others = parser.parse_known_args(argv)
     if others:
         parser.error(f"--check stands alone (or with --json), got also: {' '.join(others)}")
-    sound = False
+    problems: tuple[str, ...] = ()
 
     def check() -> str:
-        nonlocal sound
+        nonlocal problems
         findings = verify_folder(arguments.check, threads=usable_cores())
-        sound = not findings.problems
+        problems = findings.problems
         return printed(findings, as_json=arguments.json)
 
     status = reported(check)
-    return status if status or sound else EXIT_BAD_INPUT
+    return _exit_code(refusal(problems)) if problems and not status else status
 
 
 def reported(work: Callable[[], str], *, last: bool = False) -> int:
@@ -196,7 +197,7 @@ def reported(work: Callable[[], str], *, last: bool = False) -> int:
     try:
         with _signals_interrupt(last=last):
             text = work()
-    except (ValueError, ModelCompatibilityError, OSError) as error:
+    except (ValueError, ModelCompatibilityError, OSError, MemoryError) as error:
         for line in _text(error).splitlines():
             shown = printable(line)
             print(shown if line.startswith(" ") else f"error: {shown}", file=sys.stderr)
@@ -207,7 +208,7 @@ def reported(work: Callable[[], str], *, last: bool = False) -> int:
         _print_notes(error)
         return 128 + (error.args[0] if error.args else SIGINT)
     try:
-        print(text, flush=True)
+        print("\n".join(map(printable, text.split("\n"))), flush=True)
     except BrokenPipeError:  # whoever reads has seen enough; nothing is to be said at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_OK
@@ -269,6 +270,8 @@ def _print_notes(error: BaseException) -> None:
 
 def _text(error: Exception) -> str:
     """What an error says, without the number that Python puts before it."""
+    if isinstance(error, MemoryError):
+        return f"there is too little memory ({str(error) or 'for Python'}). Is the model sound?"
     if not (isinstance(error, OSError) and error.strerror):
         return str(error)
     return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
@@ -277,6 +280,7 @@ def _text(error: Exception) -> str:
 def _exit_code(error: Exception) -> int:
     kinds = {
         MemoryLimitError: EXIT_MEMORY,
+        MemoryError: EXIT_MEMORY,
         ValueError: EXIT_USAGE,
         UnsafeModelError: EXIT_UNSAFE,
         ModelCompatibilityError: EXIT_BAD_INPUT,

@@ -26,7 +26,7 @@ from model_checks import (
     is_tied,
     layer_order,
 )
-from model_companions import tokenizer_files
+from model_companions import code_notes, tokenizer_files
 from model_errors import ModelCompatibilityError
 from model_lora import PREFIX, is_number
 from model_lora_writer import NewAdapter
@@ -244,6 +244,7 @@ class _Work:
             )
         self.new.target_modules = _targets(self.modules, self.new.factors)
         self.new.files = tokenizer_files(self.tuned)
+        self.notes += code_notes(self.tuned, self.new.files)
         most = self.extraction.max_error
         over = [m for m, e in self.errors.by_module.items() if most is not None and e > most]
         if over:

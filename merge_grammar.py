@@ -46,6 +46,7 @@ OWN_KEYS = ("method", "vocabulary")
 MODULE = "default"
 """The one module of a language model, as mergekit calls it."""
 
+MAX_NAME = 100
 NAME = re.compile(r"[\w.-]+")
 """What a recipe of a file may be called."""
 
@@ -309,8 +310,9 @@ class _Reader:
     def _name(self, value: Any) -> str | None:
         """A recipe's own name: one that can be published, and is no path."""
         name = self._text(value, ("name",))
-        if name is not None and not NAME.fullmatch(name):
-            self.wrong(("name",), f"{name!r} is no name. Use letters, digits, - _ and .")
+        if name is not None and not (NAME.fullmatch(name) and len(name) <= MAX_NAME):
+            text = "is no name. Use letters, digits, - _ and ."
+            self.wrong(("name",), f"{brief(name)} {text}, at most {MAX_NAME}")
         return name
 
     def _check_keys(self, content: Mapping[str, Any], place: Place, known: Sequence[str]) -> None:

@@ -59,9 +59,14 @@ def _described(task: TensorTask) -> list[Any]:
     return [task.name, task.info, task.inputs, parameters, rows, task.names, task.copied]
 
 
+def copied_hashes(plan: Plan) -> dict[str, str]:
+    """SHA-256 of the files that are copied, by name."""
+    return {path.name: _sha256(path) for path in plan.carried.copies}
+
+
 def _small_files(plan: Plan) -> list[Any]:
     """What makes the small files of a result."""
-    copies = {path.name: _sha256(path) for path in plan.carried.copies}
+    copies = copied_hashes(plan)
     edits = {name: _made_of(edit) for name, edit in plan.carried.edits.items()}
     return [plan.config_text, copies, edits]
 

@@ -17,7 +17,7 @@ from merge_analysis import Analysis, make_analysis
 from merge_card import model_card, public_inputs, saved_report, weight_files
 from merge_findings import analyze, restored, stored, told
 from merge_finite import remark_on_broken
-from merge_identity import digest, input_states, plan_identity
+from merge_identity import copied_hashes, digest, input_states, plan_identity
 from merge_memory import (
     Fit,
     anonymous_memory,
@@ -212,6 +212,7 @@ def _merge(
 ) -> MergeReport:
     """Merge into a folder, or what is left of it."""
     identity = plan_identity(plan, earlier, settings.device, findings=settings.findings)
+    copied = copied_hashes(plan)
     hashes, unknown = _verified(plan, earlier, settings)
     with FolderWriter(
         partial,
@@ -224,7 +225,7 @@ def _merge(
         for source in plan.sources:
             source.check_unchanged()
         report = _report(plan, fit, found, started)
-        _write_small_files(plan, report, writer, earlier)
+        _write_small_files(plan, report, writer, earlier, copied)
         _verify(writer.path, partial.output_dir)
         inputs = public_inputs(plan, earlier, hashes)
         writer.commit({"plan_sha256": digest(identity), "inputs": inputs})
@@ -297,11 +298,15 @@ def _open_for_merging(
 
 
 def _write_small_files(
-    plan: Plan, report: MergeReport, writer: FolderWriter, earlier: Earlier
+    plan: Plan,
+    report: MergeReport,
+    writer: FolderWriter,
+    earlier: Earlier,
+    copied: Mapping[str, str],
 ) -> None:
-    """Everything that belongs to a model besides its weights."""
+    """Everything that belongs to a model besides its weights; `copied` has SHA-256 by name."""
     for path in plan.carried.copies:
-        writer.copy_file(path)
+        writer.copy_file(path, copied[path.name])
     for name, edit in plan.carried.edits.items():
         writer.write_text(name, edit.make())
     saved = saved_report(plan, report, earlier)

@@ -7,6 +7,7 @@ tags, and with bounds on what a few bytes can become: a recipe may come from any
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -16,6 +17,7 @@ import yaml
 MAX_BYTES = 10**6
 MAX_ENTRIES = 100_000
 MAX_DEPTH = 20
+MAX_PARTS = 20_000
 MAX_DIGITS = 300
 
 Path = tuple[str | int, ...]
@@ -104,9 +106,9 @@ def _read_json(text: str, source: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise RecipeError(f"{source}: the key {twice!r} is given twice. Keep one of them")
+            counts = Counter(key for key, _ in pairs)
+            twice = next(key for key, count in counts.items() if count > 1)
+            raise RecipeError(f"{source}: the key {twice[:60]!r} is given twice. Keep one of them")
         return value
 
     try:
@@ -158,9 +160,11 @@ def _read_yaml(text: str, source: str) -> list[Document]:
 def _check_tags_and_depth(text: str, source: str) -> None:
     """Before a tree is made of the text, which could ask for more depth than Python has."""
     depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
         mark = event.start_mark
         place = source if mark is None else f"{source}:{mark.line + 1}"
+        if number > MAX_PARTS:
+            raise RecipeError(f"{place}: more than {MAX_PARTS} entries; no recipe needs so many")
         tag = getattr(event, "tag", None)
         if tag not in (None, "!"):
             raise RecipeError(f"{place}: the tag {tag!r}. Recipes have no tags; leave it out")

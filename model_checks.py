@@ -4,6 +4,7 @@ The rules look at config.json and the tensors' names, dtypes and shapes alone, a
 for each thing that is wrong.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -101,6 +102,12 @@ def model_problems(model: Model) -> Iterator[str]:
             yield from problems
             return
     yield from structure_problems(model)
+    for key, value in model.config.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield (
+                f"{model.label}: {key} in config.json is {value}, expected a finite number. "
+                "Download the model again"
+            )
 
 
 def quantization_problems(model: Model) -> Iterator[str]:
@@ -425,8 +432,8 @@ def special_id_form_problems(label: str, file: str, settings: Mapping[str, Any])
         sound = all(i is None or (type(i) is int and i >= -1) for i in ids)
         if key.endswith("_token_id") and not sound:
             yield (
-                f"{label}: {key} in {file} is {value!r}, expected a whole number from 0 on, a list "
-                "of them or null. Set it to the id of that token"
+                f"{label}: {key} in {file} is {repr(value)[:60]}, expected a whole number from "
+                "0 on, a list of them or null. Set it to the id of that token"
             )
 
 
@@ -435,13 +442,13 @@ def special_id_problems(
 ) -> Iterator[str]:
     """Special tokens of the result that its vocabulary does not have."""
     for key, ids in special_ids(config).items():
-        for token_id in ids:
-            if token_id >= rows:
-                yield (
-                    f"{label}: {key} {token_id} in {file} lies beyond the vocabulary of the result "
-                    f"({rows} rows). Keep the row (vocabulary 'max', 'union' or 'base') or choose "
-                    "a model with other special tokens (tokenizer_source)"
-                )
+        if beyond := [str(token_id) for token_id in dict.fromkeys(ids) if token_id >= rows]:
+            shown = ", ".join(beyond[:3]) + (", ..." if len(beyond) > 3 else "")
+            yield (
+                f"{label}: {key} {shown} in {file} lies beyond the vocabulary of the result "
+                f"({rows} rows). Keep the row (vocabulary 'max', 'union' or 'base') or choose "
+                "a model with other special tokens (tokenizer_source)"
+            )
 
 
 def _listed(names: Sequence[str], noun: str) -> str:

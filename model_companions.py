@@ -15,18 +15,18 @@ from typing import Any
 
 from model_chat_templates import is_template
 from model_checks import special_id_form_problems, special_id_problems
-from model_config import code_keys, edit_config, without_code
+from model_config import code_keys, edit_config, read_config, without_code
 from model_errors import ModelCompatibilityError
 from model_files import has_file, open_file, read_file, read_text
 from model_small_files import (
     DEFAULT,
     GENERATION,
-    LICENCES,
     OLD_TEMPLATE,
     TEMPLATE,
     TEMPLATE_FOLDER,
     Companions,
     files_in,
+    licence_files,
     roles_of,
 )
 from model_token_files import (
@@ -209,7 +209,7 @@ def _draft(models: Sequence[ModelFolder], vocabulary: MergedVocabulary) -> _Draf
 def _carried(draft: _Draft, template: Companions | None) -> CarriedFiles:
     first, donor = draft.sides[0], draft.donor
     copies = [file for name, file in draft.files.items() if name not in draft.edits]
-    copies += files_in(first.path, LICENCES)
+    copies += licence_files(first.path)
     left = {*_others(first.path), *_others(donor.path)}
     left -= {file.name for file in copies} | draft.edits.keys()
     if template is donor:
@@ -248,7 +248,7 @@ def _settle(draft: _Draft) -> None:
 def _taken_problems(draft: _Draft, template: Companions | None) -> list[str]:
     """What is wrong with the files that are taken over."""
     first = draft.sides[0]
-    taken = [(draft.donor, draft.files.values()), (first, files_in(first.path, LICENCES))]
+    taken = [(draft.donor, draft.files.values()), (first, licence_files(first.path))]
     if template is not None:
         place = template.tokenizer_path
         own = template.template_files or {
@@ -304,6 +304,20 @@ def tokenizer_files(model: ModelFolder) -> list[Path]:
     for file in files:
         os.close(open_file(model.tokenizer_path, file.name, model.label))
     return files
+
+
+def code_notes(model: ModelFolder, files: Iterable[Path]) -> Iterator[str]:
+    """Says which of a model's files name code; `without_code` is what is taken over of them."""
+    for file in files:
+        if file.name in (CONFIG, SPECIAL):
+            try:
+                keys = code_keys(read_config(_text(file)))
+            except ValueError as error:
+                raise ModelCompatibilityError(
+                    f"{model.label}: {file.name} is no JSON object ({error}). Download it again"
+                ) from error
+            if keys:
+                yield code_note(model.label, file.name, keys)
 
 
 def _is_plain_text(content: bytes) -> bool:
@@ -575,7 +589,7 @@ def _template_token_notes(draft: _Draft, template: Companions) -> Iterator[str]:
         )
     ours, theirs = (roles_of(side.special_settings) for side in (draft.donor, template))
     for role, token in theirs.items():
-        if ours.get(role, token) != token and re.search(rf"\b{role}\b", text):
+        if ours.get(role, token) != token and re.search(rf"\b{re.escape(role)}\b", text):
             yield (
                 f"the chat template of {template.label} writes the {role}, there {token!r}; with "
                 f"the tokenizer of {draft.donor.label} it writes {ours[role]!r}"
@@ -600,7 +614,8 @@ def _generation_notes(donor: Companions, side: Companions) -> Iterator[str]:
 def _end_notes(draft: _Draft, side: Companions) -> Iterator[str]:
     """Says where a model ends its answers with a token at which the result would talk on."""
     edit = draft.edits.get(GENERATION)
-    ends = draft.donor.end_ids if edit is None else edit.changes["eos_token_id"]
+    ends = draft.donor.end_ids if edit is None else edit.changes.get("eos_token_id")
+    ends = draft.donor.end_ids if ends is None else ends
     merged = [_merged_id(draft.vocabulary, side, token_id) for token_id in side.end_ids]
     lacking = [token_id for token_id in merged if token_id is not None and token_id not in ends]
     if lacking:

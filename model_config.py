@@ -6,8 +6,12 @@ never loaded and saved again: only the text of the values that change is replace
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
+
+MAX_INNER = 20
+"""Configs inside configs inside configs."""
 
 
 def read_config(text: str) -> dict[str, Any]:
@@ -18,6 +22,11 @@ def read_config(text: str) -> dict[str, Any]:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(config, dict):
         raise ValueError("expected a JSON object")
+    level, depth = [config], 0
+    while level := [v for each in level for k, v in each.items() if is_inner(k, v)]:
+        depth += 1
+        if depth > MAX_INNER:
+            raise ValueError("it is nested too deeply")
     return config
 
 
@@ -25,8 +34,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object in which no key stands twice: readers take the first one, or the last."""
     values = dict(pairs)
     if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in values if keys.count(key) > 1)
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"{twice[:60]!r} stands in it twice")
     return values
 
@@ -56,25 +64,17 @@ def without_code(text: str) -> str:
     >>> without_code('{"a": 1, "auto_map": {"AutoConfig": "x.Y"}, "text_config": {"auto_map": 1}}')
     '{"a": 1, "text_config": {}}'
     """
-    for key, value in read_config(text).items():
-        start, stop = _value_spans(text)[key]
-        if is_inner(key, value):
-            text = text[:start] + without_code(text[start:stop]) + text[stop:]
-        elif key in CODE_KEYS:
-            text = _without_entry(text, key)
-    return text
-
-
-def _without_entry(text: str, key: str) -> str:
-    """The text of an object without an entry, and without the comma before or after it."""
-    keys = [*_value_spans(text)]
-    place = keys.index(key)
-    stops = [text.index("{") + 1, *(stop for _, stop in _value_spans(text).values())]
-    start, stop = stops[place], stops[place + 1]
-    if place:  # with the comma before it
-        return text[:start] + text[stop:]
-    rest = text[stop:]
-    return text[:start] + (rest.lstrip().removeprefix(",") if len(keys) > 1 else rest)
+    config, spans = read_config(text), _value_spans(text)
+    ends = [text.index("{") + 1, *(stop for _, stop in spans.values())]
+    kept: list[str] = []
+    for (key, (start, stop)), before in zip(spans.items(), ends, strict=False):
+        if key in CODE_KEYS:
+            continue
+        entry = text[before:start]  # the comma, spaces, and the key
+        entry = entry if kept else entry.lstrip(" \t\r\n,") if before != ends[0] else entry
+        inner = without_code(text[start:stop]) if is_inner(key, config[key]) else text[start:stop]
+        kept.append(entry + inner)
+    return "".join([text[: ends[0]], *kept, text[ends[-1] :]])
 
 
 def edit_config(text: str, changes: Mapping[str, Any]) -> str:
@@ -118,13 +118,16 @@ def merged_config(text: str, changes: Mapping[str, Any]) -> str:
 
 def _with_inner_configs(text: str, changes: Mapping[str, Any]) -> str:
     """The text with the configs inside it edited, at any depth."""
-    for key, value in read_config(text).items():
+    config, spans = read_config(text), _value_spans(text)
+    parts, end = [], 0
+    for key, value in config.items():
         if is_inner(key, value):
-            start, stop = _value_spans(text)[key]
+            start, stop = spans[key]
             inner = _with_inner_configs(text[start:stop], changes)
             inner = edit_config(inner, {name: changes[name] for name in changes.keys() & value})
-            text = text[:start] + inner + text[stop:]
-    return text
+            parts += [text[end:start], inner]
+            end = stop
+    return "".join([*parts, text[end:]])
 
 
 def _written(value: Any) -> str:

@@ -65,6 +65,9 @@ def open_file(folder: Path, name: str, label: str) -> int:
     try:
         descriptor = os.open(target, _FLAGS)
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            text = "too many files are open at once. Allow more (ulimit -n)"
+            raise OSError(error.errno, text, str(folder / name)) from error
         if error.errno not in (errno.ENXIO, errno.ELOOP, errno.ENODEV):
             raise
         raise UnsafeModelError(_no_file(label, name)) from error
@@ -103,14 +106,15 @@ def _lies_in(target: str, folder: str) -> bool:
 def _cache_of(root: str) -> Iterator[str]:
     """Where links of a snapshot in the Hub's cache lead: the model's blobs, or those of all models.
 
-    `hub/models--org--name/snapshots/COMMIT` is a snapshot.
+    `hub/models--org--name/snapshots/COMMIT` is a snapshot. Its `blobs` are no link themselves:
+    whoever packs a folder could let them lead anywhere.
     """
     snapshots, _ = os.path.split(root)
     model, last = os.path.split(snapshots)
     cache, name = os.path.split(model)
     if last == "snapshots" and name.startswith("models--"):
-        yield os.path.realpath(os.path.join(model, "blobs"))
-        yield os.path.realpath(os.path.join(cache, "blobs"))
+        stores = (os.path.join(place, "blobs") for place in (model, cache))
+        yield from (store for store in stores if os.path.realpath(store) == store)
 
 
 def _no_file(label: str, name: str) -> str:

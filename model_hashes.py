@@ -8,13 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from model_config import read_config
-from model_errors import ModelCompatibilityError
-from model_files import chunks, has_file, open_file, read_text, real_file
+from model_errors import ModelCompatibilityError, UnsafeProblem
+from model_files import chunks, has_file, open_file, read_file, read_text, real_file
 from model_utils import WeightFile
 
 MANIFEST = "merge_manifest.json"
 """What a merge leaves beside its weights: sizes and SHA-256 of its files, and what went in."""
 
+_FILE_NAME = re.compile(r"(?!\.{1,2}$)[^/\0\ud800-\udbff]{1,255}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -29,9 +30,9 @@ def known_sha256(file: WeightFile) -> str | None:
         return blob
     downloaded = f".cache/huggingface/download/{file.name}.metadata"
     if has_file(file.folder, downloaded):
-        lines = read_text(file.folder, downloaded, file.model).splitlines()
-        if len(lines) > 1 and _SHA256.fullmatch(lines[1]):
-            return lines[1]
+        lines = read_file(file.folder, downloaded, file.model).splitlines()
+        if len(lines) > 1 and _SHA256.fullmatch(lines[1].decode("latin-1")):
+            return lines[1].decode()
     if has_file(file.folder, MANIFEST):
         try:
             manifest = read_config(read_text(file.folder, MANIFEST, file.model))
@@ -54,16 +55,25 @@ def changed_files(folder: Path, label: str) -> tuple[list[str], list[str]]:
         expected = {str(name): str(file["sha256"]) for name, file in listed.items()}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         return [f"{label}: {MANIFEST} is no manifest ({error}). Merge again"], []
-    problems, notes = [], []
+    problems: list[str] = []
+    notes: list[str] = []
     for name, sha256 in expected.items():
-        if not has_file(folder, name):
-            problems.append(f"{label}: {name}, which the merge wrote, is missing. Merge again")
+        if not _FILE_NAME.fullmatch(name):
+            text = f"{label}: {MANIFEST} names {name[:60]!r}, which is no file of this folder"
+            kind = UnsafeProblem if "/" in name or ".." in name else str
+            problems.append(kind(f"{text}. Do not use it"))
+        elif not has_file(folder, name):
+            problems.append(
+                f"{label}: {name}, which the merge wrote, is missing. Merge again; if you have removed it, remove {MANIFEST}"
+            )
         elif sha256_of(folder, name, label) != sha256:
             text = f"{name} is not as the merge wrote it (another SHA-256 than in {MANIFEST})"
             if name == "README.md":
                 notes.append(text)
             else:
-                problems.append(f"{label}: {text}. Unless you have changed it, merge again")
+                problems.append(
+                    f"{label}: {text}. Merge again; if you have changed it, remove {MANIFEST}"
+                )
     return problems, notes
 
 

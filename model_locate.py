@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from model_errors import AdapterGivenError, ModelCompatibilityError
+from model_files import has_file
 
 if TYPE_CHECKING:
     from model_safetensors import TensorInfo  # loads torch, which finding a folder does not need
@@ -27,6 +28,9 @@ HUB_OTHERS = ("*/*", "consolidated*")
 """Subfolders, and the weights once more in another format."""
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+
+MAX_NAME = 1024
+"""Characters of a path or Hub id."""
 
 MAX_DEPTH = 5
 MAX_LISTED = 10
@@ -77,7 +81,7 @@ def _names(name: str) -> list[str]:
     parts = name.split("+")
     for count in range(len(parts), 1, -1):
         first = "+".join(parts[:count])
-        if Path(first).exists() or Path(adapter_name(first).name).exists():
+        if _exists(first) or _exists(adapter_name(first).name):
             break
     else:
         count = 1
@@ -85,9 +89,17 @@ def _names(name: str) -> list[str]:
     return ["+".join(parts[:count]), *rest]
 
 
+def _exists(name: str) -> bool:
+    """Whether there is a file or folder; False for what cannot be the name of one."""
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):
+        return False
+
+
 def adapter_name(text: str) -> AdapterName:
     """ADAPTER or ADAPTER:STRENGTH; what exists is taken for a name."""
-    found = None if Path(text).exists() else _STRENGTH.fullmatch(text)
+    found = None if _exists(text) else _STRENGTH.fullmatch(text)
     return AdapterName(text) if found is None else AdapterName(found[1], float(found[2]))
 
 
@@ -131,6 +143,11 @@ def find_model_folder(
     path = Path(model)
     if not str(model):
         raise ModelCompatibilityError("a model's name is empty. Give a folder or a Hub id")
+    if len(str(model)) > MAX_NAME or "\0" in str(model):
+        raise ModelCompatibilityError(
+            f"{str(model)[:60]!r}... is no name of a model ({len(str(model))} characters). Give a "
+            "folder or a Hub id"
+        )
     if path.is_dir():
         return _folder_below(path, config)
     if path.exists():
@@ -161,7 +178,7 @@ def _neighbours(path: Path) -> str:
 def _with_config(model_id: str, snapshot: Path, config: str) -> Path:
     """The snapshot of a Hub model, which must be what is wanted."""
     _refuse_other(model_id, snapshot, config)
-    if not (snapshot / config).is_file():
+    if not has_file(snapshot, config):
         raise ModelCompatibilityError(
             f"{model_id}: this Hub model has no {config}, so it is no "
             + ("LoRA adapter of PEFT" if config == ADAPTER_CONFIG else "model of transformers")
@@ -172,7 +189,7 @@ def _with_config(model_id: str, snapshot: Path, config: str) -> Path:
 
 def is_adapter(path: Path) -> bool:
     """Whether a folder holds a LoRA adapter."""
-    return (path / ADAPTER_CONFIG).is_file()
+    return has_file(path, ADAPTER_CONFIG)
 
 
 def _refuse_other(label: str, path: Path, config: str) -> None:
@@ -182,7 +199,7 @@ def _refuse_other(label: str, path: Path, config: str) -> None:
             f"{label}: is a LoRA adapter, not a model (it has {ADAPTER_CONFIG}). Name its base "
             f"with it: BASE+{label}"
         )
-    if config == ADAPTER_CONFIG and (path / CONFIG).is_file() and not is_adapter(path):
+    if config == ADAPTER_CONFIG and has_file(path, CONFIG) and not is_adapter(path):
         raise ModelCompatibilityError(
             f"{label}: is a model, not a LoRA adapter (it has no {ADAPTER_CONFIG}). Give the base "
             "first, then adapters; other models are merged by the other commands"
@@ -191,7 +208,7 @@ def _refuse_other(label: str, path: Path, config: str) -> None:
 
 def _folder_below(path: Path, config: str) -> Path:
     _refuse_other(str(path), path, config)
-    if (path / config).is_file():
+    if has_file(path, config):
         return path
     found = sorted(_walk(path, MAX_DEPTH, config))
     if len(found) == 1:
@@ -217,11 +234,11 @@ def _folder_below(path: Path, config: str) -> Path:
 
 
 def _walk(path: Path, depth: int, config: str) -> Iterator[Path]:
-    """Folders with such a file below `path`, none inside another, hidden ones left out."""
+    """Folders with such a file below `path`, none in another; hidden ones and links left out."""
     for child in sorted(path.iterdir()):
-        if child.name.startswith(".") or not child.is_dir():
+        if child.name.startswith(".") or child.is_symlink() or not child.is_dir():
             continue
-        if (child / config).is_file():
+        if has_file(child, config):
             yield child
         elif depth > 1:
             yield from _walk(child, depth - 1, config)

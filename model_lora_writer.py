@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from model_config import without_code
 from model_errors import ModelCompatibilityError
+from model_files import read_text
 from model_locate import ADAPTER_CONFIG
 from model_lora import ADAPTER_WEIGHTS, PREFIX
 from model_partial import PartialFolder
 from model_safetensors import TensorInfo, narrow, widen
+from model_tokenizer import CONFIG as TOKENIZER_CONFIG
+from model_tokenizer import SPECIAL
 from model_utils import rows_of
 from model_writer import FolderWriter
 
@@ -137,7 +141,11 @@ def write_adapter(
             writer.write_rows(name, 0, _stored(values, dtype).reshape(rows_of(values.shape)))
             writer.finish({name: {}})
         for path in adapter.files:
-            writer.copy_file(path)
+            if path.name in (TOKENIZER_CONFIG, SPECIAL):
+                text = read_text(path.parent, path.name, str(path.parent))
+                writer.write_text(path.name, without_code(text))
+            else:
+                writer.copy_file(path)
         writer.write_text(ADAPTER_CONFIG, json.dumps(adapter.config, indent=2) + "\n")
         for name, text in texts.items():
             writer.write_text(name, text)

@@ -19,6 +19,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -296,10 +297,13 @@ class PartialFolder:
     def _read(self, name: str) -> bytes | None:
         """A file in the folder; None where there is none."""
         try:
-            descriptor = os.open(self.path / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            descriptor = os.open(self.path / name, flags)
         except FileNotFoundError:
             return None
         try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return None  # no run has left it; it is removed with the others
             return read_all(descriptor, os.fstat(descriptor).st_size)
         finally:
             os.close(descriptor)

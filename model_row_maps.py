@@ -572,9 +572,8 @@ def _lost_tokens(model: _Model, layout: _Layout) -> list[str]:
     kept = {entry["content"] for entry in layout.added}
     kept |= {token for token, row in model.unmatched.items() if row < layout.rows}
     lost = {row: token for token, row in model.differing.items() if token not in kept}
-    for row in range(layout.rows, model.table.length):  # cut, also where the donor has the same
-        token = model.table.tokens.get(row)
-        if token is not None and token not in model.differing:
+    for row, token in model.table.tokens.items():
+        if row >= layout.rows and token not in model.differing:  # cut, also where the donor has it
             lost[row] = token
     return [lost[row] for row in sorted(lost) if row < model.rows]
 

@@ -7,8 +7,10 @@ header are here. Format: https://github.com/huggingface/safetensors#format
 """
 
 import hashlib
+import itertools
 import json
 import math
+import operator
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -165,10 +167,11 @@ def parse_header(text: bytes, size: int) -> dict[str, HeaderEntry]:
     """
     if not text.startswith(b"{") or not text.rstrip(b" ").endswith(b"}"):
         raise ValueError("it is not a JSON object, with nothing but spaces after it")
-    header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_int=_whole)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("__metadata__ is not an object of texts")
+    "".join([*metadata, *metadata.values()]).encode()  # half a surrogate pair is no text
     if len(header) > MAX_TENSORS:
         raise ValueError(f"it names {len(header)} tensors, expected at most {MAX_TENSORS}")
     data_start = 8 + len(text)
@@ -182,6 +185,13 @@ def _short(error: Exception) -> str:
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
+def _whole(text: str) -> int:
+    """A number of the header; also -0 is none."""
+    if text.startswith("-"):
+        raise ValueError(f"it holds {text[:30]}, and not whole numbers from 0 on alone")
+    return int(text)
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object in which no key stands twice (the json module would keep the last)."""
     values = dict(pairs)
@@ -192,7 +202,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(name: str, value: Any, data_start: int) -> HeaderEntry:
     """One tensor of the header; `ValueError` if it is not what the format says."""
-    name.encode("utf-8")  # half a surrogate pair is no text
     if not name or name.startswith("/") or "\0" in name or len(name.encode()) > MAX_NAME:
         raise ValueError(f"{name[:60]!r} is no name for a tensor")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
@@ -209,6 +218,8 @@ def _entry(name: str, value: Any, data_start: int) -> HeaderEntry:
         )
     info = TensorInfo(dtype, tuple(shape))
     bits = info.numel * _DTYPE_BITS[dtype]
+    if max(*itertools.accumulate(shape, operator.mul, initial=1), bits) >= 2**64:
+        raise ValueError(f"{name!r} with shape {shape} has more elements than can be counted")
     if len(offsets) != 2 or 8 * (offsets[1] - offsets[0]) != bits:
         raise ValueError(f"{name!r} with {dtype} {shape} does not fill its bytes {offsets}")
     return HeaderEntry(info, data_start + offsets[0])

@@ -18,7 +18,9 @@ TEMPLATE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
 OLD_TEMPLATE = "chat_template.json"
 
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-"""Files that come from the first model."""
+"""Files that come from the first model, if they are texts."""
+
+TEXT_SUFFIXES = ("", ".txt", ".md", ".rst", ".html", ".pdf")
 
 DEFAULT = "default"
 
@@ -100,7 +102,7 @@ class Companions:
     @cached_property
     def licences(self) -> dict[str, bytes]:
         """Licence files by name."""
-        files = files_in(self.path, LICENCES)
+        files = licence_files(self.path)
         return {file.name: read_file(self.path, file.name, self.label) for file in files}
 
     def problems(self) -> list[str]:
@@ -162,3 +164,9 @@ def files_in(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
     for file in sorted(folder.iterdir()):
         if not file.is_dir() and any(file.match(pattern) for pattern in patterns):
             yield file
+
+
+def licence_files(folder: Path) -> list[Path]:
+    """The licence texts of a model."""
+    found = files_in(folder, LICENCES)
+    return [file for file in found if not file.suffix or file.suffix.lower() in TEXT_SUFFIXES]

@@ -26,6 +26,9 @@ ADDED, SPECIAL = "added_tokens.json", "special_tokens_map.json"
 FORMS = (TOKENIZER, SENTENCEPIECE, VOCABULARY)
 """Files that hold the normal tokens; the first that a folder has is the one that counts."""
 
+MAX_IDS = 2**24
+"""More than any vocabulary has; something is kept for every id."""
+
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 _tables: "weakref.WeakValueDictionary[str, TokenTable]" = weakref.WeakValueDictionary()
@@ -297,7 +300,7 @@ def _checked(file: str, entry: Any) -> dict[str, Any]:
 
 
 def _is_id(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < MAX_IDS
 
 
 def _digest(file: str, merges: Any) -> str | None:

@@ -211,7 +211,13 @@ class ModelFolder:
                 "header was read. Open the model with its weights"
             )
         target = buffer[: (stop - first) * place.row_bytes]
-        if not read_into(place.descriptor, target, place.begin + first * place.row_bytes):
+        try:
+            whole = read_into(place.descriptor, target, place.begin + first * place.row_bytes)
+        except OSError as error:
+            file = self._files[self._descriptors.index(place.descriptor)]
+            where = f"{self.label}/{file.name}"
+            raise OSError(error.errno, os.strerror(error.errno or 0), where) from error
+        if not whole:
             raise ModelCompatibilityError(
                 f"{self.label}: {name} ends early: the file changed while it was being read. "
                 "Leave it alone meanwhile and run it again"
@@ -311,7 +317,11 @@ class ModelFolder:
                 f"{self.label}: {INDEX} is not a safetensors index "
                 f"({type(error).__name__}: {error}). Download it again"
             ) from error
-        if bad or not files:
+        if not files:
+            raise ModelCompatibilityError(
+                f"{self.label}: {INDEX} has an empty weight_map. Download it again"
+            )
+        if bad:
             raise UnsafeModelError(
                 f"{self.label}: {INDEX} names the weight files {sorted(bad)[:3]}; expected names "
                 "such as model-00001-of-00002.safetensors, in the model's own folder. Do not use it"

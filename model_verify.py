@@ -251,13 +251,12 @@ def special_id_problems(model: Model, generation: Mapping[str, Any]) -> Iterator
     yield from special_id_form_problems(model.label, GENERATION, generation)
     for file, settings in (("config.json", model.config), (GENERATION, generation)):
         for key, ids in special_ids(settings).items():
-            for token_id in ids:
-                if token_id >= rows:
-                    yield (
-                        f"{model.label}: {key} in {file} is {token_id}, expected a whole number "
-                        f"from 0 to {rows - 1}, the rows of {EMBEDDING} (or null). "
-                        "Set it to the id of that token"
-                    )
+            for token_id in [each for each in dict.fromkeys(ids) if each >= rows][:SHOWN]:
+                yield (
+                    f"{model.label}: {key} in {file} is {token_id}, expected a whole number "
+                    f"from 0 to {rows - 1}, the rows of {EMBEDDING} (or null). "
+                    "Set it to the id of that token"
+                )
 
 
 # Files beside the weights

@@ -171,13 +171,23 @@ class FolderWriter:
 
     def write_text(self, name: str, text: str) -> None:
         """Add a text file."""
-        content = text.encode("utf-8")
+        try:
+            content = text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ModelCompatibilityError(
+                f"{name} would hold characters that are none ({error.object[error.start]!r}). Look "
+                "for them in the models' small files"
+            ) from error
         self.partial.end_reserve()
         write_file(self.path / name, [content])
         self._files[name] = _described(len(content), hashlib.sha256(content))
 
-    def copy_file(self, source: Path) -> None:
-        """Add a file of a model, byte for byte."""
+    def copy_file(self, source: Path, sha256: str | None = None) -> None:
+        """Add a file of a model, byte for byte.
+
+        Raises:
+            ModelCompatibilityError: it has not the SHA-256 that it had, if that is given.
+        """
         digest = hashlib.sha256()
         self.partial.end_reserve()
         descriptor = open_file(source.parent, source.name, str(source.parent))
@@ -186,6 +196,11 @@ class FolderWriter:
             write_file(self.path / source.name, _hashed(chunks(descriptor, 0, size), digest))
         finally:
             os.close(descriptor)
+        if sha256 not in (None, digest.hexdigest()):
+            raise ModelCompatibilityError(
+                f"{source.parent}: {source.name} was changed during the merge. Leave it alone "
+                "meanwhile and run it again"
+            )
         self._files[source.name] = _described(size, digest)
 
     def commit(self, about: Mapping[str, Any] | None = None) -> None:
@@ -204,8 +219,8 @@ class FolderWriter:
         for shard in self._read_back.complete():
             self._files[shard.file] = _described(shard.size, shard.digest)
         manifest = {**(about or {}), "files": dict(sorted(self._files.items()))}
-        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-        write_file(self.path / MANIFEST, [text.encode("utf-8")])
+        text = json.dumps(manifest, indent=2) + "\n"  # ASCII: names of files may be no UTF-8
+        write_file(self.path / MANIFEST, [text.encode("ascii")])
         self.partial.publish()
 
     @property

@@ -348,9 +348,7 @@ def disk(options: argparse.Namespace) -> Counter[str]:
                     complain(done, f"{size} bytes of {exact}: status {status}\n{log.read_text()}")
                 elif fits and content_of(work / "out") != reference:
                     complain(done, f"{size} bytes: a wrong output")
-                elif not fits and (
-                    os.listdir(work) or "the disk has" not in log.read_text()
-                ):
+                elif not fits and (os.listdir(work) or "the disk has" not in log.read_text()):
                     complain(done, f"{size} bytes: left {os.listdir(work)}\n{log.read_text()}")
                 done["sizes"] += 1
         for number in range(2 if options.short else 20):

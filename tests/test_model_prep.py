@@ -468,10 +468,9 @@ def test_models_that_differ_are_refused(options, texts):
 def test_special_tokens_of_the_first_model_must_survive_the_cut(key, value, beyond):
     folder("a", config_changes={key: value})
     assert refused(align_folders, "a", folder("b", vocab_size=44), folder("c", vocab_size=40)) == [
-        f"a: {key} {token} in config.json lies beyond the vocabulary of the result (40 rows). Keep "
-        "the row (vocabulary 'max', 'union' or 'base') or choose a model with other special tokens "
-        "(tokenizer_source)"
-        for token in beyond
+        f"a: {key} {', '.join(map(str, beyond))} in config.json lies beyond the vocabulary of the "
+        "result (40 rows). Keep the row (vocabulary 'max', 'union' or 'base') or choose a model "
+        "with other special tokens (tokenizer_source)"
     ]
     assert align_folders("c", "a").vocabulary.rows == 40  # the result has the special tokens of c
 
