@@ -64,7 +64,8 @@ def changed_files(folder: Path, label: str) -> tuple[list[str], list[str]]:
             problems.append(kind(f"{text}. Do not use it"))
         elif not has_file(folder, name):
             problems.append(
-                f"{label}: {name}, which the merge wrote, is missing. Merge again; if you have removed it, remove {MANIFEST}"
+                f"{label}: {name}, which the merge wrote, is missing. Merge again; if you have "
+                f"removed it, remove {MANIFEST}"
             )
         elif sha256_of(folder, name, label) != sha256:
             text = f"{name} is not as the merge wrote it (another SHA-256 than in {MANIFEST})"

@@ -152,7 +152,7 @@ def test_a_disk_that_fails_is_not_a_problem_of_the_model(monkeypatch):
 
     folder()
     monkeypatch.setattr(model_utils.os, "preadv", fail)
-    with pytest.raises(OSError, match="nput/output error: .a/model.safetensors"):
+    with pytest.raises(OSError, match=r"nput/output error: .a/model\.safetensors"):
         verify_folder("a")
     assert problems(read_weights=False) == []
 
