@@ -41,8 +41,10 @@ def has_file(folder: Path, name: str) -> bool:
     """
     try:
         os.lstat(folder / name)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            return False
+        raise
     return True
 
 
