@@ -186,10 +186,8 @@ def _short(error: Exception) -> str:
 
 
 def _whole(text: str) -> int:
-    """A number of the header; also -0 is none."""
-    if text.startswith("-"):
-        raise ValueError(f"it holds {text[:30]}, and not whole numbers from 0 on alone")
-    return int(text)
+    """A number of the header; -0 is below 0, as the safetensors library sees it."""
+    return -1 if text == "-0" else int(text)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

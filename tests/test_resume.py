@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -318,6 +319,15 @@ def test_results_of_earlier_recipes_are_kept_too(models, monkeypatch, written):
     assert sorted(os.listdir()) == ["a", "b", "base", "chain.yml", "out"]
 
 
+def test_the_room_for_all_results_is_looked_for_first(models, monkeypatch, capsys, written):
+    Path("chain.yml").write_text(CHAIN)
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=100, f_frsize=4096))
+    assert merge_main(["chain.yml", "out", "--quiet"]) == 5
+    assert f"error: {models / 'out'}: the result needs" in capsys.readouterr().err
+    assert written == []
+    assert sorted(os.listdir()) == ["a", "b", "base", "chain.yml"]
+
+
 def merge_main_raising(command):
     """As in a process of its own, in which an interrupt ends the command."""
     if merge_main(command) == 130:
@@ -348,6 +358,7 @@ def test_modules_of_an_adapter_are_kept(models, monkeypatch):
     made.extend([None] * 10)
     report = extract(resume=True)
     assert report.modules_kept == 4
+    assert len(made) == 5 + 10 + report.modules - 4
     assert content_of(Path("out")) == reference
     again = extract(resume=True)
     assert again.summary() == "out was finished before; nothing is left to do"
