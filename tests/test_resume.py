@@ -321,7 +321,8 @@ def test_results_of_earlier_recipes_are_kept_too(models, monkeypatch, written):
 
 def test_the_room_for_all_results_is_looked_for_first(models, monkeypatch, capsys, written):
     Path("chain.yml").write_text(CHAIN)
-    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=100, f_frsize=4096))
+    disk = SimpleNamespace(f_bavail=100, f_bfree=100, f_blocks=1000, f_frsize=4096)
+    monkeypatch.setattr(os, "statvfs", lambda _: disk)
     assert merge_main(["chain.yml", "out", "--quiet"]) == 5
     assert f"error: {models / 'out'}: the result needs" in capsys.readouterr().err
     assert written == []
