@@ -34,7 +34,8 @@ def merge_recipe(
     Args:
         recipe: a file, YAML or JSON; a mapping with the same entries; or a `merge_recipe.Recipe`.
         output_dir: the folder to make; it must not exist, or be empty.
-        settings: device, threads, max_memory, findings, progress; see `merge_run.RunSettings`.
+        settings: device, threads, max_memory, findings, progress, resume, verify_inputs; see
+            `merge_run.RunSettings`.
 
     Raises:
         merge_yaml.RecipeError: something is wrong with the recipe; a `ValueError`, one line each.
