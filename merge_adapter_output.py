@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -21,6 +20,7 @@ from model_locate import adapter_name, last_part
 from model_lora_writer import NewAdapter, write_adapter
 from model_partial import PartialFolder, tidy
 from model_safetensors import DTYPE_NAMES
+from model_tokenizer import signature
 from model_utils import ModelFolder, format_bytes
 from model_writer import read_manifest
 
@@ -141,7 +141,13 @@ class AdapterOutput:
             }
             for file in files
         ]
-        configs = [hashlib.sha256(each.config_text.encode()).hexdigest() for each in sources]
+        configs = [
+            [
+                hashlib.sha256(each.config_text.encode()).hexdigest(),
+                signature(each.tokenizer_path, each.label),
+            ]
+            for each in sources
+        ]
         identity = {
             "the version": [FORMAT, VERSION],
             "the settings": settings,
@@ -168,12 +174,7 @@ class AdapterOutput:
                 raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._partial is not None:
             self._partial.__exit__(kind, error, trace)
 

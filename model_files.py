@@ -127,7 +127,7 @@ def read_file(folder: Path, name: str, label: str) -> bytes:
     """The content of a small file of a model folder; arguments and errors as `open_file`.
 
     Raises:
-        ModelCompatibilityError: it is longer than such a file can be.
+        UnsafeModelError: it is longer than such a file can be, too.
     """
     descriptor = open_file(folder, name, label)
     try:
@@ -221,10 +221,11 @@ def check_space(sizes: Mapping[Path, int], output_dir: Path) -> None:
         OSError: the disk has too little room (ENOSPC).
     """
     place = os.statvfs(next(iter(sizes)).parent)
-    need = sum(-(-size // place.f_frsize) * place.f_frsize for size in sizes.values())
-    there = sum(_allocated(path) for path in sizes)
-    free = place.f_bavail * place.f_frsize
-    if need - there > free:
+    needs = {path: -(-size // place.f_frsize) * place.f_frsize for path, size in sizes.items()}
+    missing = sum(max(0, need - _allocated(path)) for path, need in needs.items())
+    need, free = sum(needs.values()), place.f_bavail * place.f_frsize
+    if missing > free:
+        there = need - missing
         have = f" ({there:,} of them are there already)" if there else ""
         raise OSError(
             errno.ENOSPC,

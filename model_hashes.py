@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -98,6 +99,11 @@ def verify_files(
 ) -> tuple[dict[WeightFile, str], list[str]]:
     """Compare weight files with what is known of them.
 
+    Args:
+        files: what is compared.
+        threads: files read at once.
+        on_bytes: told how many bytes have been read since the last call.
+
     Returns:
         The SHA-256 of each, and notes on those of which nothing is known.
 
@@ -105,8 +111,14 @@ def verify_files(
         ModelCompatibilityError: some have another one.
     """
 
+    lock = threading.Lock()
+
+    def told(count: int) -> None:
+        with lock:  # several files are read at once
+            on_bytes(count)
+
     def of_file(file: WeightFile) -> str:
-        return sha256_of(file.folder, file.name, file.model, on_bytes)
+        return sha256_of(file.folder, file.name, file.model, told)
 
     with ThreadPoolExecutor(threads) as pool:
         found = dict(zip(files, pool.map(of_file, files), strict=True))

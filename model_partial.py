@@ -23,7 +23,6 @@ import stat
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from model_errors import ModelCompatibilityError, OutputBusyError
@@ -126,12 +125,7 @@ class PartialFolder:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
             futile = error is None or isinstance(error, _FUTILE)
             if futile or self._published or not self._has_records():
@@ -272,6 +266,10 @@ class PartialFolder:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
+            self.notes += (
+                f"the disk of {self.output_dir} "
+                "knows no locks: start no second run with this output",
+            )
 
     def _look_through(self) -> None:
         """Keep or remove what is there; refuse what no run has left."""

@@ -9,7 +9,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
 
 SECONDS = 5.0
 """What all names together may take; microseconds are usual."""
@@ -39,12 +38,12 @@ def check_pattern(pattern: str) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def matched(patterns: Iterable[str], names: Iterable[str]) -> dict[str, frozenset[str]]:
+def matched(patterns: tuple[str, ...], names: frozenset[str]) -> dict[str, frozenset[str]]:
     """The names that patterns match as a whole, by pattern.
 
     Args:
-        patterns: regular expressions; a tuple.
-        names: a frozen set.
+        patterns: regular expressions.
+        names: what each is held against.
 
     Raises:
         ValueError: they take too long.

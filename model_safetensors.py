@@ -32,7 +32,7 @@ bfloat16, which numpy does not have, by its bits."""
 DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """What users and config.json call them."""
 
-_DTYPE_BITS = {
+DTYPE_BITS = {
     name: bits
     for bits, names in {
         64: "F64 I64 U64 C64",
@@ -44,6 +44,8 @@ _DTYPE_BITS = {
     }.items()
     for name in names.split()
 }
+"""Bits of an element, by safetensors name."""
+
 MAX_HEADER = 32_000_000
 MAX_TENSORS = 200_000
 MAX_NAME = 512
@@ -76,7 +78,7 @@ class TensorInfo(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return self.numel * _DTYPE_BITS[self.dtype] // 8
+        return self.numel * DTYPE_BITS[self.dtype] // 8
 
 
 class HeaderEntry(NamedTuple):
@@ -205,7 +207,7 @@ def _entry(name: str, value: Any, data_start: int) -> HeaderEntry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"the entry of {name!r} is not dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise ValueError(f"{name!r} has the unknown dtype {dtype!r}")
     for numbers in (shape, offsets):
         if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):
@@ -215,7 +217,7 @@ def _entry(name: str, value: Any, data_start: int) -> HeaderEntry:
             f"{name!r} has shape {shape}, expected at most {MAX_RANK} dimensions of 2**40"
         )
     info = TensorInfo(dtype, tuple(shape))
-    bits = info.numel * _DTYPE_BITS[dtype]
+    bits = info.numel * DTYPE_BITS[dtype]
     if max(*itertools.accumulate(shape, operator.mul, initial=1), bits) >= 2**64:
         raise ValueError(f"{name!r} with shape {shape} has more elements than can be counted")
     if len(offsets) != 2 or 8 * (offsets[1] - offsets[0]) != bits:

@@ -6,6 +6,7 @@ checksums of their bytes; a later run keeps those that still have them. While th
 written, what is done is read back, for the SHA-256 of the files in the manifest.
 """
 
+import abc
 import errno
 import hashlib
 import json
@@ -14,7 +15,6 @@ import threading
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -134,12 +134,7 @@ class FolderWriter:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._close()
 
     def write_rows(self, name: str, first: int, rows: NDArray[Any]) -> None:
@@ -399,7 +394,7 @@ class _Runs:
         self._by_name.clear()
 
 
-class _Helper:
+class _Helper(abc.ABC):
     """A thread that works beside those that write, and ends before the files are closed.
 
     Attributes:
@@ -451,8 +446,9 @@ class _Helper:
         except BaseException as error:
             self.error = error
 
+    @abc.abstractmethod
     def _run(self) -> None:
-        raise NotImplementedError
+        """The work; it looks at `_stopping` from time to time."""
 
 
 class _Flusher(_Helper):

@@ -4,7 +4,6 @@ import builtins
 import errno
 import io
 import os
-import shutil
 import signal
 import sys
 import traceback
@@ -156,9 +155,21 @@ def content_of(folder: Path) -> Mapping[str, bytes]:
     }
 
 
+class TooSlowError(BaseException):
+    """A case takes too long."""
+
+
 @contextmanager
-def copied(folder: Path, place: Path) -> Iterator[Path]:
-    """A copy of a folder for a while."""
-    shutil.copytree(folder, place, dirs_exist_ok=True)
-    yield place
-    shutil.rmtree(place)
+def at_most(seconds: float) -> Iterator[None]:
+    """`TooSlowError` if the block takes longer."""
+
+    def stop(*_: object) -> None:
+        raise TooSlowError(f"more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -23,7 +23,6 @@ import os
 import random
 import resource
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -39,6 +38,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import numpy as np  # noqa: E402
 import safetensors  # noqa: E402
 import torch  # noqa: E402
+from faults import TooSlowError, at_most  # noqa: E402
 from reference import Array, linear, task_arithmetic, ties  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tiny_adapters import make_lora  # noqa: E402
@@ -54,7 +54,7 @@ from merge_run import plan  # noqa: E402
 from merge_yaml import RecipeError, read_documents  # noqa: E402
 from model_errors import MemoryLimitError, ModelCompatibilityError  # noqa: E402
 from model_lora import changes_of, open_adapter  # noqa: E402
-from model_safetensors import STRICTER, read_header  # noqa: E402
+from model_safetensors import DTYPE_BITS, STRICTER, read_header  # noqa: E402
 from model_utils import open_model_folder  # noqa: E402
 from task_arithmetic_llama import task_arithmetic_merge_llama_to_folder  # noqa: E402
 from ties_llama import ties_merge_llama_to_folder  # noqa: E402
@@ -245,20 +245,6 @@ def broken(data: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
 
 # Weight files
 
-DTYPES = {
-    name: bits
-    for bits, names in {
-        64: "F64 I64 U64 C64",
-        32: "F32 I32 U32",
-        16: "F16 BF16 I16 U16",
-        8: "BOOL I8 U8 F8_E4M3 F8_E5M2 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ",
-        6: "F6_E2M3 F6_E3M2",
-        4: "F4",
-    }.items()
-    for name in names.split()
-}
-"""Bits of an element."""
-
 
 def sound_header(rng: random.Random) -> Pairs:
     """The header of a few tensors."""
@@ -266,11 +252,11 @@ def sound_header(rng: random.Random) -> Pairs:
     if rng.random() < 0.5:
         header.append(["__metadata__", Pairs([["format", "pt"]])])
     for number in range(rng.randrange(6)):
-        dtype = rng.choice(("F32", "BF16", "F16", rng.choice([*DTYPES])))
+        dtype = rng.choice(("F32", "BF16", "F16", rng.choice([*DTYPE_BITS])))
         shape = [rng.choice((0, 1, 2, 3, 8)) for _ in range(rng.randrange(4))]
         while 0 in shape and rng.random() < 0.3:
             shape.insert(rng.randint(0, len(shape)), 2 ** rng.choice((20, 40)))
-        stop = position + math.prod(shape) * DTYPES[dtype] // 8
+        stop = position + math.prod(shape) * DTYPE_BITS[dtype] // 8
         entry = Pairs([["dtype", dtype], ["shape", shape], ["data_offsets", [position, stop]]])
         header.append([f"model.layers.{number}.weight", entry])
         position = stop
@@ -305,28 +291,8 @@ def broken_weights(rng: random.Random) -> bytes:
 # Running a case
 
 
-class TooSlowError(BaseException):
-    """A case takes too long."""
-
-
 class BrokenPromiseError(Exception):
     """A promise that was not kept."""
-
-
-@contextlib.contextmanager
-def at_most(seconds: float) -> Iterator[None]:
-    """`TooSlowError` if the block takes longer."""
-
-    def stop(*_: object) -> None:
-        raise TooSlowError(f"more than {seconds:g} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def is_documented(error: BaseException, documented: tuple[type[BaseException], ...]) -> bool:

@@ -13,17 +13,16 @@ import os
 import pickle
 import resource
 import shutil
-import signal
 import socket
 import stat
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from faults import at_most
 from safetensors.torch import load_file, save_file
 from tiny_adapters import make_lora
 from tiny_checkpoints import make_llama, read_tensors, tensor_hashes
@@ -1261,25 +1260,9 @@ def work(models, tmp_path, monkeypatch):
     resource.setrlimit(FILES, limits)
 
 
-@contextmanager
-def alarm(seconds: float) -> Iterator[None]:
-    """Fail what takes longer."""
-
-    def ring(*_: object) -> None:
-        pytest.fail(f"it took more than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def run(argv: tuple[str, ...], seconds: float = SECONDS) -> int:
     """The exit status of a command."""
-    with alarm(seconds):
+    with at_most(seconds):
         try:
             return MAINS[argv[0]](argv[1:])
         except SystemExit as stop:

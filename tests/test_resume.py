@@ -19,6 +19,7 @@ from linear_llama import linear_merge_llama_to_folder
 from lora_llama import lora_extract_adapter
 from merge import main as merge_main
 from model_errors import OutputBusyError
+from model_files import check_space
 from model_partial import PartialFolder
 from model_writer import FolderWriter, checksum_rows
 from ties_llama import main as ties_main
@@ -209,6 +210,24 @@ def test_a_second_run_on_one_output_is_turned_away_at_once(models, capsys):
         assert ties_main(["base", "--ft_models", "a", "b", "--save", "out", "--quiet"]) == 7
     assert "error: " in capsys.readouterr().err
     ties()
+
+
+def test_a_disk_without_locks_is_said(models, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert any("knows no locks: start no second run" in note for note in ties().notes)
+
+
+def test_files_that_will_become_shorter_make_no_room(models, monkeypatch):
+    """What is there counts for that file alone."""
+    disk = SimpleNamespace(f_bavail=1, f_frsize=4096)
+    monkeypatch.setattr(os, "statvfs", lambda _: disk)
+    Path("long").write_bytes(bytes(100_000))
+    check_space({models / "long": 10, models / "new": 4096}, models)
+    with pytest.raises(OSError, match=r"needs 12,288 bytes \(4,096 of them are there already\)"):
+        check_space({models / "long": 10, models / "new": 4097}, models)
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "others"])
