@@ -16,6 +16,7 @@ Prints a line for each, with the number of cases; ends with status 1 if one went
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -28,6 +29,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,10 +67,8 @@ models: [first, second]
 
 def driver(method: str) -> list[str]:
     """Arguments of a driver for the tiny models."""
-    several = METHODS[method].base != "required" or method not in ("nearswap", "arcee_fusion")
     models = ["a"] if method in ("nearswap", "arcee_fusion", "passthrough") else ["a", "b"]
     base = ["base"] if METHODS[method].base == "required" else []
-    assert several or len(models) == 1
     shards = ["--max-shard-size", "12KB", "--findings"]
     return [*base, "--ft_models", *models, "--save", "work/out", *shards]
 
@@ -150,8 +150,14 @@ def check_resumed(
 
 def faults(options: argparse.Namespace) -> Counter[str]:
     """Every operation on files fails in turn, in a new run and in one that goes on."""
+    with ProcessPoolExecutor(options.jobs) as pool:
+        return sum(pool.map(faults_of_job, [options] * options.jobs, itertools.count()), Counter())
+
+
+def faults_of_job(options: argparse.Namespace, job: int) -> Counter[str]:
+    """The share of one of the processes of `faults`."""
     done: Counter[str] = Counter()
-    short = options.short
+    short, step = options.short, options.step if options.short else 1
     with tiny_models() as place:
         work, log, half = place / "work", place / "log", place / "half"
         inputs = {each: content_of(place / each) for each in ("base", "a", "b")}
@@ -159,8 +165,7 @@ def faults(options: argparse.Namespace) -> Counter[str]:
             assert run([]) == 0, name
             reference = content_of(work / "out")
             cleared(work)
-            count = Faults(place)
-            assert run_apart(lambda run=run: run([]), log, count) == 0
+            assert run_apart(lambda run=run: run([]), log, Faults(place)) == 0
             middle = operations(log) * 2 // 3
             cleared(work)
             run_apart(lambda run=run: run([]), log, Faults(place, "SIGKILL", middle))
@@ -168,9 +173,7 @@ def faults(options: argparse.Namespace) -> Counter[str]:
             for resumed in (False, True):
                 more = ["--resume"] if resumed else []
                 for kind in KINDS:
-                    at = 0
-                    while True:
-                        at += options.step if short else 1
+                    for at in itertools.count(step * (job + 1), step * options.jobs):
                         cleared(work)
                         if resumed:
                             shutil.copytree(half, work, dirs_exist_ok=True)
@@ -478,6 +481,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("campaign", nargs="*", choices=[*CAMPAIGNS, []], default=[])
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--step", type=int, default=17, help="of faults, with --short")
+    parser.add_argument("--jobs", type=int, default=1, help="processes of faults")
     parser.add_argument("--count", type=int, help="cases of kills, starts and large")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--models", type=Path, help="for large")
