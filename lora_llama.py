@@ -81,6 +81,7 @@ def lora_fold_llama_to_folder(
     max_memory: str | int | None = None,
     progress: bool = True,
     resume: bool = False,
+    verify_inputs: bool = False,
 ) -> MergeReport:
     """Fold LoRA adapters into their base, from folders to a folder.
 
@@ -90,7 +91,7 @@ def lora_fold_llama_to_folder(
         dtype: "float32", "float16" or "bfloat16"; by default that of the base.
         max_shard_size: bytes per weight file, at most, such as "5GB".
         lora_rounding, tied_lora: see `model_lora.LoraSettings`.
-        threads, max_memory, progress, resume: see `merge_run.RunSettings`.
+        threads, max_memory, progress, resume, verify_inputs: see `merge_run.RunSettings`.
 
     Returns:
         What was done.
@@ -110,7 +111,12 @@ def lora_fold_llama_to_folder(
         tied_lora=tied_lora,
     )
     return merge_to_folder(
-        recipe, threads=threads, max_memory=max_memory, progress=progress, resume=resume
+        recipe,
+        threads=threads,
+        max_memory=max_memory,
+        progress=progress,
+        resume=resume,
+        verify_inputs=verify_inputs,
     )
 
 
@@ -128,6 +134,7 @@ def lora_merge_adapters(
     dtype: str = "float32",
     progress: bool = True,
     resume: bool = False,
+    verify_inputs: bool = False,
 ) -> AdapterReport:
     """Merge LoRA adapters into one adapter, which PEFT loads with the right scale.
 
@@ -137,8 +144,7 @@ def lora_merge_adapters(
         weights: one for each adapter, of any sign; by default 1.0 each.
         method, rank, max_rank, densities, lam, seed, dtype: see `merge_adapters.AdapterMerge`;
             `merge_adapters.METHODS` says what each method does.
-        progress: show how far it is, on stderr.
-        resume: go on with what a stopped run has left; if it was finished, do nothing.
+        progress, resume, verify_inputs: see `merge_run.RunSettings`.
 
     Returns:
         What was done, with the error of the result, module by module.
@@ -159,7 +165,9 @@ def lora_merge_adapters(
         seed=seed,
         dtype=dtype,
     )
-    return merge_adapters(merge, Path(output_dir), progress=progress, resume=resume)
+    return merge_adapters(
+        merge, Path(output_dir), progress=progress, resume=resume, verify_inputs=verify_inputs
+    )
 
 
 def lora_extract_adapter(
@@ -173,6 +181,7 @@ def lora_extract_adapter(
     dtype: str = "float32",
     progress: bool = True,
     resume: bool = False,
+    verify_inputs: bool = False,
 ) -> AdapterReport:
     """Extract a LoRA adapter from a tuned model: the leading part of what it has changed.
 
@@ -182,8 +191,7 @@ def lora_extract_adapter(
         output_dir: the folder to make; it must not exist, or be empty.
         rank, max_error, others, dtype: see `merge_extract.Extraction`; a rank or a largest error
             is needed.
-        progress: show how far it is, on stderr.
-        resume: go on with what a stopped run has left; if it was finished, do nothing.
+        progress, resume, verify_inputs: see `merge_run.RunSettings`.
 
     Returns:
         What was done, with the error of the result, module by module.
@@ -199,7 +207,9 @@ def lora_extract_adapter(
         others=others,
         dtype=dtype,
     )
-    return extract_adapter(extraction, Path(output_dir), progress=progress, resume=resume)
+    return extract_adapter(
+        extraction, Path(output_dir), progress=progress, resume=resume, verify_inputs=verify_inputs
+    )
 
 
 main = functools.partial(run_lora_command, __doc__ or "")

@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from merge_card import VERSION, adapter_texts
-from merge_identity import FORMAT, digest
+from merge_card import VERSION, adapter_texts, told_of
+from merge_identity import FORMAT, digest, verified
 from merge_memory import peak_memory
+from merge_plan import usable_cores
 from merge_report import REPORT_FILE
 from model_config import read_config
 from model_files import read_text
-from model_locate import adapter_name, last_part
+from model_locate import adapter_name
 from model_lora_writer import NewAdapter, write_adapter
 from model_partial import PartialFolder, tidy
 from model_safetensors import DTYPE_NAMES
 from model_tokenizer import signature
-from model_utils import ModelFolder, format_bytes
+from model_utils import ModelFolder, WeightFile, format_bytes
 from model_writer import read_manifest
 
 if TYPE_CHECKING:
@@ -115,7 +116,9 @@ class AdapterOutput:
         output_dir: the folder to make.
         settings: JSON; how the adapter is made.
         sources: the open models and adapters of which it is made.
+        progress: show how far the verification is, on stderr.
         resume: keep the modules that a stopped run has made in the same way.
+        verify_inputs: read all weight files first, and compare them with the SHA-256 known of them.
 
     Attributes:
         finished: the report, if the output is there already; then nothing else can be done.
@@ -127,20 +130,16 @@ class AdapterOutput:
         settings: Mapping[str, Any],
         sources: Sequence[ModelFolder],
         *,
+        progress: bool,
         resume: bool,
+        verify_inputs: bool,
     ) -> None:
         self.output_dir = output_dir
         self._started = time.monotonic()
-        files = [file for source in sources for file in source.files]
-        self._inputs = [
-            {
-                "model": last_part(file.model),
-                "file": file.name,
-                "bytes": file.state.bytes,
-                "header_sha256": file.header_sha256,
-            }
-            for file in files
-        ]
+        self._progress, self._verify_inputs = progress, verify_inputs
+        self._files = [file for source in sources for file in source.files]
+        self._hashes: Mapping[WeightFile, str] = {}
+        self._unknown: list[str] = []
         configs = [
             [
                 hashlib.sha256(each.config_text.encode()).hexdigest(),
@@ -151,11 +150,11 @@ class AdapterOutput:
         identity = {
             "the version": [FORMAT, VERSION],
             "the settings": settings,
-            "the inputs": self._inputs,
+            "the inputs": told_of(self._files),
             "the small files": configs,
         }
         self._digest = digest(identity)
-        self._plan = {**identity, "times of the inputs": [file.state for file in files]}
+        self._plan = {**identity, "times of the inputs": [file.state for file in self._files]}
         self._sources = sources
         self._made: dict[str, Mapping[str, Any]] = {}
         self.finished = _finished(output_dir, self._digest) if resume else None
@@ -165,6 +164,10 @@ class AdapterOutput:
         if self._partial is not None:
             self._partial.__enter__()
             try:
+                if self._verify_inputs:
+                    self._hashes, self._unknown = verified(
+                        self._files, usable_cores(), progress=self._progress
+                    )
                 if self._partial.begin(self._plan):
                     records = self._partial.records()
                     self._made = {each["module"]: each for each in records if "module" in each}
@@ -218,10 +221,10 @@ class AdapterOutput:
             self._partial,
             DTYPE_NAMES[dtype],
             adapter_texts({**made, **said}, names),
-            {"plan_sha256": self._digest, "inputs": self._inputs},
+            {"plan_sha256": self._digest, "inputs": told_of(self._files, self._hashes)},
         )
         return AdapterReport(
-            **{**made, "notes": (*notes, *self._partial.notes)},  # type: ignore[arg-type]
+            **{**made, "notes": (*notes, *self._unknown, *self._partial.notes)},  # type: ignore[arg-type]
             output_dir=str(self.output_dir),
             dtype=dtype,
             bytes_written=size,

@@ -154,15 +154,19 @@ class _Input(NamedTuple):
 
 
 def merge_adapters(
-    merge: AdapterMerge, output_dir: Path, *, progress: bool = True, resume: bool = False
+    merge: AdapterMerge,
+    output_dir: Path,
+    *,
+    progress: bool = True,
+    resume: bool = False,
+    verify_inputs: bool = False,
 ) -> AdapterReport:
     """Merge adapters into one, which PEFT loads with the right scale.
 
     Args:
         merge: what to merge.
         output_dir: the folder to make; it must not exist, or be empty.
-        progress: show how far it is, on stderr.
-        resume: go on with what a stopped run has left; if it was finished, do nothing.
+        progress, resume, verify_inputs: see `merge_run.RunSettings`.
 
     Raises:
         ValueError: something is wrong with the settings.
@@ -178,7 +182,8 @@ def merge_adapters(
         if wrong := place_problems(output_dir, adapters):
             raise ValueError("\n".join(wrong))
         given = {key: value for key, value in asdict(merge).items() if value is not None}
-        output = AdapterOutput(output_dir, given, adapters, resume=resume)
+        run = {"progress": progress, "resume": resume, "verify_inputs": verify_inputs}
+        output = AdapterOutput(output_dir, given, adapters, **run)
         if output.finished:
             return output.finished
         stack.enter_context(output)

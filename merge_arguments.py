@@ -512,14 +512,19 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         help="most memory of the process, such as 2GB, without files that the system caches "
         "(default: no limit; a merge takes about 130 MB, and --plan says how much)",
     )
+    add_verification(parser)
+    add_resume(parser)
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def add_verification(parser: argparse.ArgumentParser) -> None:
+    """The argument for a look at what is read."""
     parser.add_argument(
         *spellings("--verify_inputs"),
         action="store_true",
         help="before merging, read all weight files and compare them with the SHA-256 known of "
         "them: from the Hub's cache, or a merge_manifest.json",
     )
-    add_resume(parser)
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
 
 
 def add_resume(parser: argparse.ArgumentParser) -> None:

@@ -124,7 +124,24 @@ def public_inputs(
         hashes: their SHA-256, where these are known.
     """
     _, names = _named(plan, earlier)
-    found = [
+    found = told_of(weight_files(plan, earlier), hashes, names)
+    published: list[dict[str, Any]] = publish(found, names)
+    return published
+
+
+def told_of(
+    files: Sequence[WeightFile],
+    hashes: Mapping[WeightFile, str] | None = None,
+    names: Collection[str] = (),
+) -> list[dict[str, Any]]:
+    """What can be told of weight files.
+
+    Args:
+        files: some of them.
+        hashes: their SHA-256, where these are known.
+        names: models that are called by their whole names; of others, it is the last part.
+    """
+    return [
         {
             "model": file.model if file.model in names else last_part(file.model),
             "file": file.name,
@@ -132,10 +149,8 @@ def public_inputs(
             "header_sha256": file.header_sha256,
             **({"sha256": hashes[file]} if hashes else {}),
         }
-        for file in weight_files(plan, earlier)
+        for file in files
     ]
-    published: list[dict[str, Any]] = publish(found, names)
-    return published
 
 
 def _versions(*packages: str) -> dict[str, str]:

@@ -83,15 +83,19 @@ class Extraction:
 
 
 def extract_adapter(
-    extraction: Extraction, output_dir: Path, *, progress: bool = True, resume: bool = False
+    extraction: Extraction,
+    output_dir: Path,
+    *,
+    progress: bool = True,
+    resume: bool = False,
+    verify_inputs: bool = False,
 ) -> AdapterReport:
     """Extract an adapter that makes of the base what comes nearest to the tuned model.
 
     Args:
         extraction: of what, and how much.
         output_dir: the folder to make; it must not exist, or be empty.
-        progress: show how far it is, on stderr.
-        resume: go on with what a stopped run has left; if it was finished, do nothing.
+        progress, resume, verify_inputs: see `merge_run.RunSettings`.
 
     Raises:
         OutputBusyError: another process is making this output.
@@ -109,7 +113,8 @@ def extract_adapter(
         if wrong := place_problems(output_dir, [base, tuned]):
             raise ValueError("\n".join(wrong))
         given = {key: value for key, value in asdict(extraction).items() if value is not None}
-        output = AdapterOutput(output_dir, given, [base, tuned], resume=resume)
+        run = {"progress": progress, "resume": resume, "verify_inputs": verify_inputs}
+        output = AdapterOutput(output_dir, given, [base, tuned], **run)
         if output.finished:
             return output.finished
         work = _Work(extraction, base, tuned, stack.enter_context(output))

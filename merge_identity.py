@@ -2,14 +2,18 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from merge_card import VERSION, public_inputs, public_recipe, weight_files
 from merge_plan import Earlier, Plan
+from merge_progress import progress_bar
 from merge_stream import TensorTask
 from model_companions import Edit
 from model_files import read_file
+from model_hashes import verify_files
+from model_utils import WeightFile
 
 FORMAT = 1
 
@@ -47,6 +51,15 @@ def plan_identity(plan: Plan, earlier: Earlier, device: str, *, findings: bool) 
 def input_states(plan: Plan, earlier: Earlier) -> list[Any]:
     """Sizes, times of change and inodes of the weight files, by which a change is seen."""
     return [file.state for file in weight_files(plan, earlier)]
+
+
+def verified(
+    files: Sequence[WeightFile], threads: int, *, progress: bool
+) -> tuple[dict[WeightFile, str], list[str]]:
+    """`model_hashes.verify_files` with a progress bar."""
+    size = sum(file.state.bytes for file in files)
+    with progress_bar(size, "verify", show=progress) as on_bytes:
+        return verify_files(files, threads, on_bytes)
 
 
 def _described(task: TensorTask) -> list[Any]:

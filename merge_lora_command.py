@@ -13,6 +13,7 @@ from merge_arguments import (
     add_lora,
     add_resume,
     add_settings,
+    add_verification,
     number,
     spellings,
 )
@@ -76,6 +77,7 @@ def _add_output(parser: CommandParser) -> None:
     parser.add_argument(
         "--dtype", choices=tuple(DTYPE_NAMES), default="float32", help="(default: %(default)s)"
     )
+    add_verification(parser)
     add_resume(parser)
     parser.add_argument("--json", action="store_true", help=JSON_HELP)
     parser.add_argument("--quiet", action="store_true", help="show no progress")
@@ -83,7 +85,11 @@ def _add_output(parser: CommandParser) -> None:
 
 def _making(arguments: argparse.Namespace) -> dict[str, bool]:
     """How an adapter is made."""
-    return {"progress": not arguments.quiet, "resume": arguments.resume}
+    return {
+        "progress": not arguments.quiet,
+        "resume": arguments.resume,
+        "verify_inputs": arguments.verify_inputs,
+    }
 
 
 def _add_weights(parser: CommandParser, what: str) -> None:

@@ -17,7 +17,7 @@ from merge_analysis import Analysis, make_analysis
 from merge_card import model_card, public_inputs, saved_report, weight_files
 from merge_findings import analyze, restored, stored, told
 from merge_finite import remark_on_broken
-from merge_identity import copied_hashes, digest, input_states, plan_identity
+from merge_identity import copied_hashes, digest, input_states, plan_identity, verified
 from merge_memory import (
     Fit,
     anonymous_memory,
@@ -47,7 +47,6 @@ from model_checks import HEAD
 from model_config import read_config
 from model_errors import ModelCompatibilityError
 from model_files import read_text
-from model_hashes import verify_files
 from model_partial import PartialFolder, tidy
 from model_prep import resize_vocabulary, set_special_ids, warn_about
 from model_small_files import GENERATION
@@ -249,9 +248,7 @@ def _verified(
     if not settings.verify_inputs:
         return {}, []
     files = weight_files(plan, earlier)
-    size = sum(file.state.bytes for file in files)
-    with progress_bar(size, "verify", show=settings.progress) as on_bytes:
-        return verify_files(files, settings.threads or usable_cores(), on_bytes)
+    return verified(files, settings.threads or usable_cores(), progress=settings.progress)
 
 
 def finished_report(recipe: Recipe, settings: RunSettings, earlier: Earlier) -> MergeReport | None:

@@ -5,8 +5,10 @@ import json
 import os
 
 import pytest
+from tiny_adapters import make_lora
 from tiny_checkpoints import make_llama
 
+import lora_llama
 from linear_llama import linear_merge_llama, linear_merge_llama_to_folder, main
 from model_errors import ModelCompatibilityError
 
@@ -89,6 +91,34 @@ def test_files_of_which_nothing_is_known_are_noted(tmp_path, capsys, monkeypatch
     assert text in capsys.readouterr().out
     with pytest.warns(UserWarning, match="a: no SHA-256 is known of"):
         linear_merge_llama(["a"], progress=False, verify_inputs=True)
+
+
+def test_adapters_are_verified_by_every_verb(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_llama(tmp_path / "a")
+    base = merged(tmp_path, tmp_path / "a").rename(tmp_path / "base")
+    make_lora(tmp_path / "lora", base)
+    verbs = {
+        "fold": ["base", "made"],
+        "merge": ["made", "made"],
+        "extract": ["a", "--base", "base", "--rank", "1"],
+    }
+    more = ["--verify-inputs", "--quiet", "--save"]
+    assert lora_llama.main(["merge", "lora", *more, "made"]) == 0
+    assert "lora: no SHA-256 is known of adapter_model.safetensors" in capsys.readouterr().out
+    make_llama(tmp_path / "a", seed=1, base=base)
+    for verb, names in verbs.items():
+        assert lora_llama.main([verb, *names, *more, f"by-{verb}"]) == 0
+        manifest = json.loads((tmp_path / f"by-{verb}/merge_manifest.json").read_text())
+        for file in manifest["inputs"]:
+            assert file["sha256"] == digest(tmp_path / file["model"] / file["file"])
+    flip(base / "model.safetensors")
+    flip(tmp_path / "made/adapter_model.safetensors")
+    for verb, names in verbs.items():
+        capsys.readouterr()
+        assert lora_llama.main([verb, *names, *more, "work"]) == 3
+        assert "has the SHA-256" in capsys.readouterr().err
+        assert not [name for name in os.listdir(tmp_path) if "work" in name]
 
 
 def test_the_check_of_a_result_finds_every_changed_file(tmp_path, capsys):
