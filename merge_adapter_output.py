@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from merge_card import VERSION, adapter_texts, told_of
-from merge_identity import FORMAT, digest, verified
+from merge_identity import FORMAT, digest, is_older, of_this_run, verified
 from merge_memory import peak_memory
 from merge_plan import usable_cores
-from merge_report import REPORT_FILE
+from merge_progress import teller
 from model_config import read_config
 from model_files import read_text
+from model_hashes import REPORT_FILE
 from model_locate import adapter_name
 from model_lora_writer import NewAdapter, write_adapter
 from model_partial import PartialFolder, tidy
@@ -142,7 +143,7 @@ class AdapterOutput:
         self._unknown: list[str] = []
         configs = [
             [
-                hashlib.sha256(each.config_text.encode()).hexdigest(),
+                [hashlib.sha256(text.encode()).hexdigest() for text in each.config_texts],
                 signature(each.tokenizer_path, each.label),
             ]
             for each in sources
@@ -153,12 +154,14 @@ class AdapterOutput:
             "the inputs": told_of(self._files),
             "the small files": configs,
         }
+        self._identity = identity
         self._digest = digest(identity)
-        self._plan = {**identity, "times of the inputs": [file.state for file in self._files]}
         self._sources = sources
         self._made: dict[str, Mapping[str, Any]] = {}
-        self.finished = _finished(output_dir, self._digest) if resume else None
-        self._partial = None if self.finished else PartialFolder(output_dir, resume=resume)
+        self.finished = _finished(output_dir, self._digest, self._files) if resume else None
+        self._partial = None
+        if not self.finished:
+            self._partial = PartialFolder(output_dir, resume=resume, tell=teller(show=progress))
 
     def __enter__(self) -> Self:
         if self._partial is not None:
@@ -168,9 +171,15 @@ class AdapterOutput:
                     self._hashes, self._unknown = verified(
                         self._files, usable_cores(), progress=self._progress
                     )
-                if self._partial.begin(self._plan):
+                others = of_this_run(self._files, self._hashes, threads=torch_threads())
+                if self._partial.begin({**self._identity, **others}):
                     records = self._partial.records()
                     self._made = {each["module"]: each for each in records if "module" in each}
+                    if self._made:
+                        count = len(self._made)
+                        self._partial.tell(
+                            f"{count} modules are kept of what a stopped run has left"
+                        )
                 self._partial.open_records(0)
             except BaseException as error:
                 self._partial.__exit__(type(error), error, error.__traceback__)
@@ -234,10 +243,10 @@ class AdapterOutput:
         )
 
 
-def _finished(output_dir: Path, identity: str) -> AdapterReport | None:
+def _finished(output_dir: Path, identity: str, files: Sequence[WeightFile]) -> AdapterReport | None:
     """The report of an adapter that was made before in just this way."""
     manifest = read_manifest(output_dir)
-    if manifest is None or manifest.get("plan_sha256") != identity:
+    if manifest is None or manifest.get("plan_sha256") != identity or is_older(output_dir, files):
         return None
     tidy(output_dir)
     saved = read_config(read_text(output_dir, REPORT_FILE, str(output_dir)))
@@ -251,6 +260,13 @@ def _finished(output_dir: Path, identity: str) -> AdapterReport | None:
         seconds=0.0,
         peak_memory=peak_memory(),
     )
+
+
+def torch_threads() -> int:
+    """How many threads torch decomposes with; the last places of the result depend on it."""
+    import torch
+
+    return torch.get_num_threads()
 
 
 def _stored(found: "Truncated") -> dict[str, Any]:

@@ -20,9 +20,10 @@ from merge_document import recipe_document
 from merge_methods import METHODS
 from merge_plan import Earlier, Plan
 from merge_recipe import Recipe
-from merge_report import REPORT_FILE, MergeReport
+from merge_report import MergeReport
 from merge_yaml import write_recipes
 from model_companions import AUTO_TEMPLATE, NO_TEMPLATE
+from model_hashes import REPORT_FILE, sampled_sha256
 from model_locate import HUB_ID, join_adapters, last_part, split_adapters, split_revision
 from model_tokenizer import FORMS
 from model_utils import Origin, WeightFile
@@ -58,9 +59,8 @@ def saved_report(plan: Plan, report: MergeReport, earlier: Earlier) -> dict[str,
         },
         "versions": {
             "llama-merge": VERSION,
-            **_versions("torch", "numba"),
+            **computed_with(),
             "python": platform.python_version(),
-            "machine": platform.machine(),
         },
         "result": {
             "tensors": report.tensors,
@@ -147,19 +147,20 @@ def told_of(
             "file": file.name,
             "bytes": file.state.bytes,
             "header_sha256": file.header_sha256,
+            "sample_sha256": sampled_sha256(file),
             **({"sha256": hashes[file]} if hashes else {}),
         }
         for file in files
     ]
 
 
-def _versions(*packages: str) -> dict[str, str]:
-    """Of the packages that compute, those that are installed; looked up without importing them."""
+def computed_with() -> dict[str, str]:
+    """Versions of the packages that compute, looked up without importing them, and the machine."""
     found = {}
-    for package in packages:
+    for package in ("torch", "numba"):
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-    return found
+    return {**found, "machine": platform.machine()}
 
 
 def resolved_recipe(plan: Plan) -> Recipe:
@@ -323,7 +324,7 @@ def adapter_texts(made: Mapping[str, Any], names: Sequence[str]) -> dict[str, st
             and "notes" of it, as JSON can hold them.
         names: of models and adapters, as the user called them.
     """
-    versions = {"llama-merge": VERSION, **_versions("torch"), "python": platform.python_version()}
+    versions = {"llama-merge": VERSION, **computed_with(), "python": platform.python_version()}
     content = json.loads(json.dumps({**made, "versions": versions}))
     called = [name for name in dict.fromkeys([*names, made["base_model"]]) if name]
     saved = publish(content, public_names(called))

@@ -7,6 +7,7 @@ merged into a folder beside the output, which is removed at the end.
 
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -18,15 +19,25 @@ from numpy.typing import NDArray
 
 from merge_analysis import Analysis
 from merge_grammar import Stage
+from merge_identity import verified
 from merge_memory import anonymous_memory
 from merge_operations import make_operations
-from merge_plan import Earlier, Plan, merged_when_read, open_plan, place_problems
+from merge_plan import (
+    Earlier,
+    Plan,
+    merged_when_read,
+    open_plan,
+    place_problems,
+    usable_cores,
+)
+from merge_progress import teller
 from merge_recipe import Recipe
 from merge_report import MergeReport, PlanReport, disk_bytes
 from merge_run import RunSettings, analyze_models, finished_report, merge_to_folder, plan
 from merge_stream import MergedRows
 from merge_yaml import RecipeError
 from model_config import read_config
+from model_hashes import changed_files
 from model_locate import split_adapters
 from model_partial import PartialFolder
 from model_utils import ModelFolder, open_model_folder
@@ -136,6 +147,7 @@ def merge_stages(
 
     What can be known of any of them from headers alone is refused before anything is merged.
     """
+    started = time.monotonic()
     recipe = replace(_final_recipe(stages), output_dir=output_dir)
     run_settings = _checked(RunSettings(**settings, findings=findings, resume=resume))
     with open_earlier(stages, run_settings) as earlier:
@@ -147,12 +159,18 @@ def merge_stages(
         if wrong := place_problems(output_dir, sources):
             raise ValueError("\n".join(wrong))
         needed = plan(recipe, **_of_plan(run_settings), earlier=earlier).disk_bytes
-    with PartialFolder(output_dir, resume=resume) as partial:
+    tell = teller(show=run_settings.progress)
+    with PartialFolder(output_dir, resume=resume, tell=tell) as partial:
         partial.check_space(needed)
-        with open_earlier(stages, run_settings, partial.earlier) as earlier:
+        with open_earlier(stages, run_settings, partial) as earlier:
             settings = {**asdict(run_settings), "resume": False}
             report = merge_to_folder(recipe, **settings, earlier=earlier, partial=partial)
-    return replace(report, notes=(*report.notes, *partial.notes))
+    return replace(
+        report,
+        bytes_read=report.bytes_read + earlier.bytes_read,
+        seconds=time.monotonic() - started,
+        notes=(*report.notes, *earlier.notes, *partial.notes),
+    )
 
 
 def analyze_stages(
@@ -169,8 +187,8 @@ def analyze_stages(
         if not earlier.models:
             return analyze_models(recipe, **settings, progress=progress)
     with (
-        PartialFolder(place.with_name(f"{place.name}.models")) as partial,
-        open_earlier(stages, run_settings, partial.earlier) as earlier,
+        PartialFolder(place.with_name(f"{place.name}.models"), keep=False) as partial,
+        open_earlier(stages, run_settings, partial) as earlier,
     ):
         return analyze_models(recipe, **settings, progress=progress, earlier=earlier)
 
@@ -193,27 +211,33 @@ def _final_recipe(stages: Sequence[Stage]) -> Recipe:
 
 @contextmanager
 def open_earlier(
-    stages: Sequence[Stage], settings: RunSettings, place: Path | None = None
+    stages: Sequence[Stage], settings: RunSettings, partial: PartialFolder | None = None
 ) -> Iterator[Earlier]:
     """The results that the final recipe needs, as open models.
 
     Args:
         stages: all recipes of a file; `check_stages` finds nothing wrong with them.
         settings: how they are merged.
-        place: a folder for what has to be written of them, which the caller removes; None if only
-            their headers are going to be read.
+        partial: where the last result is built, for what has to be written of the others; None if
+            only their headers are going to be read.
     """
     by_name = {stage.name: stage for stage in stages if stage.name is not None}
     needed = _needed(by_name, final_stage(stages))
-    earlier, weights = Earlier(), place is not None
+    earlier, weights = Earlier(), partial is not None
     if not needed:
         yield earlier
         return
     with ExitStack() as stack:
-        small = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="recipes-")))
+        if partial is None:
+            small = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="recipes-")))
+        else:
+            small = partial.small
+            small.mkdir()
         for number, name in enumerate(needed):
             recipe = by_name[name].recipe
             opened = stack.enter_context(open_plan(recipe, weights=weights, earlier=earlier))
+            if weights and settings.verify_inputs:
+                _verify(opened, earlier, settings)
             rows = None
             if merged_when_read(opened):
                 fit = settings.fit(opened)
@@ -222,13 +246,9 @@ def open_earlier(
                     rows = stack.enter_context(_rows(opened, settings, fit.block_bytes))
             else:
                 earlier.disk_bytes += disk_bytes(opened)
-            if place is not None and rows is None:
-                folder = place / str(number)
-                merge_to_folder(
-                    replace(recipe, output_dir=folder),
-                    **{**asdict(settings), "findings": False, "verify_inputs": False},
-                    earlier=earlier,
-                )
+            if partial is not None and rows is None:
+                folder = partial.earlier / str(number)
+                _merge_earlier(replace(recipe, output_dir=folder), settings, earlier)
                 model = open_model_folder(folder)
                 model.label, model.is_input = name, False
             else:
@@ -236,6 +256,32 @@ def open_earlier(
             stack.callback(model.close)
             earlier.models[name], earlier.plans[name] = model, opened
         yield earlier
+
+
+def _verify(plan: Plan, earlier: Earlier, settings: RunSettings) -> None:
+    """Verify what has not been verified for a recipe before."""
+    files = [file for source in plan.sources for file in source.files if file not in earlier.hashes]
+    threads = settings.threads or usable_cores()
+    hashes, unknown = verified(files, threads, progress=settings.progress)
+    earlier.hashes.update(hashes)
+    earlier.notes += tuple(unknown)
+
+
+def _merge_earlier(recipe: Recipe, settings: RunSettings, earlier: Earlier) -> None:
+    """Merge an earlier result into its folder, unless it is there already, byte for byte."""
+    settings = replace(settings, findings=False, verify_inputs=False)
+    folder = recipe.output_dir
+    assert folder is not None
+    if settings.resume and folder.is_dir():
+        changed, _ = changed_files(folder, folder.name)
+        if not changed and finished_report(recipe, settings, earlier) is not None:
+            return
+        shutil.rmtree(folder)
+    tell = teller(show=settings.progress)
+    with PartialFolder(folder, resume=settings.resume, tell=tell) as partial:
+        report = merge_to_folder(recipe, **asdict(settings), earlier=earlier, partial=partial)
+    earlier.bytes_read += report.bytes_read
+    earlier.notes += partial.notes
 
 
 @contextmanager

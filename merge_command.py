@@ -209,9 +209,21 @@ def reported(work: Callable[[], str], *, last: bool = False) -> int:
         return 128 + (error.args[0] if error.args else SIGINT)
     try:
         print("\n".join(map(printable, text.split("\n"))), flush=True)
-    except BrokenPipeError:  # whoever reads has seen enough; nothing is to be said at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever reads has seen enough
+        _close_stdout()
+    except OSError as error:
+        _close_stdout()
+        print(
+            f"error: the work is done and complete, but the report could not be printed: {error}",
+            file=sys.stderr,
+        )
+        return _exit_code(error)
     return EXIT_OK
+
+
+def _close_stdout() -> None:
+    """What is still to be printed goes nowhere, also at the end of the process."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def carry_out(recipe: Recipe, arguments: argparse.Namespace) -> str:
@@ -238,26 +250,38 @@ def printed(
 def _signals_interrupt(*, last: bool) -> Iterator[None]:
     """A closed terminal and `kill` end a merge as Ctrl-C does, and leave no half folder.
 
-    Further signals are ignored from then on: cleaning up takes no longer than a block. So they are
-    after what was the process's last work.
+    Further signals are ignored while it cleans up, which takes no longer than a block, and after
+    what was the process's last work. What was ignored before (`nohup`) stays so.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set signal handlers
         return
 
+    before = {
+        number: handler
+        for number in SIGNALS
+        if (handler := signal.getsignal(number)) is not signal.SIG_IGN
+    }
+    over = False
+
+    def set_handlers(handler: Any) -> None:
+        for number in before:
+            signal.signal(number, handler)
+
     def interrupt(number: int, _: object) -> None:
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_IGN)
+        nonlocal over
+        over = True
+        set_handlers(signal.SIG_IGN)
         raise KeyboardInterrupt(number)
 
-    before = {number: signal.signal(number, interrupt) for number in SIGNALS}
+    set_handlers(interrupt)
     try:
         yield
-        if last:
-            for number in SIGNALS:
-                signal.signal(number, signal.SIG_IGN)
+        over = True
     finally:
-        if signal.getsignal(SIGINT) is interrupt:
+        if last and over:
+            set_handlers(signal.SIG_IGN)
+        else:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -274,6 +298,8 @@ def _text(error: Exception) -> str:
         return f"there is too little memory ({str(error) or 'for Python'}). Is the model sound?"
     if not (isinstance(error, OSError) and error.strerror):
         return str(error)
+    if _is_full(error) and error.strerror == os.strerror(error.errno or 0):
+        return f"the disk of the output is full ({error.strerror}). Make room on it"
     return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
 
 
@@ -282,6 +308,7 @@ def _exit_code(error: Exception) -> int:
         MemoryLimitError: EXIT_MEMORY,
         MemoryError: EXIT_MEMORY,
         ValueError: EXIT_USAGE,
+        FileExistsError: EXIT_USAGE,
         UnsafeModelError: EXIT_UNSAFE,
         ModelCompatibilityError: EXIT_BAD_INPUT,
         OutputBusyError: EXIT_BUSY,
@@ -289,5 +316,8 @@ def _exit_code(error: Exception) -> int:
     for kind, code in kinds.items():
         if isinstance(error, kind):
             return code
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return EXIT_NO_SPACE if full else EXIT_IO
+    return EXIT_NO_SPACE if _is_full(error) else EXIT_IO
+
+
+def _is_full(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

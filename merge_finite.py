@@ -1,9 +1,9 @@
 """NaN and infinity: where they are, and what becomes of them.
 
 `error` refuses models that hold them. `base` takes the base's value instead. `propagate` lets them
-through, but none that the merge itself brings forth: a value that is NaN or infinite although it is
-finite in all models always ends a merge. What is let through has one pattern of bits, as NaN from
-different instructions have different ones.
+through: where a model has one the result is not finite, even if the method would have left that
+model out there. A value that is NaN or infinite although it is finite in all models always ends a
+merge. NaN has one pattern of bits, as it has different ones from different instructions.
 """
 
 import threading
@@ -92,12 +92,13 @@ class FiniteCheck:
             )
 
     def look_at_result(self, task: "TensorTask", block: "Block") -> None:
-        """Refuse values that are not finite although all models' are.
+        """Refuse values that are not finite although all models' are; let the others through.
 
         Raises:
             ModelCompatibilityError: there is one.
         """
-        if self._operations.result_is_finite(block):
+        lets_through = self.policy == "propagate" and task.name in self._counts
+        if self._operations.result_is_finite(block) and not lets_through:
             return
         dtype = task.info.dtype
         result = block.values(-1)
@@ -106,7 +107,7 @@ class FiniteCheck:
             inputs = range(len(task.inputs))
             known = np.logical_or.reduce([~np.isfinite(block.values(i)) for i in inputs])
             if not (bad & ~known).any():
-                block.stored(-1)[np.isnan(result)] = _NAN[dtype]
+                block.stored(-1)[np.isnan(result) | (known & ~bad)] = _NAN[dtype]
                 return
             bad &= ~known
         row, column = np.argwhere(bad)[0].tolist()
@@ -153,10 +154,11 @@ class FiniteCheck:
                 value = found[row, column]
                 first = f"row {start + row}, column {column} (element {element}, {value})"
             count += len(bad)
+        advice = "" if self.policy == "base" else " (--nan_policy base takes the base's values)"
         several = f"{count} of {info.numel}, the first at " if count > 1 else ""
         return ModelCompatibilityError(
             f"{source.label}: {name} has NaN or infinite weights: {several}{first}. The model is "
-            "broken; use another copy (nan_policy base takes the base's values, if it has them)"
+            f"broken; use another copy{advice}"
         )
 
 
@@ -176,6 +178,7 @@ def remark_on_broken(findings: Mapping[str, Mapping[str, Any]], policy: NanPolic
             totals.setdefault(label, []).append(count)
     done = "the base's were taken instead" if policy == "base" else "they were let through"
     return [
-        f"{label}: {sum(counts)} weights of {len(counts)} tensors are NaN or infinite; {done}"
+        f"{label}: {sum(counts)} values (in {len(counts)} of its tensors) are NaN or infinite; "
+        f"{done}"
         for label, counts in totals.items()
     ]

@@ -2,17 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from merge_card import VERSION, public_inputs, public_recipe, weight_files
+from merge_card import VERSION, computed_with, public_inputs, public_recipe
 from merge_plan import Earlier, Plan
 from merge_progress import progress_bar
 from merge_stream import TensorTask
 from model_companions import Edit
 from model_files import read_file
-from model_hashes import verify_files
+from model_hashes import MANIFEST, verify_files
 from model_utils import WeightFile
 
 FORMAT = 1
@@ -29,11 +29,13 @@ def plan_identity(plan: Plan, earlier: Earlier, device: str, *, findings: bool) 
 
     Returns:
         By what a user would call it: the format and version, the recipe (and the earlier ones it
-        uses), the inputs (weight files: size and digest of the header), digests of what feeds
-        each tensor and of the small files.
+        uses), the inputs (weight files: size, digests of header and samples), digests of their
+        configs, of what feeds each tensor and of the small files.
     """
-    tasks = [_described(task) for each in (*earlier.plans.values(), plan) for task in each.tasks]
-    files = [_small_files(each) for each in (*earlier.plans.values(), plan)]
+    plans = (*earlier.plans.values(), plan)
+    tasks = [_described(task) for each in plans for task in each.tasks]
+    files = [_small_files(each) for each in plans]
+    configs = [source.config_texts for each in plans for source in each.sources]
     return {
         "the version": [FORMAT, VERSION],
         "the recipe": public_recipe(plan, earlier),
@@ -43,20 +45,40 @@ def plan_identity(plan: Plan, earlier: Earlier, device: str, *, findings: bool) 
         "the device": device,
         "--findings": findings,
         "the inputs": public_inputs(plan, earlier),
+        "their configs": digest(configs),
         "the tensors": digest(tasks),
         "the small files": digest(files),
     }
 
 
-def input_states(plan: Plan, earlier: Earlier) -> list[Any]:
-    """Sizes, times of change and inodes of the weight files, by which a change is seen."""
-    return [file.state for file in weight_files(plan, earlier)]
+def of_this_run(
+    files: Iterable[WeightFile], hashes: Mapping[WeightFile, str], **settings: Any
+) -> dict[str, Any]:
+    """What else must be the same for a stopped run to be gone on with.
+
+    Args:
+        files: what it reads; known again by their size, time of change and inode.
+        hashes: their SHA-256, where these are known; then the time does not matter.
+        settings: what a computation depends on besides.
+    """
+    return {
+        "when the inputs were changed": [hashes.get(file, file.state) for file in files],
+        "what computes": {**computed_with(), **settings},
+    }
+
+
+def is_older(folder: Path, files: Iterable[WeightFile]) -> bool:
+    """Whether a result was there before one of its inputs was changed, so that it is not of it."""
+    made = (folder / MANIFEST).stat().st_mtime_ns
+    return any(file.state.changed_ns > made for file in files)
 
 
 def verified(
     files: Sequence[WeightFile], threads: int, *, progress: bool
 ) -> tuple[dict[WeightFile, str], list[str]]:
     """`model_hashes.verify_files` with a progress bar."""
+    if not files:
+        return {}, []
     size = sum(file.state.bytes for file in files)
     with progress_bar(size, "verify", show=progress) as on_bytes:
         return verify_files(files, threads, on_bytes)

@@ -148,6 +148,11 @@ class AdaptedModel(ModelFolder):
         """Those of the base and of the adapters."""
         return tuple(file for each in (self._base, *self._adapters) for file in each.files)
 
+    @property
+    def config_texts(self) -> tuple[str, ...]:
+        """Those of the base and of the adapters."""
+        return tuple(text for each in (self._base, *self._adapters) for text in each.config_texts)
+
     def check_unchanged(self) -> None:
         """As `ModelFolder.check_unchanged`, of base and adapters."""
         for each in (self._base, *self._adapters):

@@ -29,7 +29,7 @@ from model_config import code_keys, merged_config, without_code
 from model_errors import ModelCompatibilityError, refusal
 from model_prep import Alignment, align, fit_problems
 from model_safetensors import DTYPE_NAMES, TensorInfo
-from model_utils import ModelFolder, Origin
+from model_utils import ModelFolder, Origin, WeightFile
 from model_vocabulary import chosen_donor, settings_problems
 
 
@@ -190,12 +190,18 @@ class Earlier:
         plans: how they are made.
         memory_bytes: what is taken to merge those that are merged as they are read.
         disk_bytes: what those take that are merged into a folder first.
+        hashes: SHA-256 of their weight files, if these were to be verified.
+        bytes_read: for those that were merged into a folder.
+        notes: what the user should know of how they were made.
     """
 
     models: dict[str, ModelFolder] = field(default_factory=dict)
     plans: dict[str, Plan] = field(default_factory=dict)
     memory_bytes: int = 0
     disk_bytes: int = 0
+    hashes: dict[WeightFile, str] = field(default_factory=dict)
+    bytes_read: int = 0
+    notes: tuple[str, ...] = ()
 
 
 @contextmanager

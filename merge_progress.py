@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from merge_recipe import printable
 from model_utils import format_bytes
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -29,6 +30,11 @@ def progress_bar(total: int, description: str, *, show: bool) -> Iterator[Callab
             yield _Bar(bar).update
     else:
         yield _Lines(total, description).update
+
+
+def teller(*, show: bool) -> Callable[[str], None]:
+    """Says on stderr at once what cannot wait for the report; nothing, unless progress is shown."""
+    return lambda text: print(f"note: {printable(text)}", file=sys.stderr) if show else None
 
 
 def _in_notebook() -> bool:

@@ -467,7 +467,7 @@ def output_problems(recipe: Recipe) -> list[str]:
     if recipe.output_dir is not None:
         try:
             check_output_dir(recipe.output_dir)
-        except FileExistsError as error:
+        except (FileExistsError, ValueError) as error:
             problems.append(str(error))
     return problems
 

@@ -10,14 +10,9 @@ from merge_plan import Earlier, Plan, free_bytes, merged_when_read
 from merge_recipe import Recipe
 from merge_settings import written
 from model_checks import EMBEDDING, is_tied
-from model_hashes import MANIFEST
+from model_hashes import OWN_FILES, REPORT_FILE
 from model_utils import ModelFolder, format_bytes, parse_size
 from model_writer import RECORD_BYTES, file_sizes
-
-REPORT_FILE = "merge_report.json"
-RECIPE_FILE = "merge_recipe.yml"
-OWN_FILES = ("README.md", "config.json", RECIPE_FILE, REPORT_FILE, MANIFEST)
-"""What a merge writes itself, besides weights."""
 
 
 @dataclass(frozen=True)
@@ -321,7 +316,8 @@ class MergeReport:
         tensors: tensors in the result.
         bytes_read: from the weights, all passes together.
         bytes_written: tensors of the result.
-        bytes_kept: of them, those that a stopped run had merged already; if all, nothing was done.
+        bytes_kept: of them, those that a stopped run had merged already.
+        finished_before: the output was there; nothing was done.
         seconds: wall time.
         peak_memory: highest resident memory of the whole process so far, in bytes.
         mapped_memory: what of it are files that the system caches, such as libraries; 0 if unknown.
@@ -356,6 +352,7 @@ class MergeReport:
     notes: tuple[str, ...]
     findings: Mapping[str, Mapping[str, Any]] = field(repr=False)
     task_vectors: Mapping[str, Any] = field(repr=False)
+    finished_before: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON can hold it."""
@@ -364,7 +361,7 @@ class MergeReport:
     def summary(self) -> str:
         """The report in a few lines."""
         count, mapped = len(self.models), self.mapped_memory
-        if self.bytes_kept and not self.bytes_read:
+        if self.finished_before:
             return f"{self.output_dir} was finished before; nothing is left to do"
         lines = [
             f"merged {count} model{'s' if count > 1 else ''} by {self.method}, profile "
@@ -374,6 +371,8 @@ class MergeReport:
             f"peak memory {format_bytes(self.peak_memory)}"
             + (f", {format_bytes(mapped)} of it libraries' files" if mapped else ""),
         ]
+        if self.bytes_kept:
+            lines.append(f"kept {format_bytes(self.bytes_kept)} that a stopped run had merged")
         changed = [f"{name} {_shown(value)}" for name, value in _set(self.options).items()]
         if changed:
             lines.append(f"with {'; '.join(changed)}")

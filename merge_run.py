@@ -17,7 +17,7 @@ from merge_analysis import Analysis, make_analysis
 from merge_card import model_card, public_inputs, saved_report, weight_files
 from merge_findings import analyze, restored, stored, told
 from merge_finite import remark_on_broken
-from merge_identity import copied_hashes, digest, input_states, plan_identity, verified
+from merge_identity import copied_hashes, digest, is_older, of_this_run, plan_identity, verified
 from merge_memory import (
     Fit,
     anonymous_memory,
@@ -28,13 +28,12 @@ from merge_memory import (
 )
 from merge_operations import arithmetic, make_operations, numba_problem
 from merge_plan import Earlier, Plan, open_plan, usable_cores
-from merge_progress import progress_bar
+from merge_progress import progress_bar, teller
 from merge_recipe import Recipe
 from merge_report import (
-    RECIPE_FILE,
-    REPORT_FILE,
     MergeReport,
     PlanReport,
+    disk_bytes,
     plan_report,
     resolved_parameters,
     resolved_slices,
@@ -47,6 +46,7 @@ from model_checks import HEAD
 from model_config import read_config
 from model_errors import ModelCompatibilityError
 from model_files import read_text
+from model_hashes import RECIPE_FILE, REPORT_FILE
 from model_partial import PartialFolder, tidy
 from model_prep import resize_vocabulary, set_special_ids, warn_about
 from model_small_files import GENERATION
@@ -190,14 +190,20 @@ def merge_to_folder(
     if resume and (finished := finished_report(recipe, settings, earlier)):
         return finished
     started = time.monotonic()
-    with _open_for_merging(recipe, settings, earlier) as plan:
+    with open_plan(recipe, settings.problems(), weights=False, earlier=earlier) as plan:
         if findings:
             _check_same_models(plan)
         fit = settings.fit(plan, earlier.memory_bytes)
         if partial is not None:
             return _merge(plan, fit, settings, earlier, partial, started)
-        with PartialFolder(recipe.output_dir, resume=resume) as opened:
-            report = _merge(plan, fit, settings, earlier, opened, started)
+        tell = teller(show=progress)
+        with PartialFolder(recipe.output_dir, resume=resume, tell=tell) as opened:
+            if not plan.download_bytes:
+                report = _merge(plan, fit, settings, earlier, opened, started)
+            else:  # not before it is known that there is room, and that no one else does the same
+                opened.check_space(disk_bytes(plan))
+                with open_plan(recipe, earlier=earlier) as whole:
+                    report = _merge(whole, fit, settings, earlier, opened, started)
         return replace(report, notes=(*report.notes, *opened.notes))
 
 
@@ -217,12 +223,13 @@ def _merge(
         partial,
         plan.tensors,
         parse_size(plan.recipe.max_shard_size),
-        plan={**identity, "times of the inputs": input_states(plan, earlier)},
+        plan={**identity, **of_this_run(weight_files(plan, earlier), hashes)},
         others=small_file_bytes(plan, findings=settings.findings),
     ) as writer:
         found, bytes_read = _stream(plan, fit, FolderSink(writer), settings)
-        for source in plan.sources:
-            source.check_unchanged()
+        for each in (*earlier.plans.values(), plan):
+            for source in each.sources:
+                source.check_unchanged()
         report = _report(plan, fit, found, started)
         _write_small_files(plan, report, writer, earlier, copied)
         _verify(writer.path, partial.output_dir)
@@ -247,8 +254,10 @@ def _verified(
     """
     if not settings.verify_inputs:
         return {}, []
-    files = weight_files(plan, earlier)
-    return verified(files, settings.threads or usable_cores(), progress=settings.progress)
+    files = [file for file in weight_files(plan, earlier) if file not in earlier.hashes]
+    threads = settings.threads or usable_cores()
+    hashes, unknown = verified(files, threads, progress=settings.progress)
+    return {**earlier.hashes, **hashes}, unknown
 
 
 def finished_report(recipe: Recipe, settings: RunSettings, earlier: Earlier) -> MergeReport | None:
@@ -264,7 +273,8 @@ def finished_report(recipe: Recipe, settings: RunSettings, earlier: Earlier) -> 
     elsewhere, problems = replace(recipe, output_dir=None), settings.problems()
     with open_plan(elsewhere, problems, weights=False, earlier=earlier) as plan:
         identity = plan_identity(plan, earlier, settings.device, findings=settings.findings)
-        if manifest.get("plan_sha256") != digest(identity):
+        files = weight_files(plan, earlier)
+        if manifest.get("plan_sha256") != digest(identity) or is_older(recipe.output_dir, files):
             return None
         tidy(recipe.output_dir)
         saved = read_config(read_text(recipe.output_dir, REPORT_FILE, str(recipe.output_dir)))
@@ -275,6 +285,7 @@ def finished_report(recipe: Recipe, settings: RunSettings, earlier: Earlier) -> 
             output_dir=str(recipe.output_dir),
             bytes_read=0,
             bytes_kept=plan.write_bytes,
+            finished_before=True,
             findings=saved["findings"],
             task_vectors=saved["task_vectors"],
         )

@@ -18,6 +18,7 @@ from model_checks import special_id_form_problems, special_id_problems
 from model_config import code_keys, edit_config, read_config, without_code
 from model_errors import ModelCompatibilityError
 from model_files import has_file, open_file, read_file, read_text
+from model_hashes import OWN_FILES
 from model_small_files import (
     DEFAULT,
     GENERATION,
@@ -224,8 +225,7 @@ def _others(folder: Path) -> Iterator[str]:
     """Names of what a folder holds besides weights and what every result has of its own."""
     for file in folder.iterdir():
         weights = file.suffix == ".safetensors" or file.name.endswith(".safetensors.index.json")
-        own = file.name in ("config.json", "README.md")
-        if not (weights or own or file.name.startswith(".")):
+        if not (weights or file.name in OWN_FILES or file.name.startswith(".")):
             yield file.name
 
 

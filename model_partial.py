@@ -6,6 +6,7 @@
         model/          the result, as far as it is there
         reserve         disk space for what is written at the end
         earlier/        results that this one is made of
+        small/          small files of those of which no weights are written
 
 One process at a time works in it: it holds a lock on the folder, which ends with the process. At
 the end `model` is given the name of the output, and the rest is removed. Nothing in it is
@@ -21,30 +22,49 @@ import os
 import shutil
 import stat
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from model_errors import ModelCompatibilityError, OutputBusyError
 from model_files import check_space, read_all, reserve, sync_folder, write_all, write_file
 
-PLAN, JOURNAL, MODEL, EARLIER, RESERVE = "plan.json", "blocks.jsonl", "model", "earlier", "reserve"
-_OURS = (RESERVE, f"{PLAN}.new", JOURNAL, MODEL, EARLIER, PLAN)
+PLAN, JOURNAL, MODEL, RESERVE = "plan.json", "blocks.jsonl", "model", "reserve"
+EARLIER, SMALL = "earlier", "small"
+_OURS = (RESERVE, f"{PLAN}.new", JOURNAL, MODEL, EARLIER, SMALL, PLAN)
 """All that there is in such a folder; the plan last, without which the rest is nothing."""
+
+LONGEST_NAME = 255
+"""Bytes of a file's name, at most."""
+
+_LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}
+"""What file managers leave in every folder that is looked at."""
 
 _NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EBADF, errno.EINVAL)
 """What some network file systems say, which know no locks on folders."""
+
+SHOWN = 3
+"""Differences that are named."""
 
 _FUTILE = (ModelCompatibilityError, ValueError, TypeError)
 """After these errors the same run would end in the same way."""
 
 
 def check_output_dir(output_dir: Path) -> None:
-    """Raise `FileExistsError` unless `output_dir` is free: not there, or an empty folder.
+    """Raise unless `output_dir` is free: not there, or an empty folder.
 
     A complete folder takes its place by being renamed, which works with no link or mount point.
+
+    Raises:
+        FileExistsError: it is not free.
+        ValueError: its name is too long.
     """
-    if output_dir.is_symlink() or os.path.ismount(output_dir):
+    if (length := len(os.fsencode(_partial_name(output_dir)))) > LONGEST_NAME:
+        raise ValueError(
+            f"{output_dir}: the name of the output is {length - LONGEST_NAME} bytes too long; "
+            f"{LONGEST_NAME} is most, with .partial behind it"
+        )
+    if output_dir.is_symlink() or _is_mount_point(output_dir):
         raise FileExistsError(
             f"{output_dir}: the output is a link or a mount point. Name a new folder inside it"
         )
@@ -54,6 +74,22 @@ def check_output_dir(output_dir: Path) -> None:
         raise FileExistsError(
             f"{output_dir}: the output exists already. Choose another name or remove it first"
         )
+
+
+def _partial_name(output_dir: Path) -> str:
+    return f".{output_dir.name}.partial"
+
+
+def _is_mount_point(path: Path) -> bool:
+    """Also of a folder that is mounted a second time, which `os.path.ismount` does not see."""
+    if os.path.ismount(path):
+        return True
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
+    except OSError:  # not Linux
+        return False
+    escaped = os.path.realpath(path).replace("\\", "\\134").replace(" ", "\\040")
+    return any(line.split(" ")[4] == escaped for line in mounts.splitlines())
 
 
 def tidy(output_dir: Path) -> None:
@@ -73,15 +109,19 @@ class PartialFolder:
     Args:
         output_dir: the folder to make; it must not exist, or be empty.
         resume: keep what a stopped run has left. Otherwise it is removed.
+        tell: is told at once what the user should know.
+        keep: False if no later run can go on with it.
         output_is_there: it need not be free, as nothing will be made.
 
     Attributes:
         output_dir: absolute.
         path: the folder.
         model: in it, what will be the output.
-        earlier: in it, a folder for results that this one is made of.
+        earlier, small: in it, folders for results that this one is made of, and for small files of
+            others; the second is empty at the beginning.
         plan, journal, reserve: in it, the files with the plan and with records, and one that takes
             disk space.
+        tell: as given.
         notes: what the user should know of it.
 
     Raises:
@@ -91,22 +131,31 @@ class PartialFolder:
     """
 
     def __init__(
-        self, output_dir: Path, *, resume: bool = False, output_is_there: bool = False
+        self,
+        output_dir: Path,
+        *,
+        resume: bool = False,
+        tell: Callable[[str], None] = lambda _: None,
+        keep: bool = True,
+        output_is_there: bool = False,
     ) -> None:
         self._must_be_free = not output_is_there
         self._check_output_dir(output_dir)
-        self.output_dir = Path(os.path.abspath(output_dir))
-        self.path = self.output_dir.with_name(f".{self.output_dir.name}.partial")
+        self.output_dir = _absolute(output_dir)
+        self.path = self.output_dir.with_name(_partial_name(self.output_dir))
         self.model = self.path / MODEL
         self.earlier = self.path / EARLIER
+        self.small = self.path / SMALL
         self.plan = self.path / PLAN
         self.journal = self.path / JOURNAL
         self.reserve = self.path / RESERVE
         self.notes: tuple[str, ...] = ()
+        self.tell = tell
         self._resume = resume
+        self._keep = keep
         self._lock = self._journal = -1
         self._journal_end = 0
-        self._published = False
+        self._publishing = False
         self._parents_made: list[Path] = []
 
     def __enter__(self) -> Self:
@@ -119,7 +168,11 @@ class PartialFolder:
             self._take_lock()
             self._check_output_dir(self.output_dir)  # whoever held the lock may have finished it
             self._look_through()
+            self._clear([SMALL])
         except BaseException:
+            if self._lock >= 0:  # it is ours
+                with contextlib.suppress(OSError):  # it is not empty: something is kept in it
+                    self.path.rmdir()
             self._close()
             self._remove_parents()
             raise
@@ -127,8 +180,8 @@ class PartialFolder:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
-            futile = error is None or isinstance(error, _FUTILE)
-            if futile or self._published or not self._has_records():
+            futile = error is None or not self._keep or isinstance(error, _FUTILE)
+            if futile or self._is_published() or not self._has_records():
                 self._clear(_OURS)
                 self.path.rmdir()
                 self._remove_parents()
@@ -138,7 +191,7 @@ class PartialFolder:
                     "(resume=True) goes on with it"
                 )
         except OSError as trouble:  # the next run removes what is left
-            self.notes += (f"{self.path} could not be removed ({trouble}). Remove it",)
+            self._note(f"{self.path} could not be removed ({trouble}). Remove it")
         finally:
             self._close()
 
@@ -157,11 +210,11 @@ class PartialFolder:
         if there == text and self.model.is_dir():
             return True
         if there is not None and self._has_records():
-            self.notes += (
-                f"what a stopped run had left for {self.output_dir} was of another merge "
-                f"({_difference(there, plan)}), so all is made anew",
+            self._note(
+                f"what a stopped run had left for {self.output_dir} was of another merge (not the "
+                f"same: {_difference(there, plan)}), so all is made anew"
             )
-        self._clear([name for name in _OURS if name != EARLIER])
+        self._clear([name for name in _OURS if name not in (EARLIER, SMALL)])
         write_file(self.path / f"{PLAN}.new", [text])
         os.rename(self.path / f"{PLAN}.new", self.path / PLAN)
         self.model.mkdir()
@@ -226,12 +279,22 @@ class PartialFolder:
         Raises:
             FileExistsError: something has taken its place meanwhile.
         """
-        sync_folder(self.model)
         check_output_dir(self.output_dir)
+        with contextlib.suppress(FileNotFoundError):  # an empty folder is replaced by one like it
+            os.chmod(self.model, stat.S_IMODE(self.output_dir.stat().st_mode))
+        sync_folder(self.model)
+        self._publishing = True
         os.rename(self.model, self.output_dir)
-        self._published = True
-        self._parents_made.clear()
         sync_folder(self.output_dir.parent)
+        while self._parents_made:
+            sync_folder(self._parents_made.pop().parent)
+
+    def _is_published(self) -> bool:
+        return self._publishing and not self.model.exists()
+
+    def _note(self, text: str) -> None:
+        self.notes += (text,)
+        self.tell(text)
 
     def _check_output_dir(self, output_dir: Path) -> None:
         if self._must_be_free:
@@ -259,6 +322,7 @@ class PartialFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self._close()
             raise OutputBusyError(
                 f"{self.output_dir}: another run is making it now. Wait for it, or choose another "
                 "output"
@@ -266,13 +330,15 @@ class PartialFolder:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            self.notes += (
+            self._note(
                 f"the disk of {self.output_dir} "
-                "knows no locks: start no second run with this output",
+                "knows no locks: start no second run with this output"
             )
 
     def _look_through(self) -> None:
         """Keep or remove what is there; refuse what no run has left."""
+        for litter in {*os.listdir(self.path)} & _LITTER:
+            (self.path / litter).unlink(missing_ok=True)
         names = os.listdir(self.path)
         if strange := sorted({*names} - {*_OURS}):
             raise FileExistsError(
@@ -280,9 +346,9 @@ class PartialFolder:
             )
         if names and not self._resume:
             if self._has_records():
-                self.notes += (
+                self._note(
                     f"what a stopped run had left for {self.output_dir} was removed; --resume "
-                    "(resume=True) would have gone on with it",
+                    "(resume=True) would have gone on with it"
                 )
             self._clear(_OURS)
 
@@ -340,10 +406,31 @@ def _records(content: bytes) -> Iterator[tuple[Any, int]]:
 
 
 def _difference(there: bytes, plan: Mapping[str, Any]) -> str:
-    """Which parts of a plan that was found are not as in the plan that is wanted."""
+    """Which parts of a plan that was found are not as in the plan that is wanted.
+
+    What follows from others comes behind them in the plan, so the first ones say it.
+    """
     try:
-        found, wanted = json.loads(there), json.loads(json.dumps(plan))
-        parts = [part for part, value in wanted.items() if found.get(part) != value]
+        found = json.loads(there)
+        parts = [*_differing(found, json.loads(json.dumps(plan)))]
     except (ValueError, AttributeError):
         parts = []
-    return f"{' and '.join(parts) or 'its plan'} differ{'' if len(parts) > 1 else 's'}"
+    more = ", ..." if len(parts) > SHOWN else ""
+    return ", ".join(parts[:SHOWN]) + more or "its plan"
+
+
+def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
+    """Names of entries that differ; those in other entries with the names of these."""
+    for name in dict.fromkeys([*wanted, *found]):
+        old, new = found.get(name), wanted.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from (f"{name}: {each}" for each in _differing(old, new))
+        elif old != new:
+            yield name
+
+
+def _absolute(path: Path) -> Path:
+    """A path without links but maybe its last part: `..` is where the system takes it to be."""
+    if path.name in ("", ".."):
+        return Path(os.path.realpath(path))
+    return Path(os.path.realpath(path.parent), path.name)

@@ -142,6 +142,10 @@ def read_header(descriptor: int, label: str) -> Header:
     size = os.fstat(descriptor).st_size
     first = read_all(descriptor, 8)
     length = int.from_bytes(first, "little") if len(first) == 8 else 0
+    if first in (b"version ", b"<!DOCTYP", b"<!doctyp"):
+        what = "a Git LFS pointer, not the file. Fetch it with `git lfs pull`"
+        page = "a web page. Download the file again, and look at what the page says"
+        raise ModelCompatibilityError(f"{label}: is {what if first[:1] == b'v' else page}")
     if not 2 <= length <= size - 8:
         raise ModelCompatibilityError(
             f"{label}: not a complete safetensors file (it has {size} bytes and its header "

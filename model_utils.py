@@ -31,11 +31,6 @@ INDEX = "model.safetensors.index.json"
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
 _PICKLE_NAMES = ("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt")
 
-FLUSH_BYTES = 2**27
-"""What is written goes to the disk in portions of this size."""
-
-_FLUSH = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
-
 SMALLEST_PLAIN = 1000
 """Sizes without a unit are bytes; smaller ones were meant otherwise."""
 
@@ -170,6 +165,11 @@ class ModelFolder:
     def memory_bytes(self) -> int:
         """What reading it keeps in memory."""
         return 0
+
+    @property
+    def config_texts(self) -> tuple[str, ...]:
+        """The files that say what its tensors mean, as they stand."""
+        return (self.config_text,)
 
     @property
     def origins(self) -> tuple[Origin, ...]:

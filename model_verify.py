@@ -31,7 +31,8 @@ from model_config import read_config
 from model_errors import ModelCompatibilityError
 from model_files import has_file, read_text
 from model_hashes import changed_files
-from model_locate import find_model_folder
+from model_locate import ADAPTER_CONFIG, find_model_folder
+from model_lora import open_adapter, parts_of
 from model_safetensors import DTYPE_NAMES, FLOAT_DTYPES, widen
 from model_tokenizer import FORMS, TokenTable, has_tokenizer, read_tokens
 from model_utils import INDEX, WEIGHTS, ModelFolder, open_model_folder, rows_of
@@ -136,6 +137,8 @@ def verify_folder(
     """
     label = str(folder)
     try:
+        if has_file(Path(folder), ADAPTER_CONFIG) and not has_file(Path(folder), "config.json"):
+            return _adapter_findings(Path(folder), read_weights, threads, on_bytes)
         side = read_side_files(_existing_folder(folder), label)
     except ModelCompatibilityError as error:
         return Findings(label, problems=error.problems)
@@ -159,6 +162,26 @@ def verify_folder(
         tokens = None if side.tokens is None else len(side.tokens.tokens)
         problems = [*error.problems, *side.problems]
         return Findings(label, tokens=tokens, problems=tuple(problems), notes=side.notes)
+
+
+def _adapter_findings(
+    folder: Path, read_weights: bool, threads: int, on_bytes: Callable[[int], None]
+) -> Findings:
+    """The findings on a LoRA adapter."""
+    label = str(folder)
+    with open_adapter(label) as adapter:
+        problems: list[str] = []
+        notes: list[str] = []
+        try:
+            parts_of(adapter)
+        except ModelCompatibilityError as error:
+            problems += error.problems
+        if read_weights:
+            problems += value_problems(adapter, threads, on_bytes)
+            changed, notes = changed_files(folder, label)
+            problems += changed
+        side = SideFiles({}, read_tokens(folder, label), (), tuple(notes))
+        return _findings(adapter, side, read_weights, problems)
 
 
 def _existing_folder(folder: str | os.PathLike[str]) -> Path:

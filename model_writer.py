@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import threading
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,10 +33,10 @@ from model_files import (
     write_all,
     write_file,
 )
-from model_hashes import MANIFEST
+from model_hashes import CARD, MANIFEST
 from model_partial import PartialFolder
 from model_safetensors import FLOAT_DTYPES, HeaderEntry, TensorInfo, build_header
-from model_utils import INDEX, WEIGHTS, rows_of
+from model_utils import INDEX, WEIGHTS, format_bytes, rows_of
 
 FLUSH_BYTES = 2**27
 """What is written goes to the disk in portions of this size."""
@@ -155,7 +156,12 @@ class FolderWriter:
         self._flusher.add(rows.nbytes)
 
     def finish(self, findings: Mapping[str, Mapping[str, Any]]) -> None:
-        """Record tensors whose rows are all written, with JSON that a later run gets back."""
+        """Record tensors whose rows are all written, with JSON that a later run gets back.
+
+        Raises:
+            OSError: a tensor does not read back as it was written.
+        """
+        self._read_back.check()
         rows = {name: self._runs.of(name) for name in findings}
         for name, runs in rows.items():
             if not _cover(runs, self.tensors[name]):
@@ -226,7 +232,7 @@ class FolderWriter:
         """Take the disk space for everything, or say how much is missing."""
         for file in self.path.iterdir():
             if file.name not in headers:
-                file.unlink()
+                shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
         sizes = {
             self.path / file: len(header) + sum(self.tensors[n].nbytes for n in self.shards[file])
             for file, header in headers.items()
@@ -243,20 +249,29 @@ class FolderWriter:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(self.path / file, flags, 0o666)
         self._descriptors.append(descriptor)
+        self._shards.append(_Shard(file, descriptor, header, entries, size))
         reserve(descriptor, size)
         write_all(descriptor, header, 0)
         self._places.update({name: (descriptor, entry) for name, entry in entries.items()})
-        self._shards.append(_Shard(file, descriptor, header, entries, size))
 
     def _take_up(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Keep the tensors that are recorded, and whose bytes are those that were written."""
+        if not records:
+            return
+        for shard in self._shards:
+            _forget_cached(shard.descriptor)
         for record in records:
             rows = {name: [Run(*run) for run in runs] for name, runs in record["rows"].items()}
             if all(self._is_there(name, runs) for name, runs in rows.items()):
                 self._runs.keep(rows)
                 self.findings.update(record["findings"])
-                self.kept_bytes += sum(self.tensors[name].nbytes for name in rows)
                 self._read_back.done(rows)
+        self.kept_bytes = sum(self.tensors[name].nbytes for name in self.findings)
+        whole = sum(info.nbytes for info in self.tensors.values())
+        self.partial.tell(
+            f"{format_bytes(self.kept_bytes)} of {format_bytes(whole)} are kept of what a stopped "
+            "run has left"
+        )
 
     def _is_there(self, name: str, runs: Sequence[Run]) -> bool:
         """Whether a tensor's rows still have the checksums that they were written with."""
@@ -294,11 +309,24 @@ class FolderWriter:
                 self._descriptors.clear()
 
 
+def _forget_cached(descriptor: int) -> None:
+    """Make what is read next come from the disk.
+
+    Once a disk has said that it could not take something, memory may hold what it does not.
+    """
+    os.fsync(descriptor)
+    if hasattr(os, "posix_fadvise"):  # macOS has no such call
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished folder; None where there is none, or files have other sizes."""
+    """The manifest of a finished folder; None where there is none, or files have other sizes.
+
+    The card may have been edited.
+    """
     try:
         manifest = read_config(read_text(folder, MANIFEST, str(folder)))
-        sizes = {name: file["bytes"] for name, file in manifest["files"].items()}
+        sizes = {name: file["bytes"] for name, file in manifest["files"].items() if name != CARD}
         there = all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ModelCompatibilityError):
         return None
@@ -514,7 +542,10 @@ class _Shard:
 
 
 class _ReadBack(_Helper):
-    """Reads what is done, file by file from the front, for SHA-256 and to see that it is there."""
+    """Reads what is done, file by file from the front, for SHA-256.
+
+    What is read differs from what was written where memory fails, or the file was written to.
+    """
 
     def __init__(self, shards: Sequence[_Shard], runs: _Runs) -> None:
         super().__init__()

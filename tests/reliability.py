@@ -129,6 +129,8 @@ def check_end(
     """Whether a run ended as it may: as it should, without an output or with the right one."""
     said = log.read_text()[-2000:]
     there = (work / "out").exists()
+    if status == 0 and not there:
+        raise WrongEndError(f"status 0 without an output\n{said}")
     if there and content_of(work / "out") != reference:
         raise WrongEndError(f"a wrong output, status {status}\n{said}")
     if status not in (allowed | {0} if there else allowed):

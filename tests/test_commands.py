@@ -641,6 +641,18 @@ def test_a_reader_that_has_left_makes_no_failure_of_a_merge(models):
     assert (models / "o" / "config.json").exists()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_report_that_cannot_be_printed_is_a_failure_of_its_own(models):
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, ROOT / "ties_llama.py", "base", "--ft_models", "a", "--save", "o"],
+            cwd=models, stdout=full, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert (result.returncode, "Traceback" in result.stderr) == (5, False)
+    assert "the work is done and complete, but the report could not be" in result.stderr
+    assert (models / "o" / "config.json").exists()
+
+
 def test_without_a_terminal_progress_is_plain_lines(models, monkeypatch, capsys):
     monkeypatch.setattr("merge_progress.SECONDS_BETWEEN_LINES", 0.0)
     assert ties("--save", "out") == 0

@@ -1210,9 +1210,9 @@ for title, spoil, texts in (
     ("a file", write(".out.partial", "mine"), ("is in the way", "Move it away")),
     ("a stranger's", write(".out.partial/mine", ""), ("holds 'mine'", "Move it away")),
 ):
-    row(f"beginning of an output: {title}", spoil, IO, ".out.partial: ", *texts)
+    row(f"beginning of an output: {title}", spoil, USAGE, ".out.partial: ", *texts)
 row("output: under a file", write("x", ""), IO, "x/", "Not a directory", argv=save_as("x/out"))
-row("output: too long a name", nothing, IO, "File name too long", argv=save_as("x" * 250))
+row("output: too long a name", nothing, USAGE, "4 bytes too long", argv=save_as("x" * 250))
 BEGUN = write(".out.partial/plan.json", "{}")
 row(
     "beginning of an output: a link in it",

@@ -19,6 +19,7 @@ from tiny_adapters import change_of, make_lora
 from tiny_checkpoints import make_llama, read_tensors, tensor_hashes
 
 from model_errors import ModelCompatibilityError
+from model_partial import PartialFolder
 from model_utils import format_bytes, open_model_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -477,6 +478,16 @@ def test_models_that_do_not_fit_are_refused_before_any_weights_are_downloaded(tm
     assert (result.returncode, result.stdout) == (3, "")
     assert "error: org/b: 9 tensors" in result.stderr
     assert 0 < hub.count_bytes(".safetensors") <= 2 * HEADER_REQUEST
+    assert not [*(tmp_path / "cache").rglob("model.safetensors")]
+
+
+def test_an_output_that_another_run_makes_costs_no_download(tmp_path):
+    for name in "ab":
+        make_llama(tmp_path / f"hub/org/{name}", **WIDE)
+    hub = HubStandIn(tmp_path / "hub")
+    with hub as url, PartialFolder(tmp_path / "out"):
+        result = merge("org/a", "org/b", "--save", "out", url=url, cache="cache", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (7, "")
     assert not [*(tmp_path / "cache").rglob("model.safetensors")]
 
 

@@ -275,6 +275,19 @@ def test_broken_folders_are_refused(tmp_path, shards, break_it, text):
         open_model_folder(folder)
 
 
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "`git lfs pull`"),
+        (b"<!DOCTYPE html><html><title>Log in</title></html>", "is a web page"),
+    ],
+)
+def test_what_a_download_has_brought_instead_of_weights_is_named(tmp_path, content, text):
+    (make_llama(tmp_path / "m") / "model.safetensors").write_bytes(content)
+    with pytest.raises(ModelCompatibilityError, match=text), open_model_folder(tmp_path / "m"):
+        pass
+
+
 def test_get_llama_loads_in_float32_for_inference(tmp_path):
     model = get_llama(make_llama(tmp_path / "m", dtype="bfloat16"))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

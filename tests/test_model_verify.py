@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DOWN, NORM = "model.layers.1.mlp.down_proj.weight", "model.layers.0.input_layernorm.weight"
 CONFIG, GENERATION, INDEX = "config.json", "generation_config.json", "model.safetensors.index.json"
+NO_MANIFEST = "there is no merge_manifest.json, so no file was compared with what a merge wrote"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 TOKENS_MAP = "special_tokens_map.json"
 ROWS = f"expected a whole number from 0 to 47, the rows of {EMBEDDING} (or null)"
@@ -84,10 +85,11 @@ def test_what_was_found_is_counted():
     assert (found.vocab_rows, found.tokens) == (48, 48)
     assert found.parameters == sum(tensor.numel() for tensor in tensors.values())
     assert found.bytes == 2 * found.parameters
-    assert (found.read_weights, found.problems, found.notes) == (True, (), ())
+    assert (found.read_weights, found.problems, found.notes) == (True, (), (NO_MANIFEST,))
     assert json.loads(json.dumps(found.to_dict()))["dtypes"] == ["float16"]
     assert verify_folder(Path("a"), read_weights=False).to_dict() == found.to_dict() | {
-        "read_weights": False
+        "read_weights": False,
+        "notes": (),
     }
 
 
@@ -105,8 +107,8 @@ def test_the_summary_says_it_in_a_few_lines():
     assert (lines[0], lines[3]) == ("a: 2 problems", "values: all read")
     assert lines[4].startswith("problem: a: bos_token_id in config.json is 48")
     assert lines[5].startswith(f"problem: a: {NORM} has 32 NaN")
-    assert len(lines) == 7
     assert lines[6].startswith("note: no tokenizer")
+    assert lines[7:] == [f"note: {NO_MANIFEST}"]
     lines = verify_folder("b").summary().splitlines()
     assert lines == ["b: 1 problem", "problem: b: no such folder. Check the path"]
 
@@ -387,17 +389,17 @@ def test_a_tokenizer_that_cannot_be_read_is_a_problem():
     found = verify_folder("a")
     (problem,) = found.problems
     assert problem.startswith("a: tokenizer.json holds no model with a vocab")
-    assert (found.tokens, found.notes) == (None, ())
+    assert (found.tokens, found.notes) == (None, (NO_MANIFEST,))
 
 
 def test_a_package_that_is_not_installed_is_not_a_problem_of_the_model(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     Path(folder(), "tokenizer.model").write_bytes(b"pieces")
     found = verify_folder("a")
-    (note,) = found.notes
+    note, _ = found.notes
     assert (found.tokens, found.problems) == (None, ())
     assert "pip install sentencepiece" in note
-    assert found.summary().endswith(f"\nnote: {note}")
+    assert f"\nnote: {note}\n" in found.summary()
 
 
 # Values

@@ -765,6 +765,7 @@ def test_threads_do_not_mix_what_they_read(models):
     """Rows of a lazily merged model, asked for by several threads at once, in any order."""
     from merge_chain import open_earlier
     from merge_run import RunSettings
+    from model_partial import PartialFolder
 
     stages = read_recipes(
         "name: x\nmethod: slerp\nmodels: [a, b]\n---\nmethod: linear\nmodels: [x, c]\n"
@@ -773,7 +774,10 @@ def test_threads_do_not_mix_what_they_read(models):
     assert run("x.yml", "x")[0] == 0
     expected = read_tensors(Path("x"))
     wrong = []
-    with open_earlier(stages, RunSettings(), models / "out") as earlier:
+    with (
+        PartialFolder(models / "out") as partial,
+        open_earlier(stages, RunSettings(), partial) as earlier,
+    ):
         import numpy as np
         import torch
 

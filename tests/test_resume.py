@@ -1,9 +1,13 @@
 """A run goes on with what another one has left; what is left is never believed."""
 
 import errno
+import functools
+import hashlib
 import json
 import os
 import shutil
+import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 from faults import content_of
+from tiny_adapters import make_lora
 from tiny_checkpoints import make_llama
 
 import merge_adapter_output
+import merge_identity
 import model_writer
 from linear_llama import linear_merge_llama_to_folder
-from lora_llama import lora_extract_adapter
+from lora_llama import lora_extract_adapter, lora_fold_llama_to_folder
 from merge import main as merge_main
 from model_errors import OutputBusyError
 from model_files import check_space
@@ -39,6 +45,18 @@ def models(tmp_path, monkeypatch):
         make_llama(tmp_path / name, seed=seed, base=tmp_path / "base", tokenizer=True, **SIZES)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def edit(path, key, value):
+    """Change an entry of a JSON file."""
+    content = json.loads(Path(path).read_text())
+    Path(path).write_text(json.dumps({**content, key: value}))
+
+
+def later(path):
+    """The time of a file's last change is one second after now."""
+    ahead = time.time() + 1
+    os.utime(path, (ahead, ahead))
 
 
 def ties(**options):
@@ -161,9 +179,12 @@ def test_whatever_is_found_the_result_is_the_same(models, reference, monkeypatch
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        (lambda: {"lam": 0.5}, "the recipe and the tensors differ"),
-        (lambda: {"findings": True}, "--findings differs"),
-        (lambda: os.utime("a/model.safetensors") or {}, "times of the inputs differs"),
+        (lambda: {"lam": 0.5}, "the recipe: parameters: lambda"),
+        (lambda: {"dtype": "float32"}, "the recipe: dtype"),
+        (lambda: {"findings": True}, "--findings"),
+        (lambda: os.utime("a/model.safetensors") or {}, "when the inputs were changed"),
+        (lambda: edit("a/config.json", "max_position_embeddings", 64) or {}, "their configs"),
+        (lambda: edit("base/tokenizer_config.json", "x", 1) or {}, "the small files"),
     ],
 )
 def test_the_beginning_of_another_merge_is_not_taken(models, monkeypatch, change, part):
@@ -176,6 +197,68 @@ def test_the_beginning_of_another_merge_is_not_taken(models, monkeypatch, change
     shutil.rmtree("out")
     ties(**settings)
     assert content_of(Path("out")) == first
+
+
+def test_other_packages_begin_anew(models, monkeypatch):
+    stop(monkeypatch)
+    monkeypatch.setattr(merge_identity, "computed_with", lambda: {"numba": "99"})
+    (note,) = (note for note in ties(resume=True).notes if "all is made anew" in note)
+    assert "what computes: numba" in note
+
+
+def test_verified_inputs_may_have_been_copied_anew(models, monkeypatch, reference):
+    stop(monkeypatch, lambda: ties(findings=True, verify_inputs=True))
+    for name in ("base", "a", "b"):
+        shutil.copytree(name, "copy")
+        shutil.rmtree(name)
+        os.rename("copy", name)
+        later(f"{name}/model.safetensors")
+    report = ties(findings=True, verify_inputs=True, resume=True)
+    assert report.bytes_kept > 0
+    found = content_of(Path("out"))
+    assert found.pop("merge_manifest.json") != reference.pop("merge_manifest.json")  # has SHA-256
+    assert found == reference
+
+
+def test_another_strength_in_an_adapters_config_begins_anew(models, monkeypatch):
+    make_lora(models / "lora", models / "base", seed=3)
+    merge = functools.partial(
+        lora_fold_llama_to_folder, "base", ["lora"], "out", threads=1, progress=False
+    )
+    stop(monkeypatch, merge)
+    edit("lora/adapter_config.json", "lora_alpha", 64)
+    report = merge(resume=True)
+    assert report.bytes_kept == 0
+    first = content_of(Path("out"))
+    edit("lora/adapter_config.json", "lora_alpha", 32)
+    with pytest.raises(ValueError, match="the output exists already"):
+        merge(resume=True)
+    edit("lora/adapter_config.json", "lora_alpha", 64)
+    shutil.rmtree("out")
+    merge()
+    assert content_of(Path("out")) == first
+
+
+@pytest.mark.parametrize("change", ["newer", "other"])
+def test_a_result_of_other_weights_is_not_this_one(models, change):
+    ties()
+    if change == "newer":
+        later("a/model.safetensors")
+    else:  # as checkpoint-500 of another run: same name, size, header and age
+        state = os.stat("a/model.safetensors")
+        make_llama(models / "a", seed=9, base=models / "base", tokenizer=True, **SIZES)
+        os.utime("a/model.safetensors", ns=(state.st_atime_ns, state.st_mtime_ns))
+    with pytest.raises(ValueError, match="the output exists already"):
+        ties(resume=True)
+    make_llama(models / "a", seed=1, base=models / "base", tokenizer=True, **SIZES)
+    os.utime("a/model.safetensors", (0, 0))
+    assert ties(resume=True).finished_before
+
+
+def test_an_edited_card_is_no_reason_to_merge_again(models):
+    ties()
+    Path("out/README.md").write_text("my own words")
+    assert ties(resume=True).finished_before
 
 
 def test_without_resume_what_is_left_is_removed_and_that_is_said(models, monkeypatch):
@@ -210,6 +293,144 @@ def test_a_second_run_on_one_output_is_turned_away_at_once(models, capsys):
         assert ties_main(["base", "--ft_models", "a", "b", "--save", "out", "--quiet"]) == 7
     assert "error: " in capsys.readouterr().err
     ties()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_signals_that_are_ignored_stay_so(models, number, monkeypatch):
+    """As under `nohup`, or in a background job of a shell."""
+    before = signal.signal(number, signal.SIG_IGN)
+    plain = FolderWriter.finish
+
+    def finish(writer, findings):
+        os.kill(os.getpid(), number)
+        plain(writer, findings)
+
+    monkeypatch.setattr(FolderWriter, "finish", finish)
+    try:
+        command = ["base", "--ft_models", "a", "b", "--save", "out", "--quiet"]
+        assert ties_main(command) == 0
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+def test_after_an_interrupt_signals_are_what_they_were(models, number, monkeypatch, capsys):
+    before = [signal.getsignal(each) for each in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)]
+    plain = FolderWriter.finish
+
+    def finish(writer, findings):
+        plain(writer, findings)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(FolderWriter, "finish", finish)
+    command = ["base", "--ft_models", "a", "b", "--save", "out", "--quiet"]
+    assert ties_main(command) == 128 + number
+    assert "error: interrupted" in capsys.readouterr().err
+    after = [signal.getsignal(each) for each in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)]
+    assert after == before
+
+
+def test_a_signal_right_after_the_folder_has_its_name(models, monkeypatch):
+    plain = os.rename
+
+    def rename(old, new):
+        plain(old, new)
+        if Path(new).name == "out":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        ties()
+    assert sorted(os.listdir()) == ["a", "b", "base", "out"]
+    assert not hasattr(caught.value, "__notes__")
+    assert ties(resume=True).finished_before
+
+
+def test_an_output_that_appears_meanwhile_stays(models, monkeypatch, capsys):
+    plain = FolderWriter.commit
+
+    def commit(writer, about):
+        (models / "out").mkdir()
+        (models / "out/mine").write_text("mine")
+        plain(writer, about)
+
+    command = ["base", "--ft_models", "a", "b", "--save", "out", "--quiet"]
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderWriter, "commit", commit)
+        assert ties_main(command) == 2
+    assert "the output exists already" in capsys.readouterr().err
+    shutil.rmtree("out")
+    assert ties_main([*command, "--resume"]) == 0
+    assert "kept 10.91 KB that a stopped run had merged" in capsys.readouterr().out
+
+
+def test_the_folder_of_an_output_that_is_there_is_not_left(models, monkeypatch):
+    """It appears between the first look and the lock."""
+    plain = PartialFolder._take_lock
+
+    def take_lock(partial):
+        plain(partial)
+        (models / "out").mkdir()
+        (models / "out/mine").write_text("mine")
+
+    monkeypatch.setattr(PartialFolder, "_take_lock", take_lock)
+    with pytest.raises(FileExistsError, match="the output exists already"):
+        ties()
+    assert sorted(os.listdir()) == ["a", "b", "base", "out"]
+
+
+def test_a_folder_that_another_run_has_just_made_is_left_to_it(models):
+    with PartialFolder(models / "out") as partial:
+        with pytest.raises(OutputBusyError):
+            ties()
+        assert partial.path.is_dir()
+
+
+@pytest.mark.parametrize("output", ["x" * 250, "../link"])
+def test_outputs_that_cannot_be(models, output):
+    Path("link").symlink_to("a")
+    Path("here").mkdir()
+    os.chdir("here")
+    with pytest.raises(ValueError, match=r"Name a|bytes too long"):
+        linear_merge_llama_to_folder(["../a"], output_dir=output, progress=False)
+    assert os.listdir() == []
+
+
+def test_an_output_is_where_the_system_takes_its_path_to_be(models):
+    Path("far/away").mkdir(parents=True)
+    Path("link").symlink_to("far/away")
+    linear_merge_llama_to_folder(["a"], output_dir="link/../out", progress=False)
+    assert sorted(os.listdir("far")) == ["away", "out"]
+
+
+def test_an_empty_output_keeps_its_mode_and_litter_is_no_obstacle(models, monkeypatch):
+    stop(monkeypatch)
+    (PARTIAL / ".DS_Store").write_text("")
+    (PARTIAL / "model/folder").mkdir()
+    Path("out").mkdir(mode=0o700)
+    assert ties(resume=True).bytes_kept > 0
+    assert Path("out").stat().st_mode & 0o777 == 0o700
+    assert not Path("out/folder").exists()
+
+
+def test_what_is_kept_or_lost_is_said_before_the_work(models, monkeypatch, capsys):
+    stop(monkeypatch)
+    command = ["base", "--ft_models", "a", "b", "--densities", "0.5", "0.5", "--save", "out"]
+    command += ["--max-shard-size", "8KB"]
+
+    def finish(writer, findings):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderWriter, "finish", finish)
+        assert ties_main([*command, "--resume"]) == 130
+        assert "KB are kept of what a stopped run has left" in capsys.readouterr().err
+        assert ties_main([*command, "--resume", "--lambda", "2"]) == 130
+        assert "(not the same: the recipe: parameters: lambda" in capsys.readouterr().err
+    stop(monkeypatch)
+    assert ties_main(command) == 0
+    assert "was removed; --resume (resume=True) would" in capsys.readouterr().err
 
 
 def test_a_disk_without_locks_is_said(models, monkeypatch):
@@ -336,6 +557,71 @@ def test_results_of_earlier_recipes_are_kept_too(models, monkeypatch, written):
     assert len({*written}) == len(written) == 2 * len({*done}) - len(done)
     assert content_of(Path("out")) == reference
     assert sorted(os.listdir()) == ["a", "b", "base", "chain.yml", "out"]
+
+
+def stop_at_the_last(monkeypatch):
+    """Merge the chain until its last recipe is on its way."""
+    stop(monkeypatch, lambda: merge_main_raising(["chain.yml", "out", "--quiet"]), after=30)
+
+
+@pytest.mark.parametrize("change", ["weights", "bytes", "recipe", "more recipes"])
+def test_an_earlier_result_that_is_not_the_wanted_one_is_made_anew(models, monkeypatch, change):
+    Path("chain.yml").write_text(CHAIN)
+    stop_at_the_last(monkeypatch)
+    kept = PARTIAL / "earlier/0/model.safetensors"
+    if change == "weights":
+        make_llama(models / "a", seed=9, base=models / "base", tokenizer=True, **SIZES)
+    elif change == "bytes":
+        content = bytearray(kept.read_bytes())
+        content[-9] ^= 1
+        kept.write_bytes(content)
+    elif change == "recipe":
+        Path("chain.yml").write_text(CHAIN.replace("0.5", "0.4"))
+    else:
+        more = "name: zeroth\nmethod: ties\nbase_model: base\nmodels: [b]\n---\n"
+        Path("chain.yml").write_text(more + CHAIN.replace("[a, b]", "[a, zeroth]"))
+    assert merge_main(["chain.yml", "out", "--quiet", "--resume"]) == 0
+    found = content_of(Path("out"))
+    shutil.rmtree("out")
+    assert merge_main(["chain.yml", "out", "--quiet"]) == 0
+    assert content_of(Path("out")) == found
+
+
+def test_a_model_behind_a_recipe_that_changes_ends_the_merge(models, monkeypatch):
+    Path("chain.yml").write_text(
+        CHAIN.replace("ties", "linear")
+        .replace("base_model: base\n", "")
+        .replace("parameters: {density: 0.5}\n", "")
+    )
+    plain = FolderWriter.finish
+
+    def finish(writer, findings):
+        later("a/model.safetensors")
+        plain(writer, findings)
+
+    monkeypatch.setattr(FolderWriter, "finish", finish)
+    assert merge_main(["chain.yml", "out", "--quiet"]) == 3
+    assert not Path("out").exists()
+
+
+def test_inputs_of_earlier_recipes_are_verified_before_they_are_merged(models, monkeypatch, capsys):
+    Path("chain.yml").write_text(CHAIN)
+    linear_merge_llama_to_folder(["a"], output_dir="known", progress=False)
+    shutil.copy("known/merge_manifest.json", "a")
+    monkeypatch.setattr(FolderWriter, "write_rows", None)  # nothing is written
+    assert merge_main(["chain.yml", "out", "--quiet", "--verify-inputs"]) == 3
+    assert "a: model.safetensors has the SHA-256" in capsys.readouterr().err
+
+
+def test_a_model_that_was_not_verified_for_nothing(models):
+    """SHA-256 of all inputs, of earlier recipes too, are in the manifest."""
+    Path("chain.yml").write_text(CHAIN)
+    assert merge_main(["chain.yml", "out", "--quiet", "--verify-inputs"]) == 0
+    inputs = json.loads(Path("out/merge_manifest.json").read_text())["inputs"]
+    for file in inputs:
+        content = (Path(file["model"]) / file["file"]).read_bytes()
+        assert file["sha256"] == hashlib.sha256(content).hexdigest()
+    assert {file["model"] for file in inputs} == {"base", "a", "b"}
 
 
 def test_the_room_for_all_results_is_looked_for_first(models, monkeypatch, capsys, written):

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import math
 import os
 
 import pytest
+from safetensors.numpy import load_file, save_file
 from tiny_adapters import make_lora
 from tiny_checkpoints import make_llama
 
@@ -63,8 +65,15 @@ def merge(tmp_path, model, **options):
     )
 
 
-@pytest.mark.parametrize("known", [snapshot, downloaded, merged])
-def test_a_single_bit_is_found_where_the_sha256_is_known(tmp_path, known):
+@pytest.mark.parametrize(
+    ("known", "source"),
+    [
+        (snapshot, "the Hub's cache"),
+        (downloaded, "the Hub, when it was downloaded"),
+        (merged, "merge_manifest.json"),
+    ],
+)
+def test_a_single_bit_is_found_where_the_sha256_is_known(tmp_path, known, source):
     model = known(tmp_path, make_llama(tmp_path / "a"))
     weights = model / "model.safetensors"
     report = merge(tmp_path, model)
@@ -79,7 +88,7 @@ def test_a_single_bit_is_found_where_the_sha256_is_known(tmp_path, known):
         merge(tmp_path, model)
     assert os.listdir(tmp_path / "work") == []
     assert linear_merge_llama([model], progress=False) is not None  # which did not ask
-    with pytest.raises(ModelCompatibilityError, match="are not those that were published"):
+    with pytest.raises(ModelCompatibilityError, match=f"according to {source}"):
         linear_merge_llama([model], progress=False, verify_inputs=True)
 
 
@@ -138,6 +147,32 @@ def test_the_check_of_a_result_finds_every_changed_file(tmp_path, capsys):
     capsys.readouterr()
     assert main(["--check", str(folder)]) == 0
     assert "note: README.md is not as the merge wrote it" in capsys.readouterr().out
+    (folder / "more.bin").write_text("")
+    assert main(["--check", str(folder)]) == 0
+    assert "note: not in merge_manifest.json: more.bin" in capsys.readouterr().out
     (folder / "tokenizer_config.json").unlink()
     assert main(["--check", str(folder)]) == 3
     assert "tokenizer_config.json, which the merge wrote, is missing" in capsys.readouterr().out
+    (folder / "merge_manifest.json").unlink()
+    assert main(["--check", str(folder)]) == 0
+    assert "note: there is no merge_manifest.json" in capsys.readouterr().out
+
+
+def test_the_check_of_an_adapter(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_llama(tmp_path / "a")
+    make_lora(tmp_path / "lora", tmp_path / "a")
+    command = ["merge", "lora", "--save", "made", "--quiet"]
+    assert lora_llama.main(command) == 0
+    assert lora_llama.main(["--check", "made"]) == 0
+    assert lora_llama.main(command) == 2
+    weights = tmp_path / "made/adapter_model.safetensors"
+    flip(weights)
+    capsys.readouterr()
+    assert main(["--check", "made"]) == 3
+    assert "made: adapter_model.safetensors is not as the merge wrote it" in capsys.readouterr().out
+    content = load_file(weights)
+    next(iter(content.values()))[0, 0] = math.nan
+    save_file(content, weights)
+    assert main(["--check", "made"]) == 3
+    assert "NaN" in capsys.readouterr().out
