@@ -174,6 +174,7 @@ def faults_of_job(options: argparse.Namespace, job: int) -> Counter[str]:
             shutil.copytree(work, half)
             for resumed in (False, True):
                 more = ["--resume"] if resumed else []
+                where = "going on" if resumed else "new"
                 for kind in KINDS:
                     for at in itertools.count(step * (job + 1), step * options.jobs):
                         cleared(work)
@@ -186,12 +187,13 @@ def faults_of_job(options: argparse.Namespace, job: int) -> Counter[str]:
                             check_end(status, ENDS[kind] if happened else {0}, work, reference, log)
                             check_resumed(run, work, reference, log)
                         except WrongEndError as wrong:
-                            where = "going on" if resumed else "new"
                             print(f"WRONG: {name}, {where}, {kind} no. {at}: {wrong}", flush=True)
                             done["wrong"] += 1
                         if not happened:
                             break
                         done[kind] += 1
+                cases = sum(done.values())
+                print(f"job {job}: {name}, {where}: {cases} cases so far", flush=True)
             shutil.rmtree(half)
             cleared(work)
         if inputs != {each: content_of(place / each) for each in inputs}:
