@@ -1,6 +1,7 @@
 """A run goes on with what another one has left; what is left is never believed."""
 
 import errno
+import fcntl
 import functools
 import hashlib
 import json
@@ -8,6 +9,7 @@ import os
 import shutil
 import signal
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -441,6 +443,40 @@ def test_a_disk_without_locks_is_said(models, monkeypatch):
     assert any("knows no locks: start no second run" in note for note in ties().notes)
 
 
+def test_a_lock_on_a_folder_that_was_removed_meanwhile_is_none(models, monkeypatch):
+    """Another run ends between this one's opening of the folder and its lock."""
+    plain, again = fcntl.flock, []
+
+    def flock(descriptor, how):
+        if not again:
+            again.append(PARTIAL.stat().st_ino)
+            PARTIAL.rmdir()
+            Path("between").mkdir()  # so that the inode is not given out at once
+        plain(descriptor, how)
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with PartialFolder(models / "out") as partial:
+        assert os.path.samestat(os.fstat(partial._lock), partial.path.stat())
+
+
+def test_a_record_of_a_part_of_a_tensor_proves_nothing(models, monkeypatch, reference):
+    stop(monkeypatch, lambda: ties(findings=True))
+    journal = PARTIAL / "blocks.jsonl"
+    lines = []
+    for line in journal.read_bytes().rstrip(b"\0").splitlines():
+        record = json.loads(line[9:])
+        text = json.dumps({**record, "rows": {name: [] for name in record["rows"]}}).encode()
+        lines.append(b"%08x %s\n" % (zlib.crc32(text), text))
+    journal.write_bytes(b"".join(lines))
+    for file in (PARTIAL / "model").glob("*.safetensors"):
+        content = bytearray(file.read_bytes())
+        start = 8 + int.from_bytes(content[:8], "little")
+        content[start:] = bytes(len(content) - start)
+        file.write_bytes(content)
+    assert ties(findings=True, resume=True).bytes_kept == 0
+    assert content_of(Path("out")) == reference
+
+
 def test_files_that_will_become_shorter_make_no_room(models, monkeypatch):
     """What is there counts for that file alone."""
     disk = SimpleNamespace(f_bavail=1, f_frsize=4096)
@@ -515,6 +551,21 @@ def test_what_does_not_read_back_ends_the_merge(models, monkeypatch):
         ties()
     assert caught.value.errno == errno.EIO
     assert not Path("out").exists()
+
+
+def test_what_does_not_read_back_is_said_before_the_end(models, monkeypatch):
+    finished = []
+    plain = FolderWriter.finish
+
+    def finish(writer, findings):
+        writer._read_back.error = OSError(errno.EIO, "does not read back")
+        finished.append(findings)
+        plain(writer, findings)
+
+    monkeypatch.setattr(FolderWriter, "finish", finish)
+    with pytest.raises(OSError, match="does not read back"):
+        ties()
+    assert len(finished) == 1
 
 
 def test_checksums_of_rows_are_those_of_their_parts():
@@ -668,6 +719,12 @@ def test_modules_of_an_adapter_are_kept(models, monkeypatch):
     assert content_of(Path("out")) == reference
     again = extract(resume=True)
     assert again.summary() == "out was finished before; nothing is left to do"
+    shutil.rmtree("out")
+    made.clear()
+    with pytest.raises(KeyboardInterrupt):
+        extract()
+    monkeypatch.setattr(merge_adapter_output, "torch_threads", lambda: 99)
+    assert extract(resume=True).modules_kept == 0
 
 
 def test_a_manifest_has_what_went_in_and_what_came_out(models):

@@ -13,6 +13,8 @@ from tiny_checkpoints import make_llama
 import lora_llama
 from linear_llama import linear_merge_llama, linear_merge_llama_to_folder, main
 from model_errors import ModelCompatibilityError
+from model_hashes import verify_files
+from model_utils import FileState, WeightFile
 
 COMMIT = "c" * 40
 
@@ -128,6 +130,23 @@ def test_adapters_are_verified_by_every_verb(tmp_path, capsys, monkeypatch):
         assert lora_llama.main([verb, *names, *more, "work"]) == 3
         assert "has the SHA-256" in capsys.readouterr().err
         assert not [name for name in os.listdir(tmp_path) if "work" in name]
+
+
+def test_an_interrupt_ends_all_reading(tmp_path):
+    files = []
+    for name in ("a", "b"):
+        with open(tmp_path / name, "wb") as file:
+            file.truncate(2**28)
+        files.append(WeightFile("m", tmp_path, name, "", FileState(2**28, 0, 0)))
+    told = []
+
+    def on_bytes(count):
+        told.append(count)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        verify_files(files, 2, on_bytes)
+    assert len(told) <= 2
 
 
 def test_the_check_of_a_result_finds_every_changed_file(tmp_path, capsys):
