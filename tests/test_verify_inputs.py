@@ -142,11 +142,12 @@ def test_an_interrupt_ends_all_reading(tmp_path):
 
     def on_bytes(count):
         told.append(count)
-        raise KeyboardInterrupt
+        if len(told) == 1:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         verify_files(files, 2, on_bytes)
-    assert len(told) <= 2
+    assert len(told) < 50  # parts of a megabyte; there are 512
 
 
 def test_the_check_of_a_result_finds_every_changed_file(tmp_path, capsys):
