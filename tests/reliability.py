@@ -164,6 +164,8 @@ def faults_of_job(options: argparse.Namespace, job: int) -> Counter[str]:
         work, log, half = place / "work", place / "log", place / "half"
         inputs = {each: content_of(place / each) for each in ("base", "a", "b")}
         for name, run in scenarios(short=short).items():
+            if options.only not in (None, name):
+                continue
             assert run([]) == 0, name
             reference = content_of(work / "out")
             cleared(work)
@@ -485,6 +487,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("campaign", nargs="*", choices=[*CAMPAIGNS, []], default=[])
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--step", type=int, default=17, help="of faults, with --short")
+    parser.add_argument("--only", help="of faults, the merge of this name, such as ties")
     parser.add_argument("--jobs", type=int, default=1, help="processes of faults")
     parser.add_argument("--count", type=int, help="cases of kills, starts and large")
     parser.add_argument("--seed", type=int, default=0)

@@ -147,7 +147,7 @@ def test_an_interrupt_ends_all_reading(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         verify_files(files, 2, on_bytes)
-    assert len(told) < 50  # parts of a megabyte; there are 512
+    assert len(told) < 50  # parts of 4 MB; there are 128
 
 
 def test_the_check_of_a_result_finds_every_changed_file(tmp_path, capsys):
