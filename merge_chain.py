@@ -2,7 +2,7 @@
 
 Where the rows of a result can be merged in any order, it is never written: what a later recipe
 reads of it is merged at that moment. Where they cannot (a trim counts along a whole tensor), it is
-merged into a folder beside the output, which is removed at the end.
+merged into the folder in which the output is built, and removed at the end.
 """
 
 import shutil

@@ -5,7 +5,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -194,17 +194,14 @@ def merge_to_folder(
         if findings:
             _check_same_models(plan)
         fit = settings.fit(plan, earlier.memory_bytes)
-        if partial is not None:
-            return _merge(plan, fit, settings, earlier, partial, started)
         tell = teller(show=progress)
-        with PartialFolder(recipe.output_dir, resume=resume, tell=tell) as opened:
-            if not plan.download_bytes:
-                report = _merge(plan, fit, settings, earlier, opened, started)
-            else:  # not before it is known that there is room, and that no one else does the same
-                opened.check_space(disk_bytes(plan))
-                with open_plan(recipe, earlier=earlier) as whole:
-                    report = _merge(whole, fit, settings, earlier, opened, started)
-        return replace(report, notes=(*report.notes, *opened.notes))
+        place = partial or PartialFolder(recipe.output_dir, resume=resume, tell=tell)
+        with nullcontext() if partial else place:
+            if plan.download_bytes:  # not before it is known that there is room for the result
+                place.check_space(disk_bytes(plan))
+            with _downloaded(plan, recipe, earlier) as whole:
+                report = _merge(whole, fit, settings, earlier, place, started)
+        return report if partial else replace(report, notes=(*report.notes, *place.notes))
 
 
 def _merge(
@@ -292,17 +289,23 @@ def finished_report(recipe: Recipe, settings: RunSettings, earlier: Earlier) -> 
 
 
 @contextmanager
-def _open_for_merging(
-    recipe: Recipe, settings: RunSettings, earlier: Earlier | None = None
-) -> Iterator[Plan]:
+def _open_for_merging(recipe: Recipe, settings: RunSettings, earlier: Earlier) -> Iterator[Plan]:
     """A plan whose weights can be read; what speaks against it is said before any download."""
-    problems = settings.problems()
-    with open_plan(recipe, problems, weights=False, earlier=earlier) as plan:
-        if not plan.download_bytes:
-            yield plan
-            return
-    with open_plan(recipe, problems, earlier=earlier) as plan:
+    with (
+        open_plan(recipe, settings.problems(), weights=False, earlier=earlier) as headers,
+        _downloaded(headers, recipe, earlier) as plan,
+    ):
         yield plan
+
+
+@contextmanager
+def _downloaded(plan: Plan, recipe: Recipe, earlier: Earlier) -> Iterator[Plan]:
+    """A plan whose weights can be read, from one that may have looked at headers on the Hub."""
+    if not plan.download_bytes:
+        yield plan
+        return
+    with open_plan(recipe, earlier=earlier) as whole:
+        yield whole
 
 
 def _write_small_files(
@@ -359,7 +362,7 @@ def merge_to_model(
     settings = RunSettings(
         device, threads, max_memory, progress=progress, verify_inputs=verify_inputs
     )
-    with _open_for_merging(replace(recipe, dtype="float32"), settings) as plan:
+    with _open_for_merging(replace(recipe, dtype="float32"), settings, Earlier()) as plan:
         fit = settings.fit(plan, beside=_model_bytes(plan))
         of_models = [note for source in plan.sources for note in source.notes]
         # where a driver's function is called
@@ -484,9 +487,10 @@ def analyze_models(
     needs no `output_dir`.
     """
     settings = RunSettings(device, threads, max_memory, findings=True, progress=progress)
+    earlier = earlier or Earlier()
     with _open_for_merging(recipe, settings, earlier) as plan:
         _check_same_models(plan)
-        fit = settings.fit(plan, 0 if earlier is None else earlier.memory_bytes)
+        fit = settings.fit(plan, earlier.memory_bytes)
         tasks = [task for task in plan.tasks if not task.copied]
         if not tasks:
             raise ValueError("include and exclude leave no tensor to analyze")

@@ -504,6 +504,21 @@ def test_a_revision_is_looked_for_and_one_that_is_not_there_refused(hub, tmp_pat
     assert again == found
 
 
+def test_what_only_the_last_of_several_recipes_names_is_downloaded_too(tmp_path):
+    hub = HubStandIn(tmp_path / "hub")
+    for name in "abc":
+        make_llama(hub.root / f"org/{name}", **WIDE)
+    text = "name: first\nmethod: {}\nmodels: [org/a, org/b]\n---\nmethod: linear\n"
+    for method in ("linear", "nuslerp\nparameters: {nuslerp_flatten: false}"):
+        (tmp_path / "r.yml").write_text(text.format(method) + "models: [first, org/c]\n")
+        with hub as url:
+            result = run(
+                ROOT / "merge.py", "r.yml", f"out-{method[:3]}", "--quiet",
+                url=url, cache=f"cache-{method[:3]}", cwd=tmp_path,
+            )  # fmt: skip
+        assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_a_recipe_of_hub_models_is_planned_without_weights_and_merged_from_the_cache(tmp_path):
     hub = HubStandIn(tmp_path / "hub")
     models = [make_llama(hub.root / f"org/{name}", tokenizer=True, **WIDE) for name in "ab"]
