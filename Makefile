@@ -20,7 +20,8 @@ unit: .venv/installed  ## all tests, with transformers 5
 
 transformers4: .venv-transformers4/installed  ## what loads results, with transformers 4
 	.venv-transformers4/bin/pytest tests/test_loads.py tests/test_model_companions.py \
-		tests/test_in_memory.py tests/test_tiny_llamas.py tests/test_lora_parity.py
+		tests/test_in_memory.py tests/test_tiny_llamas.py tests/test_lora_parity.py \
+		tests/test_inference.py
 
 # Only what a user gets: development packages hide a missing requirement. torch comes from the
 # pinned install, so that this does not fetch it twice.
@@ -28,7 +29,7 @@ bare: .venv/installed
 	rm -rf .venv-bare && $(PYTHON) -m venv .venv-bare
 	.venv-bare/bin/pip install --quiet torch==2.13.0
 	.venv-bare/bin/pip install --quiet .
-	cd .venv-bare && for command in bin/*-llama bin/llama-merge; do \
+	cd .venv-bare && for command in bin/*-llama bin/llama-*; do \
 		$$command --help > /dev/null || exit 1; done
 	cd .venv-bare && bin/ties-llama ../examples/tiny_llamas/base --save merged --ft_models \
 		../examples/tiny_llamas/capitals ../examples/tiny_llamas/elements

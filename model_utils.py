@@ -419,12 +419,15 @@ def format_bytes(count: float) -> str:
     return f"{count:.0f} bytes"
 
 
-def get_llama(model: str | os.PathLike[str], device: str = "cpu") -> "PreTrainedModel":
-    """Load a model through transformers, in float32, ready for inference.
+def get_llama(
+    model: str | os.PathLike[str], device: str = "cpu", dtype: str = "float32"
+) -> "PreTrainedModel":
+    """Load a model through transformers, ready for inference.
 
     Args:
         model: a folder, or a Hub id; see `model_locate.find_model_folder`.
         device: such as "cpu" or "cuda".
+        dtype: "float32", "float16" or "bfloat16".
 
     Raises:
         ModelCompatibilityError: there is no such model, transformers does not know its
@@ -437,7 +440,7 @@ def get_llama(model: str | os.PathLike[str], device: str = "cpu") -> "PreTrained
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             find_model_folder(model),
-            dtype=torch.float32,
+            dtype=getattr(torch, dtype),
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,

@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
-DRIVERS = [n for n in MODULES if n.endswith("_llama") or n == "merge"]
+DRIVERS = [n for n in MODULES if n.endswith("_llama") or n in ("merge", "generate")]
+EVAL = [n for n in MODULES if n.startswith("eval_")]
 MERGE = [n for n in MODULES if n.startswith("merge_")]
 # Model Stock is a method; everything else that begins with model_ is about model folders.
 MODEL = [n for n in MODULES if n.startswith("model_") and not n.startswith("model_stock_")]
@@ -41,7 +42,7 @@ def imports_of(module: str, *, top_level: bool = False) -> set[str]:
 
 
 def test_every_module_belongs_to_a_layer():
-    assert set(MODULES) == {*MATH, *MODEL, *MERGE, *DRIVERS}
+    assert set(MODULES) == {*MATH, *MODEL, *MERGE, *EVAL, *DRIVERS}
 
 
 @pytest.mark.parametrize("module", MATH)
@@ -51,12 +52,17 @@ def test_math_imports_only_torch_the_standard_library_and_math(module):
 
 @pytest.mark.parametrize("module", MODEL)
 def test_model_modules_import_no_math_and_no_later_layer(module):
-    assert not imports_of(module) & {*MATH, *MERGE, *DRIVERS}
+    assert not imports_of(module) & {*MATH, *MERGE, *EVAL, *DRIVERS}
 
 
 @pytest.mark.parametrize("module", MERGE)
 def test_merge_modules_import_no_driver(module):
-    assert not imports_of(module) & set(DRIVERS)
+    assert not imports_of(module) & {*EVAL, *DRIVERS}
+
+
+@pytest.mark.parametrize("module", EVAL)
+def test_what_measures_a_finished_model_merges_none(module):
+    assert not imports_of(module) & {*MATH, *MERGE, *DRIVERS}
 
 
 def test_the_stream_knows_no_math():

@@ -1,0 +1,191 @@
+"""Perplexity: how surprised a model is by a text.
+
+The exponential of the mean negative log-likelihood per token, each token predicted from those
+before it. A text that is longer than the model can see is read in windows that overlap, and of
+each only the tokens that the one before did not have are counted (the strided evaluation of
+"Perplexity of fixed-length models" in the documentation of transformers).
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from model_inference import Running, padded
+
+IGNORED = -100
+"""The label of a token that is not counted."""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How well a model predicts texts.
+
+    Attributes:
+        nats: negative log-likelihood of all tokens together.
+        tokens: how many were predicted; the first of a text cannot be.
+        bytes: length of the texts in UTF-8.
+        texts: how many there were.
+    """
+
+    nats: float = 0.0
+    tokens: int = 0
+    bytes: int = 0
+    texts: int = 0
+
+    @property
+    def value(self) -> float:
+        """The perplexity, at least 1; NaN if no token was predicted, infinite if it overflows."""
+        if not self.tokens:
+            return math.nan
+        try:
+            return math.exp(self.nats / self.tokens)
+        except OverflowError:
+            return math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The same by what was read, which models with other tokenizers can be compared by."""
+        return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
+
+
+class Window(NamedTuple):
+    """Tokens that a model sees at once.
+
+    Attributes:
+        ids: the tokens.
+        first: the first of them that is counted.
+    """
+
+    ids: list[int]
+    first: int
+
+
+def perplexity(
+    running: Running,
+    texts: Iterable[str],
+    *,
+    batch_size: int = 1,
+    max_length: int | None = None,
+    stride: int | None = None,
+    on_tokens: Callable[[int], None] = lambda _: None,
+) -> Perplexity:
+    """The perplexity of a model on texts, which are read one after the other and not kept.
+
+    Args:
+        running: the model.
+        texts: each is read on its own.
+        batch_size: windows that are read at once; shorter ones are filled up at the right and the
+            filling is not counted, so that the result does not depend on it but for rounding.
+        max_length: tokens of a window, at least 2; by default what the model can see, at most 2048.
+        stride: how far a window is behind the one before, in [1, max_length); by default half of
+            it. A smaller one gives every token more to go by, and takes longer.
+        on_tokens: told how many tokens were predicted since the last call.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+    length = min(running.longest, 2048) if max_length is None else max_length
+    step = max(1, length // 2) if stride is None else stride
+    if not 2 <= length <= running.longest:
+        raise ValueError(
+            f"max_length must be in [2, {running.longest}], what the model can see; got {length}"
+        )
+    if not 1 <= step < length:
+        raise ValueError(f"stride must be in [1, {length}), got {step}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    counted = _Counted(texts)
+    nats, tokens = 0.0, 0
+    windows = (
+        window
+        for text in counted
+        for window in windows_of(running.tokenizer(text, verbose=False)["input_ids"], length, step)
+    )
+    while batch := list(itertools.islice(windows, batch_size)):
+        count = sum(len(window.ids) - window.first for window in batch)
+        nats, tokens = nats + _nats(running, batch), tokens + count
+        on_tokens(count)
+    return Perplexity(nats, tokens, counted.bytes, counted.texts)
+
+
+def read_texts(path: Path) -> list[str]:
+    """The texts of a UTF-8 file.
+
+    Args:
+        path: of a `.jsonl` file every line is a text, as a JSON string or under "text"; any other
+            file is one text.
+
+    Raises:
+        ValueError: it holds no text.
+        OSError: it cannot be read.
+    """
+    content = path.read_text(encoding="utf-8-sig")
+    if path.suffix != ".jsonl":
+        texts = [content]
+    else:
+        lines = enumerate(content.splitlines(), 1)
+        texts = [_text_of(line, f"{path}:{number}") for number, line in lines if line.strip()]
+    if not any(text.strip() for text in texts):
+        raise ValueError(f"{path}: there is no text in it")
+    return texts
+
+
+def _text_of(line: str, place: str) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{place}: not JSON ({error})") from error
+    text = value.get("text") if isinstance(value, dict) else value
+    if not isinstance(text, str):
+        raise ValueError(f'{place}: expected a JSON string, or an object with a string as "text"')
+    return text
+
+
+def windows_of(ids: list[int], length: int, stride: int) -> Iterator[Window]:
+    """Windows in which every token but the first is counted once.
+
+    >>> list(windows_of([5, 6, 7, 8, 9], length=4, stride=2))
+    [Window(ids=[5, 6, 7, 8], first=1), Window(ids=[7, 8, 9], first=2)]
+    """
+    counted = 1
+    for begin in range(0, len(ids), stride):
+        if counted >= len(ids):
+            return
+        yield Window(ids[begin : begin + length], counted - begin)
+        counted = begin + length
+
+
+class _Counted:
+    """Texts that are counted as they are read."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self.texts = self.bytes = 0
+        self._texts = texts
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self._texts:
+            self.texts += 1
+            self.bytes += len(text.encode())
+            yield text
+
+
+def _nats(running: Running, batch: list[Window]) -> float:
+    """Negative log-likelihood of the tokens of windows that count, in float32 row by row."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    ids, mask = padded([window.ids for window in batch], running.device, side="right")
+    labels = ids.masked_fill(mask == 0, IGNORED)
+    for row, window in enumerate(batch):
+        labels[row, : window.first] = IGNORED
+    with torch.inference_mode():
+        logits = running.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        rows = [
+            cross_entropy(scores.float(), wanted, ignore_index=IGNORED, reduction="sum").double()
+            for scores, wanted in zip(logits[:, :-1], labels[:, 1:], strict=True)
+        ]
+    return float(torch.stack(rows).sum())
