@@ -9,6 +9,7 @@ each only the tokens that the one before did not have are counted (the strided e
 import itertools
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,7 @@ def perplexity(
     return Perplexity(nats, tokens, counted.bytes, counted.texts)
 
 
-def read_texts(path: Path) -> list[str]:
+def read_texts(path: str | os.PathLike[str]) -> list[str]:
     """The texts of a UTF-8 file.
 
     Args:
@@ -123,6 +124,7 @@ def read_texts(path: Path) -> list[str]:
         ValueError: it holds no text.
         OSError: it cannot be read.
     """
+    path = Path(path)
     content = path.read_text(encoding="utf-8-sig")
     if path.suffix != ".jsonl":
         texts = [content]

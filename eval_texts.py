@@ -3,8 +3,7 @@
 Counts of words and their sequences; no model, no score that is not defined here.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 
 def words(text: str) -> list[str]:
@@ -52,13 +51,3 @@ def repetition(text: str, n: int = 4) -> float:
     """
     found = ngrams(text, n)
     return 1 - len({*found}) / len(found) if found else 0.0
-
-
-def most_repeated(texts: Sequence[str], n: int = 4) -> str | None:
-    """The sequence of n words that one text repeats most often; None if none does."""
-    counts = Counter[tuple[str, ...]]()
-    for text in texts:
-        for each, count in Counter(ngrams(text, n)).items():
-            counts[each] = max(counts[each], count)
-    (worst, count), *_ = counts.most_common(1) or [((), 0)]
-    return " ".join(worst) if count > 1 else None

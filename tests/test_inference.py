@@ -10,7 +10,7 @@ from tiny_checkpoints import make_llama
 
 import model_inference
 from eval_perplexity import Perplexity, perplexity, read_texts, windows_of
-from eval_texts import distinct, most_repeated, repetition
+from eval_texts import distinct, repetition
 from generate import main, read_prompts
 from merge_recipe import isolated, printable
 from model_errors import ModelCompatibilityError
@@ -116,7 +116,7 @@ def test_texts_are_read_from_files(tmp_path):
     (tmp_path / "a.txt").write_text(f"{ARABIC}\n\nmore\n", encoding="utf-8-sig")
     assert read_texts(tmp_path / "a.txt") == [f"{ARABIC}\n\nmore\n"]
     (tmp_path / "a.jsonl").write_text(f'"{ARABIC}"\n\n{{"text": "b", "id": 1}}\n')
-    assert read_texts(tmp_path / "a.jsonl") == [ARABIC, "b"]
+    assert read_texts(str(tmp_path / "a.jsonl")) == [ARABIC, "b"]
     for content, text in {
         '"a"\n{': r"b.jsonl:2: not JSON",
         '"a"\n[1]': r"b.jsonl:2: expected a JSON string",
@@ -269,5 +269,3 @@ def test_repetition_and_distinct_count_words():
     assert repetition("a b c d a b c d") == pytest.approx(1 / 5)
     assert repetition(" ".join(["yes"] * 103)) == pytest.approx(0.99)
     assert repetition(ARABIC, 1) == 0.0
-    assert most_repeated(["a b c", "x y x y x y"], 2) == "x y"
-    assert most_repeated(["a b c"], 2) is None

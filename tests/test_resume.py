@@ -664,8 +664,7 @@ def test_inputs_of_earlier_recipes_are_verified_before_they_are_merged(models, m
     assert "a: model.safetensors has the SHA-256" in capsys.readouterr().err
 
 
-def test_a_model_that_was_not_verified_for_nothing(models):
-    """SHA-256 of all inputs, of earlier recipes too, are in the manifest."""
+def test_the_manifest_has_sha256_of_verified_inputs_of_earlier_recipes_too(models):
     Path("chain.yml").write_text(CHAIN)
     assert merge_main(["chain.yml", "out", "--quiet", "--verify-inputs"]) == 0
     inputs = json.loads(Path("out/merge_manifest.json").read_text())["inputs"]
