@@ -44,14 +44,21 @@ def merge_recipe(
     return merge_stages(_stages(recipe), Path(output_dir), **settings)
 
 
-def plan_recipe(recipe: RecipeLike, **settings: Any) -> PlanReport:
-    """What `merge_recipe` would do, from headers alone; `summary()` is a text.
+def plan_recipe(
+    recipe: RecipeLike, output_dir: str | os.PathLike[str] | None = None, **settings: Any
+) -> PlanReport:
+    """What `merge_recipe` would do, from headers alone.
 
     Args:
         recipe: as there.
+        output_dir: the folder that would be made, if it is to be looked at as well.
         settings: device, threads, max_memory.
+
+    Returns:
+        A plan: `summary()` is a text, `check_room()` refuses what would not fit.
     """
-    return plan_stages(_stages(recipe), **settings)
+    output_dir = None if output_dir is None else Path(output_dir)
+    return plan_stages(_stages(recipe), output_dir, **settings)
 
 
 def _stages(recipe: RecipeLike) -> list[Stage]:

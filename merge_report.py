@@ -1,17 +1,19 @@
 """What a merge will do and what it did: for people as text, for programs as JSON."""
 
+import errno
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from merge_memory import Fit
+from merge_memory import Fit, anonymous_memory
 from merge_parameters import Values
 from merge_plan import Earlier, Plan, free_bytes, merged_when_read
 from merge_recipe import Recipe
 from merge_settings import written
 from model_checks import EMBEDDING, is_tied
+from model_errors import MemoryLimitError
 from model_hashes import OWN_FILES, REPORT_FILE
-from model_utils import ModelFolder, format_bytes, parse_size
+from model_utils import ModelFolder, format_bytes, free_memory, parse_size
 from model_writer import RECORD_BYTES, file_sizes
 
 
@@ -99,6 +101,41 @@ class PlanReport:
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON can hold it."""
         return asdict(self)
+
+    def check_room(
+        self, *, max_disk: str | int | None = None, max_memory: str | int | None = None
+    ) -> None:
+        """Refuse, before anything is begun, a merge that would not fit where it is to run.
+
+        Args:
+            max_disk: what it may take on the disk, such as "19.5GB" where a notebook's output is
+                limited to 20 GB and the disk does not say so; never more than is free.
+            max_memory: what the process may take; by default what it has and what is free now.
+
+        Raises:
+            OSError: the disk has too little room (ENOSPC).
+            MemoryLimitError: there is too little memory.
+        """
+        limits = [None if max_disk is None else parse_size(max_disk, "max_disk"), self.disk_free]
+        room = min((limit for limit in limits if limit is not None), default=self.disk_bytes)
+        if self.disk_bytes > room:
+            raise OSError(
+                errno.ENOSPC,
+                f"the merge takes up to {format_bytes(self.disk_bytes)} on the disk, and "
+                f"{format_bytes(room)} are there for {self.output_dir or 'it'}. Choose dtype "
+                "float16 or bfloat16, make room, or write elsewhere",
+            )
+        if max_memory is not None:
+            memory: int | None = parse_size(max_memory, "max_memory")
+        else:
+            free = free_memory()
+            memory = None if free is None else free + anonymous_memory()
+        if memory is not None and self.memory_bytes > memory:
+            raise MemoryLimitError(
+                f"the merge takes up to {format_bytes(self.memory_bytes)} of memory, and "
+                f"{format_bytes(memory)} are there. Plan it with max_memory, or restart the "
+                "notebook's kernel so that nothing else is held"
+            )
 
     def summary(self) -> str:
         """The plan as lines of text."""

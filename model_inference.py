@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from model_errors import ModelCompatibilityError
 from model_locate import find_model_folder
 from model_safetensors import DTYPE_NAMES
-from model_utils import format_bytes, get_llama, open_model_folder
+from model_utils import format_bytes, free_memory, get_llama, open_model_folder
 
 if TYPE_CHECKING:
     import torch
@@ -103,16 +103,6 @@ def load_tokenizer(model: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
             "tokenizer of the model that it was tuned from beside it"
         ) from error
     return tokenizer
-
-
-def free_memory() -> int | None:
-    """Bytes that a new process could have without swapping; None where that is not known."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        (free,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, ValueError):
-        return None
-    return 1024 * int(free)
 
 
 def ask(

@@ -407,6 +407,16 @@ def parse_size(size: str | int, name: str = "size") -> int:
     return max(1, int(float(match[1]) * _UNITS.get(match[2] or "", 1)))
 
 
+def free_memory() -> int | None:
+    """Bytes that a new process could have without swapping; None where that is not known."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        (free,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError):
+        return None
+    return 1024 * int(free)
+
+
 def format_bytes(count: float) -> str:
     """A size for people, in decimal units.
 

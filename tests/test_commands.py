@@ -25,12 +25,13 @@ import merge_run
 from dare_llama import dare_merge_llama_to_folder
 from della_llama import della_merge_llama_to_folder
 from linear_llama import linear_merge_llama_to_folder
+from merge import plan_recipe
 from merge_memory import fit_memory
 from merge_methods import METHODS
 from merge_plan import open_plan
 from merge_recipe import make_recipe
 from merge_run import plan
-from model_errors import ModelCompatibilityError
+from model_errors import MemoryLimitError, ModelCompatibilityError
 from slerp_llama import slerp_merge_llama_to_folder
 from task_arithmetic_llama import task_arithmetic_merge_llama_to_folder
 from ties_llama import main as ties_main
@@ -523,6 +524,26 @@ def test_a_plan_reads_no_weights_and_writes_nothing(models, capsys, monkeypatch)
     ):
         assert line in lines
     assert not (models / "out").exists()
+
+
+def test_room_is_looked_at_before_anything_is_begun(models, monkeypatch):
+    recipe = {"method": "linear", "models": ["a", "b"]}
+    plan = plan_recipe(recipe, "out")
+    assert (plan.output_dir, plan_recipe(recipe).disk_free) == ("out", None)
+    plan.check_room()
+    plan.check_room(max_disk=plan.disk_bytes, max_memory=plan.memory_bytes)
+    with pytest.raises(OSError, match=r"takes up to .* on the disk, and 1.00 KB are there for out"):
+        plan.check_room(max_disk="1KB")
+    with pytest.raises(OSError, match="on the disk"):
+        replace(plan, disk_free=plan.disk_bytes - 1).check_room(max_disk="1TB")
+    with pytest.raises(MemoryLimitError, match=r"takes up to .* of memory"):
+        plan.check_room(max_memory=plan.memory_bytes - 1)
+    monkeypatch.setattr("merge_report.free_memory", lambda: 0)
+    monkeypatch.setattr("merge_report.anonymous_memory", lambda: plan.memory_bytes)
+    plan.check_room()
+    monkeypatch.setattr("merge_report.anonymous_memory", lambda: plan.memory_bytes - 1)
+    with pytest.raises(MemoryLimitError):
+        plan.check_room()
 
 
 def test_a_plan_as_json_says_the_same(models, capsys):
