@@ -14,9 +14,9 @@ from pathlib import Path
 
 from merge_arguments import CommandParser, number, spellings
 from merge_command import reported
-from merge_recipe import isolated
 from model_inference import Answer, ask, load_model
 from model_safetensors import DTYPE_NAMES
+from model_text import isolated
 
 
 def main(argv: Sequence[str] | None = None) -> int:

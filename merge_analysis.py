@@ -5,16 +5,15 @@ column per projection.
 """
 
 import html
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from merge_card import public_names
 from merge_findings import LARGEST_SHARE, TensorSums, groups, layer_of, pairs_of
 from merge_plan import Plan
+from model_text import html_page
 
 PARALLEL = 0.9995
 """Cosine above which SLERP takes the straight line."""
@@ -156,43 +155,12 @@ def _beyond_chance(elements: int) -> float:
     return 0.5 + max(NOTABLE, DEVIATIONS * 0.5 / math.sqrt(both))
 
 
-def write_analysis(analysis: Analysis, target: Path) -> tuple[Path, Path]:
-    """Write `target`.json and `target`.html, and return both.
-
-    Raises:
-        FileExistsError: one of them exists.
-    """
-    paths = check_analysis_target(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    paths[0].write_text(json.dumps(analysis.to_dict(), indent=1) + "\n", encoding="utf-8")
-    paths[1].write_text(analysis_page(analysis), encoding="utf-8")
-    return paths
-
-
-def check_analysis_target(target: Path) -> tuple[Path, Path]:
-    """The two files of an analysis; `FileExistsError` if one exists."""
-    if not target.name:
-        raise ValueError(f"{target} is a folder; name the files to write in it, as {target}/seen")
-    stem = target.with_suffix("") if target.suffix in (".json", ".html") else target
-    paths = stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".html")
-    for path in paths:
-        if path.exists():
-            raise FileExistsError(f"{path}: exists already. Choose another name, or remove it")
-    return paths
-
-
 # The page
 
 
 STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 84rem; padding: 0 1rem;
-  color: #1b1f24; background: #fff; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-p.what { color: #57606a; max-width: 50rem; }
 .maps { display: flex; flex-wrap: wrap; gap: 2rem; }
 figure { margin: 0; overflow-x: auto; } figcaption { font-weight: 600; margin-bottom: .3rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th { font-weight: 500; font-size: .75rem; color: #57606a; padding: .1rem .3rem; }
 th.column { text-align: center; vertical-align: bottom; }
 th.row { text-align: right; }
@@ -214,12 +182,7 @@ def analysis_page(analysis: Analysis) -> str:
             *_sections(analysis),
         ]
     )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
-        f"<body>\n{body}\n</body>\n</html>\n"
-    )
+    return html_page(title, body, STYLE)
 
 
 def _subject(analysis: Analysis) -> str:

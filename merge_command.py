@@ -15,7 +15,7 @@ from signal import SIGHUP, SIGINT, SIGTERM
 from typing import Any
 
 from merge_adapter_output import AdapterReport
-from merge_analysis import Analysis, check_analysis_target, write_analysis
+from merge_analysis import Analysis, analysis_page
 from merge_arguments import (
     CHECK_HELP,
     EXIT_USAGE,
@@ -29,7 +29,7 @@ from merge_chain import analyze_stages, check_stages, final_stage, merge_stages,
 from merge_document import recipe_document
 from merge_grammar import Stage, load_recipes, with_seed
 from merge_plan import usable_cores
-from merge_recipe import Recipe, printable
+from merge_recipe import Recipe
 from merge_report import MergeReport, PlanReport
 from merge_run import analyze_models, merge_to_folder, plan
 from merge_schema import recipe_schema
@@ -41,6 +41,7 @@ from model_errors import (
     UnsafeModelError,
     refusal,
 )
+from model_text import check_page_target, printable, write_page
 from model_verify import Findings, verify_folder
 
 EXIT_OK = 0
@@ -128,7 +129,7 @@ def _carry_out_recipe(arguments: argparse.Namespace) -> str:
         return printed(plan_stages(stages, arguments.save, **settings), as_json=arguments.json)
     settings["progress"] = not arguments.quiet
     if arguments.analyze is not None:
-        check_analysis_target(arguments.analyze)
+        check_page_target(arguments.analyze)
         analysis = analyze_stages(stages, arguments.analyze, **settings)
         return _written(analysis, arguments)
     report = merge_stages(stages, arguments.save, **_merge_settings(arguments))
@@ -151,7 +152,7 @@ def _merge_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _written(analysis: Analysis, arguments: argparse.Namespace) -> str:
     """Write an analysis down; what to print."""
-    paths = write_analysis(analysis, arguments.analyze)
+    paths = write_page(arguments.analyze, analysis.to_dict(), analysis_page(analysis))
     wrote = f"\nwrote {paths[0]} and {paths[1]}"
     return printed(analysis, as_json=arguments.json) + ("" if arguments.json else wrote)
 
@@ -233,7 +234,7 @@ def carry_out(recipe: Recipe, arguments: argparse.Namespace) -> str:
         return printed(plan(recipe, **settings), as_json=arguments.json)
     settings["progress"] = not arguments.quiet
     if arguments.analyze is not None:
-        check_analysis_target(arguments.analyze)
+        check_page_target(arguments.analyze)
         return _written(analyze_models(recipe, **settings), arguments)
     report = merge_to_folder(recipe, **_merge_settings(arguments))
     return printed(report, as_json=arguments.json)

@@ -25,7 +25,6 @@ from merge_recipe import (
     brief,
     converted,
     make_recipe,
-    printable,
     unknown_name,
 )
 from merge_settings import ANY, Choice, Setting, joined
@@ -34,6 +33,7 @@ from merge_yaml import Path as Place
 from model_chat_templates import CHAT_TEMPLATES
 from model_companions import AUTO_TEMPLATE, NO_TEMPLATE
 from model_safetensors import DTYPE_NAMES
+from model_text import printable
 from model_vocabulary import BY_MODEL, VocabularySettings, token_source
 
 COMMON_KEYS = (

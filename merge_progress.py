@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from merge_recipe import printable
+from model_text import printable
 from model_utils import format_bytes
 
 SECONDS_BETWEEN_LINES = 10.0

@@ -314,24 +314,6 @@ def brief(value: object) -> str:
     return f"{text[:MOST_SHOWN]}..." if is_text else f"a {type(value).__name__}"
 
 
-FIRST_ISOLATE, POP_ISOLATE = "\u2068", "\u2069"
-"""Around a text whose direction is its own: Arabic stays whole beside what is written in Latin."""
-
-
-def printable(text: str) -> str:
-    """A text in which what would act on a terminal, or begin a new line, is escaped."""
-    allowed = (FIRST_ISOLATE, POP_ISOLATE)
-    return "".join(
-        each if each.isprintable() or each in allowed else repr(each)[1:-1] for each in text
-    )
-
-
-def isolated(text: str) -> str:
-    """A text from a model, which keeps its direction whatever stands beside it, line by line."""
-    lines = text.replace(FIRST_ISOLATE, "").replace(POP_ISOLATE, "").split("\n")
-    return "\n".join(f"{FIRST_ISOLATE}{printable(line)}{POP_ISOLATE}" for line in lines)
-
-
 def resolve_parameters(
     declared: Sequence[Parameter], given: Mapping[str, Any], model_count: int
 ) -> tuple[dict[str, Any], list[str]]:

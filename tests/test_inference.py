@@ -12,9 +12,9 @@ import model_inference
 from eval_perplexity import Perplexity, perplexity, read_texts, windows_of
 from eval_texts import distinct, repetition
 from generate import main, read_prompts
-from merge_recipe import isolated, printable
 from model_errors import ModelCompatibilityError
 from model_inference import ask, load_model
+from model_text import isolated, printable
 
 TINY = "examples/tiny_llamas"
 ARABIC = "مرحبا، كيف حالك؟"
