@@ -89,6 +89,52 @@ def perplexity(
     Raises:
         ValueError: a setting is out of range.
     """
+    length, step = _checked(running, batch_size, max_length, stride)
+    counted = _Counted(texts)
+    windows = (
+        window
+        for text in counted
+        for window in windows_of(running.tokenizer(text, verbose=False)["input_ids"], length, step)
+    )
+    nats, tokens = _score(running, windows, batch_size, on_tokens)
+    return Perplexity(nats, tokens, counted.bytes, counted.texts)
+
+
+def perplexity_after(
+    running: Running,
+    pairs: Iterable[tuple[str, str]],
+    *,
+    batch_size: int = 1,
+    max_length: int | None = None,
+    stride: int | None = None,
+    on_tokens: Callable[[int], None] = lambda _: None,
+) -> Perplexity:
+    """The perplexity of texts that go on with others: answers after their prompts.
+
+    Args:
+        running: the model.
+        pairs: what comes before, and the text that is scored; they are tokenized apart.
+        batch_size, max_length, stride, on_tokens: as `perplexity`.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+    length, step = _checked(running, batch_size, max_length, stride)
+    pairs = list(pairs)
+    counted = _Counted(text for _, text in pairs)
+    windows = (
+        window
+        for (before, _), text in zip(pairs, counted, strict=True)
+        for window in _windows_after(running, before, text, length, step)
+    )
+    nats, tokens = _score(running, windows, batch_size, on_tokens)
+    return Perplexity(nats, tokens, counted.bytes, counted.texts)
+
+
+def _checked(
+    running: Running, batch_size: int, max_length: int | None, stride: int | None
+) -> tuple[int, int]:
+    """Length and stride of windows."""
     length = min(running.longest, 2048) if max_length is None else max_length
     step = max(1, length // 2) if stride is None else stride
     if not 2 <= length <= running.longest:
@@ -99,18 +145,30 @@ def perplexity(
         raise ValueError(f"stride must be in [1, {length}), got {step}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    counted = _Counted(texts)
+    return length, step
+
+
+def _windows_after(
+    running: Running, before: str, text: str, length: int, stride: int
+) -> Iterator[Window]:
+    ids = running.tokenizer(before, verbose=False)["input_ids"]
+    own = running.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return windows_of([*ids, *own], length, stride, counted=max(1, len(ids)))
+
+
+def _score(
+    running: Running,
+    windows: Iterator[Window],
+    batch_size: int,
+    on_tokens: Callable[[int], None],
+) -> tuple[float, int]:
+    """Negative log-likelihood of what is counted in windows, and how many tokens that are."""
     nats, tokens = 0.0, 0
-    windows = (
-        window
-        for text in counted
-        for window in windows_of(running.tokenizer(text, verbose=False)["input_ids"], length, step)
-    )
     while batch := list(itertools.islice(windows, batch_size)):
         count = sum(len(window.ids) - window.first for window in batch)
         nats, tokens = nats + _nats(running, batch), tokens + count
         on_tokens(count)
-    return Perplexity(nats, tokens, counted.bytes, counted.texts)
+    return nats, tokens
 
 
 def read_texts(path: str | os.PathLike[str]) -> list[str]:
@@ -147,18 +205,18 @@ def _text_of(line: str, place: str) -> str:
     return text
 
 
-def windows_of(ids: list[int], length: int, stride: int) -> Iterator[Window]:
-    """Windows in which every token but the first is counted once.
+def windows_of(ids: list[int], length: int, stride: int, counted: int = 1) -> Iterator[Window]:
+    """Windows in which every token is counted once, but for those that are `counted` already.
 
     >>> list(windows_of([5, 6, 7, 8, 9], length=4, stride=2))
     [Window(ids=[5, 6, 7, 8], first=1), Window(ids=[7, 8, 9], first=2)]
     """
-    counted = 1
     for begin in range(0, len(ids), stride):
         if counted >= len(ids):
             return
-        yield Window(ids[begin : begin + length], counted - begin)
-        counted = begin + length
+        if counted < begin + length:
+            yield Window(ids[begin : begin + length], counted - begin)
+            counted = begin + length
 
 
 class _Counted:

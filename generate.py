@@ -14,7 +14,8 @@ from pathlib import Path
 
 from merge_arguments import CommandParser, number, spellings
 from merge_command import reported
-from model_inference import Answer, ask, load_model
+from merge_load import load_to_run
+from model_inference import Answer, ask
 from model_safetensors import DTYPE_NAMES
 from model_text import isolated
 
@@ -30,11 +31,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> CommandParser:
     parser = CommandParser("MODEL PROMPT ...", description=__doc__)
-    parser.add_argument("model", metavar="MODEL", help="a model folder or Hub id")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a model folder or Hub id, maybe BASE+ADAPTER"
+    )
     parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="texts to go on with")
     parser.add_argument(
         "--prompts", type=Path, metavar="FILE", help="a UTF-8 file with a prompt in each line"
     )
+    add_answering(parser)
+    parser.add_argument("--json", action="store_true", help="print the answers as JSON")
+    return parser
+
+
+def add_answering(parser: argparse.ArgumentParser) -> None:
+    """Arguments that say where a model runs, and how it answers."""
     parser.add_argument(
         "--chat", action="store_true", help="prompts are messages, put into the chat template"
     )
@@ -64,13 +74,6 @@ def _parser() -> CommandParser:
         help="draw from the likeliest tokens of this probability together (default: 1)",
     )  # fmt: skip
     parser.add_argument("--seed", type=number(int), default=0, metavar="INT", help="of the draws")
-    add_where(parser)
-    parser.add_argument("--json", action="store_true", help="print the answers as JSON")
-    return parser
-
-
-def add_where(parser: argparse.ArgumentParser) -> None:
-    """Arguments that say where a model runs."""
     parser.add_argument(
         "--device",
         default="auto",
@@ -100,7 +103,7 @@ def read_prompts(path: Path) -> list[str]:
 
 def _answered(arguments: argparse.Namespace) -> str:
     prompts = arguments.prompt or read_prompts(arguments.prompts)
-    running = load_model(arguments.model, arguments.device, arguments.dtype)
+    running = load_to_run(arguments.model, arguments.device, arguments.dtype)
     for note in running.notes:
         print(f"note: {note}", file=sys.stderr)
     started = time.monotonic()

@@ -74,9 +74,8 @@ def load_model(model: str | os.PathLike[str], device: str = "auto", dtype: str =
         ModelCompatibilityError: the model or its tokenizer cannot be loaded.
         OSError: a file cannot be read.
     """
-    device = _checked_device(device)
-    if dtype not in ("auto", *DTYPE_NAMES):
-        raise ValueError(f"dtype must be auto, {', '.join(DTYPE_NAMES)}, got {dtype!r}")
+    device = chosen_device(device)
+    _check_dtype(dtype)
     folder = find_model_folder(model)
     notes: tuple[str, ...] = ()
     if dtype == "auto":
@@ -85,8 +84,40 @@ def load_model(model: str | os.PathLike[str], device: str = "auto", dtype: str =
     return Running(get_llama(folder, device, dtype), tokenizer, device, dtype, notes)
 
 
-def load_tokenizer(model: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
+def run_loaded(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Running:
+    """Move a model that is in memory to where it runs.
+
+    Args:
+        model: is changed: it has the device and dtype afterwards.
+        tokenizer: its own.
+        device: as `load_model`.
+        dtype: as `load_model`, but "auto" leaves it as it is on a CPU.
+
+    Raises:
+        ValueError: there is no such device or dtype.
+    """
+    import torch
+
+    device = chosen_device(device)
+    _check_dtype(dtype)
+    if dtype == "auto":
+        is_own = device == "cpu"
+        dtype = str(model.dtype).removeprefix("torch.") if is_own else "float16"
+    moved = model.to(device=device, dtype=getattr(torch, dtype)).eval()
+    return Running(moved, tokenizer, device, dtype)
+
+
+def load_tokenizer(model: str | os.PathLike[str], label: str = "") -> "PreTrainedTokenizerBase":
     """The tokenizer of a model, as transformers loads it; no code that comes with it is run.
+
+    Args:
+        model: a folder or Hub id.
+        label: what it is called in an error; by default as it is named.
 
     Raises:
         ModelCompatibilityError: there is none, or it cannot be loaded.
@@ -99,7 +130,7 @@ def load_tokenizer(model: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ModelCompatibilityError(
-            f"{model}: transformers cannot load its tokenizer ({_first_line(error)}). Put the "
+            f"{label or model}: transformers cannot load its tokenizer ({_first_line(error)}). Put the "
             "tokenizer of the model that it was tuned from beside it"
         ) from error
     return tokenizer
@@ -196,8 +227,12 @@ def padded(
     return ids.to(device), mask.to(device)
 
 
-def _checked_device(device: str) -> str:
-    """A device that there is."""
+def chosen_device(device: str) -> str:
+    """A device that there is: "auto" is a GPU if there is one.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
     import torch
 
     has_gpu = torch.cuda.is_available()
@@ -209,6 +244,11 @@ def _checked_device(device: str) -> str:
     if kind == "cuda" and not (has_gpu and int(number or 0) < torch.cuda.device_count()):
         raise ValueError(f"there is no device {device} here. Use cpu, or another GPU")
     return device
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in ("auto", *DTYPE_NAMES):
+        raise ValueError(f"dtype must be auto, {', '.join(DTYPE_NAMES)}, got {dtype!r}")
 
 
 def _dtype_for_cpu(folder: Path) -> tuple[str, tuple[str, ...]]:

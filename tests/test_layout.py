@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 DRIVERS = [n for n in MODULES if n.endswith("_llama") or n in ("merge", "generate")]
-EVAL = [n for n in MODULES if n.startswith("eval_")]
+EVAL = [n for n in MODULES if n.startswith("eval_") and n not in DRIVERS]
 MERGE = [n for n in MODULES if n.startswith("merge_")]
 # Model Stock is a method; everything else that begins with model_ is about model folders.
 MODEL = [n for n in MODULES if n.startswith("model_") and not n.startswith("model_stock_")]
