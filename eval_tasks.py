@@ -31,7 +31,7 @@ def check_tasks(tasks: Sequence[str], include_path: str | os.PathLike[str] | Non
         include_path: a folder with tasks of one's own, as YAML files.
     """
     check_harness()
-    manager = _manager(include_path)
+    manager = _manager(_text(include_path))
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         raise ValueError(
             f"the harness has no task {', '.join(map(repr, unknown))}. `lm-eval ls tasks` lists "
@@ -76,7 +76,7 @@ def run_tasks(
         num_fewshot=shots,
         limit=limit,
         apply_chat_template=chat and bool(running.tokenizer.chat_template),
-        task_manager=_manager(include_path),
+        task_manager=_manager(_text(include_path)),
         bootstrap_iters=0,
         log_samples=False,
     )
@@ -91,7 +91,11 @@ def run_tasks(
 
 
 @functools.lru_cache(maxsize=1)  # it reads thousands of files
-def _manager(include_path: str | os.PathLike[str] | None) -> Any:
+def _manager(include_path: str | None) -> Any:
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=None if include_path is None else os.fspath(include_path))
+    return TaskManager(include_path=include_path)
+
+
+def _text(folder: str | os.PathLike[str] | None) -> str | None:
+    return None if folder is None else os.fspath(folder)
