@@ -3,7 +3,6 @@
 Every number is defined here or where it comes from (`DEFINITIONS`); nothing is mixed into a score.
 """
 
-import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from eval_perplexity import Perplexity, perplexity, perplexity_after
 from eval_texts import distinct, repetition
-from model_inference import Answer, Running, ask
+from model_inference import Answer, Running, ask, release_memory
 from model_text import isolated
 
 Role = Literal["base", "source", "merge"]
@@ -206,7 +205,7 @@ def compare(
         candidates: at least one, with names that differ.
         texts: for the perplexity.
         prompts: for answers; their fluency is measured under the base, where there is none under
-            the first source, and without sources under the first model.
+            the first source, and without sources not at all.
         settings: how.
         tell: told each step.
 
@@ -216,8 +215,8 @@ def compare(
     """
     if problems := [*_problems(candidates, texts, prompts, settings)]:
         raise ValueError("\n".join(problems))
-    scored = bool(prompts) and "fluency" in settings.metrics
     judge = min(candidates, key=lambda each: ("base", "source", "merge").index(each.role))
+    scored = bool(prompts) and "fluency" in settings.metrics and judge.role != "merge"
     order = sorted(candidates, key=lambda each: each is judge)  # it reads what all have said
     found: dict[str, Measured] = {}
     notes: dict[str, None] = {}
@@ -233,7 +232,7 @@ def compare(
                 tell(f"{judge.name}: reading the answers of {name}")
                 found[name] = replace(each, fluency=_fluency(running, each, settings))
         del running
-        _release_memory()
+        release_memory()
     return Comparison(
         models=tuple(found[each.name] for each in candidates),
         prompts=tuple(prompts),
@@ -317,14 +316,6 @@ def _fluency(judge: Running, measured: Measured, settings: Settings) -> Perplexi
         [(answer.prompt, answer.text) for answer in measured.answers],
         batch_size=settings.batch_size,
     )
-
-
-def _release_memory() -> None:
-    """What a model had, before the next one is loaded."""
-    import torch
-
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def _finite(number: float | None) -> float | None:

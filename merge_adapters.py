@@ -218,6 +218,21 @@ def merge_adapters(
         return output.write(new, method, given, merge.adapters, merge.dtype, errors, notes)
 
 
+def check_adapters(merge: AdapterMerge) -> None:
+    """Whether adapters can be merged into one.
+
+    Raises:
+        ValueError: something is wrong with the settings.
+        ModelCompatibilityError: adapters cannot be read, or cannot be merged into one.
+    """
+    if problems := merge.problems():
+        raise ValueError("\n".join(problems))
+    with ExitStack() as stack:
+        inputs = _open(merge, stack)
+        _shapes(inputs)
+        _carried(inputs)
+
+
 def _open(merge: AdapterMerge, stack: ExitStack) -> list[_Input]:
     """The adapters; what cannot be merged into an adapter is refused, all at once."""
     inputs: list[_Input] = []

@@ -33,10 +33,19 @@ def load_to_run(
     name = os.fspath(model)
     if not split_adapters(name).adapters:
         return load_model(name, device, dtype)
-    with open_model(name, weights=False) as folder:
-        tokenizer = load_tokenizer(folder.tokenizer_path)
+    tokenizer = tokenizer_of(name)
     fold = make_recipe("passthrough", None, [name], {})
     return run_loaded(merge_to_model(fold, progress=False), tokenizer, device, dtype)
+
+
+def tokenizer_of(name: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a model, or of the adapter on top of it that has one.
+
+    Raises:
+        ModelCompatibilityError: there is none, or something cannot be opened.
+    """
+    with open_model(name, weights=False) as folder:
+        return load_tokenizer(folder.tokenizer_path)
 
 
 def merged_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase":

@@ -1,5 +1,6 @@
 """Run a finished model: on a GPU in float16 where there is one, on the CPU otherwise."""
 
+import gc
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -130,10 +131,18 @@ def load_tokenizer(model: str | os.PathLike[str], label: str = "") -> "PreTraine
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ModelCompatibilityError(
-            f"{label or model}: transformers cannot load its tokenizer ({_first_line(error)}). Put the "
-            "tokenizer of the model that it was tuned from beside it"
+            f"{label or model}: transformers cannot load its tokenizer ({_first_line(error)}). Put "
+            "the tokenizer of the model that it was tuned from beside it"
         ) from error
     return tokenizer
+
+
+def release_memory() -> None:
+    """Give back what a model had that nothing uses any more, before the next one is loaded."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def ask(
@@ -153,7 +162,7 @@ def ask(
     Args:
         running: the model.
         prompts: texts to go on with; with `chat`, messages of a user.
-        max_new_tokens: of an answer, at most.
+        max_new_tokens: of an answer, at most; fewer where the model cannot see so many.
         batch_size: prompts that are answered at once: more are faster, and take memory.
         chat: put prompts into the model's chat template.
         temperature: 0 always takes the likeliest token; above, tokens are drawn.
@@ -174,32 +183,52 @@ def ask(
         problems.append("the model has no chat template. Leave chat out, or write its turns")
     if problems:
         raise ValueError("\n".join(problems))
-    rows = [_prompt_ids(running, prompt, max_new_tokens, chat=chat) for prompt in prompts]
+    rows = [_prompt_ids(running, prompt, chat=chat) for prompt in prompts]
     how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
     if temperature > 0:
         how = {"do_sample": True, "temperature": temperature, "top_p": top_p}
     answers: list[Answer] = []
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
-        for first in range(0, len(rows), batch_size):
-            some = rows[first : first + batch_size]
+        for first, stop in _batches(rows, batch_size, running.longest - max_new_tokens):
+            some = rows[first:stop]
             ids, mask = padded(some, running.device, side="left")
             made = running.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=min(max_new_tokens, running.longest - max(map(len, some))),
                 pad_token_id=_pad_token(running),
                 top_k=None,
                 **how,
             )
-            texts = prompts[first : first + len(some)]
+            tokens = made[:, ids.shape[1] :].tolist()
             new = [
-                _answer(running, prompt, tokens)
-                for prompt, tokens in zip(texts, made[:, ids.shape[1] :].tolist(), strict=True)
+                _answer(running, prompt, own)
+                for prompt, own in zip(prompts[first:stop], tokens, strict=True)
             ]
             answers += new
             on_answers(new)
     return answers
+
+
+def _batches(
+    rows: Sequence[Sequence[int]], batch_size: int, longest: int
+) -> Iterator[tuple[int, int]]:
+    """Where batches begin and stop; a row longer than `longest`, which cuts its answer, is alone.
+
+    >>> list(_batches([[1], [2], [3, 4, 5], [6], [7]], batch_size=4, longest=2))
+    [(0, 2), (2, 3), (3, 5)]
+    """
+    first = 0
+    while first < len(rows):
+        stop = first + 1
+        while (
+            stop < min(len(rows), first + batch_size)
+            and max(len(rows[first]), len(rows[stop])) <= longest
+        ):
+            stop += 1
+        yield first, stop
+        first = stop
 
 
 def padded(
@@ -276,7 +305,7 @@ def _setting_problems(
         yield f"top_p must be in (0, 1], got {top_p}"
 
 
-def _prompt_ids(running: Running, prompt: str, max_new_tokens: int, *, chat: bool) -> list[int]:
+def _prompt_ids(running: Running, prompt: str, *, chat: bool) -> list[int]:
     """The tokens of a prompt; `ValueError` if no answer would have room behind them."""
     if chat:
         turns = [{"role": "user", "content": prompt}]
@@ -288,10 +317,10 @@ def _prompt_ids(running: Running, prompt: str, max_new_tokens: int, *, chat: boo
         ids = running.tokenizer(prompt)["input_ids"]
     if not ids:
         raise ValueError(f"the prompt {prompt!r} has no tokens. Say something")
-    if len(ids) + max_new_tokens > running.longest:
+    if len(ids) >= running.longest:
         raise ValueError(
-            f"the prompt {prompt[:60]!r} has {len(ids)} tokens; {max_new_tokens} more are "
-            f"more than the {running.longest} that the model can see. Shorten it, or ask for fewer"
+            f"the prompt {prompt[:60]!r} has {len(ids)} tokens, and the model can see "
+            f"{running.longest}, the answer among them. Shorten it"
         )
     return list(ids)
 

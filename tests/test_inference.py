@@ -173,12 +173,23 @@ def test_draws_follow_the_seed_and_leave_torchs_alone(capitals):
         ({"temperature": math.nan}, "temperature must be at least 0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"chat": True}, "has no chat template"),
-        ({"max_new_tokens": 64}, "64 more are more than the 64 that"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(capitals, settings, text):
     with pytest.raises(ValueError, match=text):
         ask(capitals, ["capital: france ="], **settings)
+
+
+def test_an_answer_ends_where_the_model_can_see_no_more(capitals, monkeypatch):
+    monkeypatch.setattr(capitals.model.generation_config, "eos_token_id", 578)
+    prompts = ["capital: france = paris " * 4, "x"]
+    rows = [len(capitals.tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    for batch_size in (1, 2):
+        answers = ask(capitals, prompts, max_new_tokens=1000, batch_size=batch_size)
+        assert [answer.tokens for answer in answers] == [64 - count for count in rows]
+        assert {answer.finish for answer in answers} == {"length"}
+    with pytest.raises(ValueError, match=r"has \d+ tokens, and the model can see 64"):
+        ask(capitals, ["x", "capital: france = paris " * 20])
 
 
 def test_chat_puts_a_message_into_the_template_once(capitals, monkeypatch):

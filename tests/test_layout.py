@@ -8,11 +8,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
-DRIVERS = [n for n in MODULES if n.endswith("_llama") or n in ("merge", "generate")]
+OTHER_DRIVERS = ("merge", "generate", "merger_config", "merger_validation", "model_merger")
+DRIVERS = [n for n in MODULES if n.endswith("_llama") or n in OTHER_DRIVERS]
 EVAL = [n for n in MODULES if n.startswith("eval_") and n not in DRIVERS]
 MERGE = [n for n in MODULES if n.startswith("merge_")]
-# Model Stock is a method; everything else that begins with model_ is about model folders.
-MODEL = [n for n in MODULES if n.startswith("model_") and not n.startswith("model_stock_")]
+# Model Stock is a method, ModelMerger a driver; what else begins with model_ is about models.
+MODEL = [
+    n
+    for n in MODULES
+    if n.startswith("model_") and not n.startswith("model_stock_") and n not in DRIVERS
+]
 MATH = [n for n in MODULES if n.endswith("_utils") and n not in MODEL]
 
 

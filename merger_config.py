@@ -1,0 +1,526 @@
+"""`MergeConfig`, and what it asks for in the words of the engine.
+
+A strategy becomes a recipe (for adapters, an `AdapterMerge`), and an option one of its parameters.
+An option that has no meaning here is accepted, and a note says what happens instead.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from merge_adapters import METHODS as ADAPTER_METHODS
+from merge_adapters import AdapterMerge
+from merge_methods import ALIASES, METHODS, Method
+from merge_plan import canonical, check_recipe
+from merge_recipe import Parameter, Recipe, make_recipe, model_name, unknown_name
+from merge_run import RunSettings
+from merger_validation import Validation, read_validation
+from model_locate import last_part
+from model_safetensors import DTYPE_NAMES
+
+STRATEGIES = {"weighted": "linear"}
+"""Names of strategies that are not those of methods."""
+
+OPERATIONS = ("add", "subtract")
+
+OF_THE_RECIPE = (
+    "merge_embeddings", "merge_lm_head", "weight_decay", "include", "exclude", "profile",
+    "vocabulary", "tokenizer_source", "chat_template", "max_shard_size", "lora_rounding",
+    "tied_lora", "nan_policy",
+)  # fmt: skip
+"""Options that a recipe has by the same names."""
+
+OF_THE_RUN = ("threads", "max_memory", "findings", "resume", "verify_inputs")
+"""Options of `merge_run.RunSettings`."""
+
+TRANSLATED = (
+    "normalize_weights", "scaling_factor", "clamp_weights", "clamp_range", "interpolation_factor",
+    "torch_dtype", "dtype", "device_map", "verbose", "log_level", "merge_method",
+)  # fmt: skip
+"""Options that are something else here, by other names."""
+
+WITHOUT_EFFECT = {
+    "low_memory_mode": "memory never grows with the models; max_memory sets a limit",
+    "sequential_loading": "models are not loaded, but read block by block",
+    "parallel_loading": "models are not loaded, but read block by block, one on each core",
+    "cache_models": "models are read block by block; the system caches their files",
+    "offload_folder": "nothing has to be offloaded, and nothing but the output is written",
+    "gradient_checkpointing": "a merge has no gradients",
+    "torch_compile": "a merge runs compiled loops anyway; torch.compile(model) compiles the result",
+}
+"""Options that need nothing to be done, and why."""
+
+ALWAYS = {
+    "preserve_tokenizer": "the result always has a tokenizer; tokenizer_source says whose",
+    "preserve_base_model": "the base is only read, and stays as it is",
+    "use_safetensors": "weights are always written as safetensors",
+}
+"""Options that are always on, and what is said to those who want them off."""
+
+OF_ADAPTERS = ("rank", "max_rank", "densities", "lam", "seed")
+"""Options of a merge of adapters into one, by the names of `AdapterMerge`."""
+
+PEFT_KEYS = ("merge_adapters", "adapter_names", "base_model_path")
+
+
+@dataclass
+class MergeConfig:
+    """What to merge, how, and how to look at the result.
+
+    Attributes:
+        strategy: "weighted" (a linear average), "sequential", "task_arithmetic", "slerp", or any
+            other method of `merge_methods.METHODS`, also by mergekit's names.
+        models: a mapping for each model: "path" (a folder, a Hub id, or BASE+ADAPTER), and maybe
+            "weight" (1.0), "name" (the path's last part), "operation" ("add", or "subtract", which
+            takes its weight as negative), and what else the method takes of each model, such as
+            "density".
+        output_path: the folder to make; without one, the result is in memory alone.
+        base_model: the common ancestor, for strategies that use one. For others, what a validation
+            compares with.
+        options: of the strategy by name, and those in the documentation of `ModelMerger`.
+        peft_config: the models are LoRA adapters: "merge_adapters" (True merges them into one
+            adapter, False puts each on the base and merges the models), "adapter_names" (of
+            adapters in folders of their own below the paths), "base_model_path".
+        validation: how the result is looked at; see `merger_validation.read_validation`.
+    """
+
+    strategy: str
+    models: list[dict[str, Any]]
+    output_path: str | os.PathLike[str] | None = None
+    base_model: str | os.PathLike[str] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    peft_config: dict[str, Any] | None = None
+    validation: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Translation:
+    """A `MergeConfig` in the words of the engine.
+
+    Attributes:
+        work: what is merged, and how.
+        output_dir: the folder to make.
+        sources: the models by their names, as merges take them.
+        base_model: what they were tuned from, as far as that was said.
+        run: how it is run.
+        device, dtype: where and how the result is loaded; see `model_inference.load_model`.
+        validation: how it is looked at.
+        log_level: of the merger's messages; None leaves it as it is.
+        notes: what happens instead of what was asked for.
+    """
+
+    work: Recipe | AdapterMerge
+    output_dir: Path | None
+    sources: Mapping[str, str]
+    base_model: str | None
+    run: RunSettings
+    device: str
+    dtype: str
+    validation: Validation
+    log_level: int | None
+    notes: tuple[str, ...]
+
+
+def translate(config: MergeConfig) -> Translation:
+    """What a config asks for.
+
+    Raises:
+        ValueError: something is wrong with it; all of it is said at once.
+    """
+    return _Translator(config).translation()
+
+
+class _Translator:
+    """One config, and what is found out on the way."""
+
+    def __init__(self, config: MergeConfig) -> None:
+        self.config = config
+        self.options = {**config.options}
+        self.peft = config.peft_config
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+        self.method = STRATEGIES.get(config.strategy, config.strategy)
+        self.adapters = self.peft is not None and self.peft.get("merge_adapters", True)
+        self.models = self._models()
+        self.base = self._base()
+        self.sources = self._sources()
+
+    def translation(self) -> Translation:
+        """All of it, or all that is wrong."""
+        config = self.config
+        output_dir = None if config.output_path is None else Path(config.output_path)
+        device, load_device = self._devices()
+        dtype = self._dtype()
+        work = self._adapter_merge(dtype) if self.adapters else self._recipe(dtype)
+        run = self._run(device)
+        log_level = self._log_level()
+        self._look_at_others()
+        validation, problems = read_validation(config.validation)
+        self.problems += problems
+        if self.problems or work is None:
+            raise ValueError("\n".join(dict.fromkeys(self.problems)))
+        return Translation(
+            work=work,
+            output_dir=output_dir,
+            sources=self.sources,
+            base_model=self.base,
+            run=run,
+            device=load_device,
+            dtype=dtype or "auto",
+            validation=validation,
+            log_level=log_level,
+            notes=tuple(self.notes),
+        )
+
+    def _models(self) -> list[dict[str, Any]]:
+        """The models, as far as they are mappings with a path."""
+        models: Any = self.config.models
+        if isinstance(models, str | Mapping) or not isinstance(models, Sequence) or not models:
+            self.problems.append(f'models must be a list of {{"path": ...}}, got {models!r}')
+            return []
+        found = []
+        for number, model in enumerate(models, 1):
+            if not isinstance(model, Mapping) or "path" not in model:
+                self.problems.append(f'model {number} must be a mapping with "path", got {model!r}')
+                continue
+            try:
+                found.append(
+                    {**model, "path": model_name(model["path"], f"path of model {number}")}
+                )
+            except TypeError as error:
+                self.problems.append(str(error))
+        return found
+
+    def _base(self) -> str | None:
+        """The base, of models or of adapters."""
+        of_peft = None if self.peft is None else self.peft.get("base_model_path")
+        for name, base in (("base_model", self.config.base_model), ("base_model_path", of_peft)):
+            if base is not None:
+                try:
+                    return model_name(base, name)
+                except TypeError as error:
+                    self.problems.append(str(error))
+        return None
+
+    def _sources(self) -> dict[str, str]:
+        """The models by name, as merges take them: adapters on their base."""
+        self._look_at_peft()
+        names = [str(each.get("name", last_part(each["path"]))) for each in self.models]
+        if twice := {name for name in names if names.count(name) > 1}:
+            numbered = [f"{name} ({number})" for number, name in enumerate(names, 1)]
+            names = [new if old in twice else old for old, new in zip(names, numbered, strict=True)]
+        paths = [model["path"] for model in self.models]
+        if self.peft is not None:
+            on_base = "" if self.base is None else f"{self.base}+"
+            paths = [f"{on_base}{path}" for path in self._adapter_paths(paths)]
+        return dict(zip(names, paths, strict=True))
+
+    def _look_at_peft(self) -> None:
+        if self.peft is None:
+            return
+        for key in self.peft:
+            if key not in PEFT_KEYS:
+                self.problems.append(unknown_name("entry of peft_config", key, PEFT_KEYS))
+        if not isinstance(self.adapters, bool):
+            self.problems.append(f"merge_adapters must be true or false, got {self.adapters!r}")
+        elif not self.adapters and self.base is None:
+            self.problems.append(
+                "merge_adapters is false, so each adapter is put on a base: name it as "
+                "base_model_path"
+            )
+
+    def _adapter_paths(self, paths: list[str]) -> list[str]:
+        """Folders of adapters: PEFT saves those that are not called default below the path."""
+        names: Any = (self.peft or {}).get("adapter_names") or ["default"]
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            self.problems.append(f"adapter_names must be a list of names, got {names!r}")
+            return paths
+        if len(names) not in (1, len(paths)):
+            self.problems.append(
+                f"adapter_names must have one name for all adapters or one for each, got "
+                f"{len(names)} for {len(paths)}"
+            )
+            return paths
+        each = [*names] * (len(paths) if len(names) == 1 else 1)
+        return [
+            path if name == "default" else os.path.join(path, str(name))
+            for path, name in zip(paths, each, strict=True)
+        ]
+
+    def _weights(self) -> list[float] | None:
+        """Weights with the signs of the operations; None where no model says one."""
+        weights = []
+        for model in self.models:
+            weight: Any = model.get("weight", 1.0)
+            operation = model.get("operation", "add")
+            if isinstance(weight, bool) or not isinstance(weight, int | float):
+                self.problems.append(f"{model['path']}: weight must be a number, got {weight!r}")
+                weight = 1.0
+            if operation not in OPERATIONS:
+                where = f"operation (of {model['path']})"
+                self.problems.append(unknown_name(where, operation, OPERATIONS))
+            weights.append(-abs(weight) if operation == "subtract" else float(weight))
+        said = any(key in model for model in self.models for key in ("weight", "operation"))
+        return weights if said else None
+
+    def _recipe(self, dtype: str | None) -> Recipe | None:
+        """The recipe of models, or of adapters each on its base."""
+        name = self.method
+        if name not in METHODS and name not in ALIASES:
+            known = [*STRATEGIES, *METHODS, *ALIASES]
+            self.problems.append(unknown_name("strategy", self.config.strategy, known))
+            return None
+        method = METHODS[ALIASES[name][0] if name in ALIASES else name]
+        parameters = self._parameters(method)
+        settings = {key: self.options[key] for key in OF_THE_RECIPE if key in self.options}
+        try:
+            recipe = canonical(
+                make_recipe(
+                    name,
+                    self.base if method.base != "none" else None,
+                    [*self.sources.values()],
+                    parameters,
+                    output_dir=self.config.output_path,
+                    dtype=dtype,
+                    clamp_range=self._clamp_range(),
+                    **settings,
+                )
+            )
+            self.problems += check_recipe(recipe)[1]
+        except (TypeError, ValueError) as error:
+            self.problems.append(str(error))
+            return None
+        return recipe
+
+    def _parameters(self, method: Method) -> dict[str, Any]:
+        """The method's parameters, from the options and the models."""
+        declared = {parameter.name: parameter for parameter in method.parameters}
+        values: dict[str, Any] = {}
+        for name, parameter in declared.items():
+            for key in dict.fromkeys((name, parameter.key)):
+                if key in self.options and not (parameter.per_model and key != name):
+                    values[name] = self.options[key]
+        self._take("normalize_weights", declared, ("normalize", "normalize_weights"), values)
+        self._take("scaling_factor", declared, ("lam",), values)
+        self._take("interpolation_factor", declared, ("t",), values)
+        weights = self._weights()
+        if weights is not None and "weights" in declared:
+            values["weights"] = weights
+        elif weights is not None and self.method == "slerp":
+            self._position(weights, values)
+        elif weights is not None:
+            self.notes.append(f"weight and operation have no effect with {self.config.strategy}")
+        of_models = {each.key: each for each in declared.values() if each.per_model}
+        self._look_at_models(*of_models)
+        values |= self._values_of_models(of_models)
+        return values
+
+    def _take(
+        self,
+        option: str,
+        declared: Mapping[str, Parameter],
+        names: Sequence[str],
+        values: dict[str, Any],
+    ) -> None:
+        """An option that is a parameter by another name."""
+        if option not in self.options:
+            return
+        name = next((name for name in names if name in declared), None)
+        if name is None:
+            self.notes.append(f"{option} has no effect with {self.config.strategy}")
+        elif name in values and name != option:
+            self.problems.append(f"{option} and {name} are the same. Leave one of them out")
+        else:
+            values[name] = self.options[option]
+
+    def _position(self, weights: Sequence[float], values: dict[str, Any]) -> None:
+        """SLERP's t: the share of the second weight, unless it is given itself."""
+        if len(weights) != 2:
+            return  # the method says how many models it takes
+        total = sum(weights)
+        if min(weights) < 0 or not 0 < total < math.inf:
+            self.problems.append(
+                f"weights of slerp must be at least 0, and not both 0: got {weights[0]:g} and "
+                f"{weights[1]:g}"
+            )
+            return
+        share = weights[1] / total
+        given = values.setdefault("t", share)
+        if given != share:
+            self.notes.append(
+                f"interpolation_factor {given} is taken; by the weights it would be {share:g}"
+            )
+
+    def _look_at_models(self, *keys: str) -> None:
+        """What models say must be known; `keys` are the strategy's own."""
+        known = dict.fromkeys(["path", "weight", "name", "operation", *keys])
+        for model in self.models:
+            for key in model:
+                if key not in known:
+                    self.problems.append(unknown_name(f"entry (of {model['path']})", key, known))
+
+    def _values_of_models(self, of_models: Mapping[str, Parameter]) -> Iterator[tuple[str, Any]]:
+        """Parameters with a value for each model: its own, or that of the options for all."""
+        for key, parameter in of_models.items():
+            if parameter.name == "weights":
+                continue
+            of_all = self.options.get(key, parameter.default)
+            if key in self.options or any(key in model for model in self.models):
+                if parameter.name in self.options:
+                    self.problems.append(
+                        f"{key} and {parameter.name} are both given. Leave one of them out"
+                    )
+                yield parameter.name, [model.get(key, of_all) for model in self.models]
+
+    def _clamp_range(self) -> Any:
+        clamp, bounds = self.options.get("clamp_weights"), self.options.get("clamp_range")
+        if clamp not in (None, True, False):
+            self.problems.append(f"clamp_weights must be true or false, got {clamp!r}")
+        if clamp and bounds is None:
+            self.problems.append("clamp_weights needs clamp_range, such as [-2.0, 2.0]")
+        if clamp is False and bounds is not None:
+            self.notes.append("clamp_range has no effect, as clamp_weights is false")
+            return None
+        return bounds
+
+    def _adapter_merge(self, dtype: str | None) -> AdapterMerge | None:
+        """The merge of adapters into one."""
+        strategies = ["weighted", "task_arithmetic", *ADAPTER_METHODS]
+        strategy = self.config.strategy
+        if strategy not in strategies:
+            self.problems.append(
+                f"{unknown_name('strategy', strategy, strategies)} Others need merge_adapters "
+                "false: each adapter on its base, merged as models"
+            )
+        method = self.options.get("merge_method")
+        if strategy in ADAPTER_METHODS:
+            if method not in (None, strategy):
+                self.problems.append(f"strategy {strategy} and merge_method {method!r} differ")
+            method = strategy
+        if self.config.output_path is None:
+            self.problems.append("output_path must name the folder of the merged adapter")
+        if self.base is None:
+            self.problems.append(
+                "base_model_path must name the model that the adapters are for: merge() returns "
+                "the merged adapter on it"
+            )
+        self._look_at_models("density")
+        settings = {key: self.options[key] for key in OF_ADAPTERS if key in self.options}
+        densities = [model.get("density") for model in self.models]
+        if any(each is not None for each in densities):
+            settings["densities"] = tuple(1.0 if each is None else each for each in densities)
+        elif "densities" in settings:
+            settings["densities"] = tuple(settings["densities"])
+        merge = AdapterMerge(
+            adapters=tuple(self._adapter_paths([model["path"] for model in self.models])),
+            method="auto" if method is None else method,
+            weights=self._adapter_weights(),
+            dtype=dtype or "float32",
+            **settings,
+        )
+        self.problems += merge.problems()
+        return merge
+
+    def _adapter_weights(self) -> tuple[float, ...] | None:
+        """Weights of adapters, by their sum if the strategy is "weighted"."""
+        weights = self._weights()
+        if weights is None:
+            weights = [1.0] * len(self.models)
+        if not self.options.get("normalize_weights", self.config.strategy == "weighted"):
+            return tuple(weights)
+        if not weights or not math.isfinite(total := sum(weights)) or abs(total) < 1e-8:
+            self.problems.append(
+                f"weights cannot be normalized, as their sum is {sum(weights):g}. Change them, or "
+                "set normalize_weights to false"
+            )
+            return None
+        return tuple(weight / total for weight in weights)
+
+    def _dtype(self) -> str | None:
+        """The result's dtype; None for that of the base or the first model."""
+        given = {
+            str(self.options[key]).removeprefix("torch.")
+            for key in ("torch_dtype", "dtype")
+            if self.options.get(key) is not None
+        }
+        if len(given) > 1:
+            self.problems.append("torch_dtype and dtype are the same. Leave one of them out")
+        dtype = min(given, default="auto")
+        if dtype not in ("auto", *DTYPE_NAMES):
+            self.problems.append(unknown_name("torch_dtype", dtype, ("auto", *DTYPE_NAMES)))
+        return None if dtype == "auto" else dtype
+
+    def _devices(self) -> tuple[str, str]:
+        """Where it is merged, and where the result is loaded."""
+        given = self.options.get("device_map")
+        if given is None or given == "auto":
+            return "cpu", "auto"
+        if isinstance(given, Mapping) and [*given] == [""]:
+            given = given[""]
+        if isinstance(given, int) and not isinstance(given, bool):
+            given = f"cuda:{given}"
+        text = str(given)
+        if text.partition(":")[0] in ("cpu", "cuda"):
+            return text, text
+        self.notes.append(
+            f"device_map {text!r}: the result is loaded on one device, a GPU if there is one"
+        )
+        return "cpu", "auto"
+
+    def _run(self, device: str) -> RunSettings:
+        settings = {key: self.options[key] for key in OF_THE_RUN if key in self.options}
+        verbose = self.options.get("verbose", True)
+        if not isinstance(verbose, bool):
+            self.problems.append(f"verbose must be true or false, got {verbose!r}")
+        run = RunSettings(device, progress=bool(verbose), **settings)
+        self.problems += run.problems()
+        return run
+
+    def _log_level(self) -> int | None:
+        level = self.options.get("log_level")
+        names = logging.getLevelNamesMapping()
+        if level is None or isinstance(level, int):
+            return level
+        if str(level).upper() not in names:
+            self.problems.append(unknown_name("log_level", level, names))
+            return None
+        return names[str(level).upper()]
+
+    def _look_at_others(self) -> None:
+        """Options that need nothing to be done, and those that there are not."""
+        strategy = self.config.strategy
+        for option, why in WITHOUT_EFFECT.items():
+            if self.options.get(option):
+                self.notes.append(f"{option}: {why}")
+        for option, why in ALWAYS.items():
+            if self.options.get(option) is False:
+                self.notes.append(f"{option}: {why}")
+        own = self._own_options()
+        others = {p.name for method in METHODS.values() for p in method.parameters} | {
+            "merge_method"
+        }
+        known = [*own, *OF_THE_RUN, *TRANSLATED, *WITHOUT_EFFECT, *ALWAYS]
+        for option in self.options:
+            if option == "merge_method" and not self.adapters:
+                self.notes.append("merge_method has no effect: it is for adapters (peft_config)")
+            elif option in known:
+                continue
+            elif option in OF_THE_RECIPE:
+                self.notes.append(f"{option} has no effect on adapters: what they have is merged")
+            elif option in others:
+                self.problems.append(f"{option} has no effect with {strategy}. Leave it out")
+            else:
+                self.problems.append(unknown_name("option", option, known))
+
+    def _own_options(self) -> list[str]:
+        """Options of the strategy, and of what is merged."""
+        if self.adapters:
+            return [*OF_ADAPTERS, "merge_method"]
+        method = METHODS.get(ALIASES[self.method][0] if self.method in ALIASES else self.method)
+        declared = () if method is None else method.parameters
+        names = [name for each in declared for name in (each.name, each.key)]
+        return [*(name for name in dict.fromkeys(names) if name != "weight"), *OF_THE_RECIPE]
