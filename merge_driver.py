@@ -256,7 +256,10 @@ def _function(
 ) -> Callable[..., Any]:
     """A function with the arguments of a method, which `help` shows."""
     arguments = [*_arguments(method, settings)]
-    signature = inspect.Signature([argument for argument, _ in arguments])
+    signature = inspect.Signature(
+        [argument for argument, _ in arguments],
+        return_annotation=inspect.get_annotations(merge)["return"],
+    )
 
     def call(*given: Any, **named: Any) -> Any:
         try:
