@@ -1,9 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test demo lint types unit transformers4 bare fix clean
+.PHONY: test demo lint types unit transformers4 bare site fix clean
 
-test: lint types unit transformers4 bare  ## everything that CI runs
+test: lint types unit transformers4 bare site  ## everything that CI runs
 
 demo: .venv/installed  ## merge the tiny LLaMAs with every method, print a table, draw the chart
 	$(BIN)/python examples/demo.py
@@ -37,6 +37,10 @@ bare: .venv/installed
 	.venv-bare/bin/llama-merge examples/recipes/stages.yml .venv-bare/stages
 	rm -rf .venv-bare
 
+# With --quiet, --strict would count no warnings.
+site: .venv/installed  ## the documentation, into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 fix: .venv/installed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
@@ -52,4 +56,4 @@ fix: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-bare .venv-transformers4 build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-bare .venv-transformers4 build dist site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

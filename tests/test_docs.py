@@ -233,14 +233,6 @@ def test_the_index_names_the_methods_without_a_profile():
     assert re.findall(r"`(\w+)`", sentence) == plain
 
 
-@pytest.mark.parametrize("path", [INDEX, *PAGES.values()], ids=lambda path: path.stem)
-def test_links_resolve(path):
-    targets = re.findall(r"\]\(([^)]+)\)", read(path))
-    assert targets
-    local = [target for target in targets if not target.startswith("https://")]
-    assert [target for target in local if not (path.parent / target).is_file()] == []
-
-
 @pytest.mark.parametrize("page", ["README.md", "docs/recipes.md"])
 def test_recipes_on_a_page_are_sound(page):
     recipes = blocks(ROOT / page, "yaml")
