@@ -52,7 +52,7 @@ def plan_recipe(
     Args:
         recipe: as there.
         output_dir: the folder that would be made, if it is to be looked at as well.
-        settings: device, threads, max_memory.
+        settings: device, threads, max_memory, findings, resume; see `merge_run.plan`.
 
     Returns:
         A plan: `summary()` is a text, `check_room()` refuses what would not fit.

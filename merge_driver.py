@@ -140,7 +140,9 @@ OF_A_FOLDER = (
     ),
 )
 OF_THE_RUN = (
-    Setting("threads", None, int | None, "at work at once; by default one per core."),
+    Setting(
+        "threads", None, int | None, "parts of tensors at work at once; by default one per core."
+    ),
     Setting(
         "max_memory",
         None,

@@ -3,6 +3,7 @@
 import errno
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from merge_memory import Fit, anonymous_memory
@@ -67,7 +68,8 @@ class PlanReport:
         download_bytes: of weights that are on the Hub only.
         memory_bytes: highest memory of the process, without files that the system caches.
         threads: that are used.
-        disk_free: where the output is to be; None where no output is named.
+        disk_free: where the output is to be, with what a merge that goes on has there already; None
+            where no output is named.
         files: what the result has besides weights, in the order of names.
         files_left: what the first model has and the result does not.
         notes: what the user should know.
@@ -194,19 +196,23 @@ def disk_bytes(plan: Plan) -> int:
     return sum(weights.values()) + records + small_file_bytes(plan)
 
 
-def plan_report(plan: Plan, fit: Fit, earlier: Earlier) -> PlanReport:
+def plan_report(
+    plan: Plan, fit: Fit, earlier: Earlier, output_dir: Path | None, there: int = 0
+) -> PlanReport:
     """A plan as it is shown.
 
     Args:
         plan: the plan; its models may be open by their headers alone.
         fit: how it is made to fit into memory.
         earlier: the results of earlier recipes among its models.
+        output_dir: where the output is to be.
+        there: bytes of it that are on the disk already.
     """
     plans = [("", plan), *earlier.plans.items()]
     recipe = plan.recipe
     notes = [*plan.notes, *fit.notes]
     downloads = {origin.path: origin.download_bytes for _, each in plans for origin in each.origins}
-    free = None if recipe.output_dir is None else free_bytes(recipe.output_dir)
+    free = None if output_dir is None else free_bytes(output_dir) + there
     disk = disk_bytes(plan) + earlier.disk_bytes
     if free is not None and free < disk:
         notes.append("the disk has too little room; the merge would be refused")
@@ -226,7 +232,7 @@ def plan_report(plan: Plan, fit: Fit, earlier: Earlier) -> PlanReport:
             + ("merged as it is read" if merged_when_read(each) else "merged into a folder first")
             for name, each in earlier.plans.items()
         ),
-        output_dir=None if recipe.output_dir is None else str(recipe.output_dir),
+        output_dir=None if output_dir is None else str(output_dir),
         dtype=plan.dtype,
         vocabulary=vocabulary_summary(plan),
         tied=plan.alignment.tied,

@@ -47,7 +47,7 @@ from model_config import read_config
 from model_errors import ModelCompatibilityError
 from model_files import read_text
 from model_hashes import RECIPE_FILE, REPORT_FILE
-from model_partial import PartialFolder, tidy
+from model_partial import PartialFolder, bytes_there, tidy
 from model_prep import resize_vocabulary, set_special_ids, warn_about
 from model_small_files import GENERATION
 from model_utils import WeightFile, get_llama, parse_size
@@ -142,18 +142,26 @@ def plan(
     device: str = "cpu",
     threads: int | None = None,
     max_memory: str | int | None = None,
+    findings: bool = False,
+    resume: bool = False,
     earlier: Earlier | None = None,
 ) -> PlanReport:
     """What a merge would do, from config.json, tokenizer files and headers alone.
 
     Of models on the Hub that the cache lacks, only these are fetched; no weights are read.
 
-    Arguments and errors as `merge_to_folder`; the recipe needs no `output_dir`.
+    Arguments and errors as `merge_to_folder`; the recipe needs no `output_dir`. With `resume` it
+    may be there already, and what it takes, or what a stopped run has left, counts as free.
     """
-    settings = RunSettings(device, threads, max_memory)
+    settings = RunSettings(device, threads, max_memory, findings)
     beside = 0 if earlier is None else earlier.memory_bytes
+    output_dir = recipe.output_dir
+    there = bytes_there(output_dir) if resume and output_dir is not None else 0
+    if resume and output_dir is not None and output_dir.exists():
+        recipe = replace(recipe, output_dir=None)
     with open_plan(recipe, settings.problems(), weights=False, earlier=earlier) as opened:
-        return plan_report(opened, settings.fit(opened, beside), earlier or Earlier())
+        fit = settings.fit(opened, beside)
+        return plan_report(opened, fit, earlier or Earlier(), output_dir, there)
 
 
 def merge_to_folder(

@@ -76,6 +76,13 @@ def check_output_dir(output_dir: Path) -> None:
         )
 
 
+def bytes_there(output_dir: Path) -> int:
+    """What an output, or what a stopped run has left for it, takes on the disk by now."""
+    folders = (output_dir, output_dir.with_name(_partial_name(output_dir)))
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return sum(path.stat().st_size for path in files)
+
+
 def _partial_name(output_dir: Path) -> str:
     return f".{output_dir.name}.partial"
 

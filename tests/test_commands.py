@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ import merge_run
 from dare_llama import dare_merge_llama_to_folder
 from della_llama import della_merge_llama_to_folder
 from linear_llama import linear_merge_llama_to_folder
-from merge import plan_recipe
+from merge import merge_recipe, plan_recipe
 from merge_memory import fit_memory
 from merge_methods import METHODS
 from merge_plan import open_plan
@@ -544,6 +545,31 @@ def test_room_is_looked_at_before_anything_is_begun(models, monkeypatch):
     monkeypatch.setattr("merge_report.anonymous_memory", lambda: plan.memory_bytes - 1)
     with pytest.raises(MemoryLimitError):
         plan.check_room()
+
+
+def test_a_plan_of_a_merge_that_goes_on_counts_what_is_there(models, monkeypatch):
+    monkeypatch.setattr("merge_report.free_bytes", lambda _: 5 * 10**6)
+    recipe = {"method": "linear", "models": ["a", "b"]}
+    (models / ".out.partial" / "model").mkdir(parents=True)
+    (models / ".out.partial" / "model" / "half").write_bytes(bytes(10**6))
+    assert plan_recipe(recipe, "out").disk_free == 5 * 10**6
+    assert plan_recipe(recipe, "out", resume=True).disk_free == 6 * 10**6
+    shutil.rmtree(models / ".out.partial")
+    merge_recipe(recipe, "out", progress=False)
+    with pytest.raises(ValueError, match="the output exists already"):
+        plan_recipe(recipe, "out")
+    finished = plan_recipe(recipe, "out", resume=True)
+    written = sum(path.stat().st_size for path in (models / "out").iterdir())
+    assert (finished.output_dir, finished.disk_free) == ("out", 5 * 10**6 + written)
+
+
+def test_a_plan_counts_what_findings_take(models):
+    recipe = {
+        "method": "ties", "base_model": "base", "models": ["a", "b"],
+        "parameters": {"density": 0.5, "trim_scope": "model"},
+    }  # fmt: skip
+    with_findings = plan_recipe(recipe, findings=True)
+    assert with_findings.memory_bytes > plan_recipe(recipe).memory_bytes
 
 
 def test_a_plan_as_json_says_the_same(models, capsys):

@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from tiny_checkpoints import make_llama, read_tensors, tensor_hashes
 
-from merge_recipe import isolated
+from model_text import isolated
 from model_verify import verify_folder
 from ties_llama import ties_merge_llama_to_folder
 
