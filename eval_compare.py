@@ -340,10 +340,10 @@ def _table(comparison: Comparison) -> Iterator[str]:
 def shown(number: float | None) -> str:
     """A number as a table has it, with four digits.
 
-    >>> shown(12.3456), shown(0.98765), shown(1.0), shown(123456.0), shown(None)
-    ('12.35', '0.9877', '1.000', '1.235e+05', '-')
+    >>> shown(12.3456), shown(1.0), shown(5652.1), shown(123456.0), shown(None)
+    ('12.35', '1.000', '5652', '1.235e+05', '-')
     """
-    return "-" if number is None or math.isnan(number) else f"{number:#.4g}"
+    return "-" if number is None or math.isnan(number) else f"{number:#.4g}".rstrip(".")
 
 
 def _answer_lines(name: str, answer: Answer) -> Iterator[str]:

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -290,7 +290,10 @@ class _Translator:
                     **settings,
                 )
             )
-            self.problems += check_recipe(recipe)[1]
+            goes_on = self.options.get("resume") is True and Path(recipe.output_dir or "").exists()
+            self.problems += check_recipe(replace(recipe, output_dir=None) if goes_on else recipe)[
+                1
+            ]
         except (TypeError, ValueError) as error:
             self.problems.append(str(error))
             return None

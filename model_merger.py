@@ -121,7 +121,12 @@ class ModelMerger:
             raise ValueError("a merge of adapters into one has no plan. Use check_compatibility()")
         run = self._job.run
         return plan(
-            self._job.work, device=run.device, threads=run.threads, max_memory=run.max_memory
+            self._job.work,
+            device=run.device,
+            threads=run.threads,
+            max_memory=run.max_memory,
+            findings=run.findings,
+            resume=run.resume,
         )
 
     def check_compatibility(self) -> bool:
@@ -249,7 +254,9 @@ class ModelMerger:
             )
             return self._loaded(partial(load_to_run, on_base))
         base = self._loaded(partial(load_to_run, job.base_model))
-        model = PeftModel.from_pretrained(base.model, os.fspath(job.output_dir)).eval()
+        with warnings.catch_warnings():  # PEFT uses what transformers has renamed
+            warnings.simplefilter("ignore", FutureWarning)
+            model = PeftModel.from_pretrained(base.model, os.fspath(job.output_dir)).eval()
         return replace(base, model=model, tokenizer=tokenizer_of(on_base))
 
     def _on_device(self, merge: Callable[[str], Any]) -> Any:

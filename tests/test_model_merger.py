@@ -35,9 +35,6 @@ BASE = f"{TINY}/base"
 PROMPTS = ["capital: france =", "symbol: gold ="]
 ARABIC = ["مرحبا، كيف حالك؟", "إزيك؟"]
 
-# Of PEFT, which uses what transformers has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-
 
 def weights(folder):
     return load_file(Path(folder) / "model.safetensors")
@@ -272,6 +269,20 @@ def test_without_an_output_the_result_is_in_memory(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "saved").iterdir()] == ["here"]
     with pytest.raises(FileExistsError):
         merger.save_merged_model(model, "saved/here")
+
+
+def test_a_merger_goes_on_with_what_is_there(tmp_path):
+    models = [{"path": CAPITALS}, {"path": ELEMENTS}]
+    options = {"resume": True, "verbose": False}
+    config = MergeConfig("slerp", models, tmp_path / "out", options=options)
+    first = ModelMerger(config).merge()
+    merger = ModelMerger(config)
+    assert merger.plan().output_dir == str(tmp_path / "out")
+    again = merger.merge()
+    assert merger.report.finished_before
+    assert all(torch.equal(one, two) for one, two in zip(
+        first.state_dict().values(), again.state_dict().values(), strict=True
+    ))  # fmt: skip
 
 
 def test_a_half_saved_model_leaves_nothing(tmp_path, monkeypatch):

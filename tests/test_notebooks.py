@@ -27,6 +27,7 @@ OUTPUTS = {
     "ties": {"ties-merged"},
     "slerp": {"slerp-merged"},
     "recipe": {"recipe-merged", "recipe.yml"},
+    "evaluate": {"evaluate-merged", "compared.json", "compared.html"},
     "lora": {"lora-merged", "lora-adapter", "lora-folded", "lora-extracted"},
 }
 """What each makes in the folder in which it runs."""
@@ -126,8 +127,9 @@ def test_a_notebook_is_clean(name):
 
 @each_notebook
 def test_every_notebook_has_the_same_cells_for_the_same_ends(name):
-    ours, others = read(name), read(NAMES[0])
-    for shared in ("install", "check", "ask", "ask-merged", "pipeline"):
+    ours, others = read(name), read("ties")
+    ends = ("install", "check", "ask", "ask-merged", "pipeline")
+    for shared in ends[:2] if name == "evaluate" else ends:
         assert cell_of(ours, shared).source == cell_of(others, shared).source
     assert "max_disk" in cell_of(ours, "parameters").source
     assert f'from_pretrained("{name}-merged"' in cell_of(ours, "next").source
@@ -148,12 +150,31 @@ def run_as_it_stands(name: str, folder: Path):
     """A notebook that was run whole, whose results are sound."""
     book = run(name, folder)
     assert {path.name for path in folder.iterdir()} == OUTPUTS[name]
-    for output in OUTPUTS[name] - {"recipe.yml"}:
-        assert verify_folder(folder / output).problems == ()
+    for output in OUTPUTS[name]:
+        if "." not in output:
+            assert verify_folder(folder / output).problems == ()
     assert verify_folder(folder / f"{name}-merged").dtypes == ("float16",)
     assert printed(book, "check").startswith(f"{name}-merged: sound")
-    assert printed(book, "pipeline") == f"{RIGHT[0]}\n"
+    if name != "evaluate":
+        assert printed(book, "pipeline") == f"{RIGHT[0]}\n"
     return book
+
+
+def test_the_evaluation_notebook_sets_a_merge_beside_what_it_was_made_of(folder):
+    book = run_as_it_stands("evaluate", folder)
+    shown = printed(book, "compare").splitlines()
+    assert [line.split()[:2] for line in shown[1:5]] == [
+        ["base", "base"], ["capitals", "source"], ["elements", "source"],
+        ["evaluate-merged", "merge"],
+    ]  # fmt: skip
+    assert isolated(ARABIC) in "\n".join(shown)
+    merged = [isolated(line) for line in ("paris", "Au")]
+    assert [line.split()[1] for line in shown if line.startswith("  evaluate-merged")][:2] == merged
+    (page,) = cell_of(book, "page").outputs[:1]
+    assert f'<td class=text dir="auto">{ARABIC}</td>' in page.data["text/html"]
+    assert page.data["text/html"] == (folder / "compared.html").read_text(encoding="utf-8")
+    again = run("evaluate", folder, until="page", strategy="task_arithmetic")
+    assert "was finished before" in printed(again, "merge")
 
 
 def test_the_ties_notebook_asks_a_base_that_knows_nothing_and_a_merge_that_knows_all(folder):

@@ -52,7 +52,7 @@ def test_the_page_of_a_command_has_its_functions_and_its_help(command, hooks):
     page = hooks.reference(module)
     assert f"::: {module}\n" in page
     assert f"\n## Command `{command}`\n\n```text\nusage: {command} [-h]" in page
-    if module.endswith("_llama") and module != "lora_llama":
+    if module.endswith("_llama") and module not in ("lora_llama", "eval_llama"):
         assert f"- {module.removesuffix('_llama')}_merge_llama\n" in page
         assert f"- {module.removesuffix('_llama')}_merge_llama_to_folder\n" in page
 
