@@ -1,6 +1,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# By pip, as some machines have a CPU build of it that only pip is told of.
+TORCH := torch==2.13.0
+
+# uv installs several times as fast as pip, which is used where uv does not find a package.
+install = $(BIN)/uv pip install --quiet --python $(1)/bin/python $(2) || \
+	$(1)/bin/python -m pip install --quiet --no-compile $(2)
+
 .PHONY: test demo lint types unit transformers4 bare site fix clean
 
 test: lint types unit transformers4 bare site  ## everything that CI runs
@@ -23,12 +30,11 @@ transformers4: .venv-transformers4/installed  ## what loads results, with transf
 		tests/test_in_memory.py tests/test_tiny_llamas.py tests/test_lora_parity.py \
 		tests/test_inference.py
 
-# Only what a user gets: development packages hide a missing requirement. torch comes from the
-# pinned install, so that this does not fetch it twice.
+# Only what a user gets: development packages hide a missing requirement.
 bare: .venv/installed
 	rm -rf .venv-bare && $(PYTHON) -m venv .venv-bare
-	.venv-bare/bin/pip install --quiet torch==2.13.0
-	.venv-bare/bin/pip install --quiet .
+	.venv-bare/bin/pip install --quiet --no-compile $(TORCH)
+	$(call install,.venv-bare,.)
 	cd .venv-bare && for command in bin/*-llama bin/llama-*; do \
 		$$command --help > /dev/null || exit 1; done
 	cd .venv-bare && bin/ties-llama ../examples/tiny_llamas/base --save merged --ft_models \
@@ -47,12 +53,14 @@ fix: .venv/installed
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile $(TORCH) uv==0.13.9
+	$(call install,.venv,--editable '.[dev]')
 	touch $@
 
-.venv-transformers4/installed: tests/requirements-transformers4.txt
+.venv-transformers4/installed: tests/requirements-transformers4.txt .venv/installed
 	$(PYTHON) -m venv .venv-transformers4
-	.venv-transformers4/bin/pip install --quiet -r tests/requirements-transformers4.txt
+	.venv-transformers4/bin/pip install --quiet --no-compile $(TORCH)
+	$(call install,.venv-transformers4,-r tests/requirements-transformers4.txt)
 	touch $@
 
 clean:
