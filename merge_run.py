@@ -401,7 +401,9 @@ def _generation_config(plan: Plan, model: "PreTrainedModel") -> "GenerationConfi
     text = plan.carried.text(GENERATION)
     if text is None:
         return GenerationConfig.from_model_config(model.config)
-    return GenerationConfig.from_dict(json.loads(text))
+    # What begins with _ is how transformers came to it; transformers 4 would take it for its own.
+    entries = {key: value for key, value in json.loads(text).items() if not key.startswith("_")}
+    return GenerationConfig.from_dict(entries)
 
 
 def _check_names(plan: Plan, model: "PreTrainedModel") -> None:

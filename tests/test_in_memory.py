@@ -177,6 +177,18 @@ def load_for_inference(folder):
     return model
 
 
+def test_a_result_in_memory_can_be_asked(tmp_path):
+    """Also where its generation config says that transformers made it from a config."""
+    base, *models = make_family(tmp_path)
+    entries = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2}
+    for folder in (base, *models):
+        (folder / "generation_config.json").write_text(json.dumps(entries))
+    merged = linear_merge_llama(models, progress=False)
+    assert merged.generation_config.eos_token_id == 2
+    tokens = merged.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=5, do_sample=False)
+    assert tokens.shape[1] > 3
+
+
 @pytest.mark.filterwarnings("ignore:.*torch_dtype.*")
 def test_merge_save_and_load_in_float16(tmp_path):
     base, *models = make_family(tmp_path)

@@ -35,6 +35,7 @@ OUTPUTS = {
 SPECIALISTS = [TINY / name for name in ("capitals", "elements", "animals")]
 RIGHT = ["capital: france = paris", "symbol: gold = Au", "young: dog = puppy"]
 ARABIC = "مرحبا، كيف حالك؟"
+QUANTUM = "Explain the concept of quantum entanglement to a 5-year-old."
 
 each_notebook = pytest.mark.parametrize("name", NAMES)
 
@@ -280,11 +281,12 @@ def test_slerp_of_models_whose_vocabularies_differ_in_size_is_asked_in_arabic_by
     folder, unequal
 ):
     _, same, more = map(str, unequal)
-    book = run("slerp", folder, MODEL_1_URL=same, MODEL_2_URL=more, prompts=[ARABIC])
+    book = run("slerp", folder, MODEL_1_URL=same, MODEL_2_URL=more, prompts=[ARABIC, QUANTUM])
     assert "vocabulary  50 rows, 50 tokens, by 'max'" in printed(book, "plan")
     assert verify_folder(folder / "slerp-merged").vocab_rows == 50
     for cell_id in ("ask-sources", "ask-merged"):
         assert isolated(ARABIC) in printed(book, cell_id)
+        assert isolated(QUANTUM) in printed(book, cell_id)
 
 
 def test_what_is_wrong_with_a_recipe_is_refused_with_its_line(folder):
