@@ -4,7 +4,6 @@ A strategy becomes a recipe (for adapters, an `AdapterMerge`), and an option one
 An option that has no meaning here is accepted, and a note says what happens instead.
 """
 
-import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,53 +15,16 @@ from merge_adapters import METHODS as ADAPTER_METHODS
 from merge_adapters import AdapterMerge
 from merge_methods import ALIASES, METHODS, Method
 from merge_plan import canonical, check_recipe
-from merge_recipe import Parameter, Recipe, make_recipe, model_name, unknown_name
+from merge_recipe import Parameter, Recipe, brief, make_recipe, model_name, unknown_name
 from merge_run import RunSettings
+from merger_options import OF_ADAPTERS, OF_THE_RECIPE, Options, take_run_options
 from merger_validation import Validation, read_validation
 from model_locate import last_part
-from model_safetensors import DTYPE_NAMES
 
 STRATEGIES = {"weighted": "linear"}
 """Names of strategies that are not those of methods."""
 
 OPERATIONS = ("add", "subtract")
-
-OF_THE_RECIPE = (
-    "merge_embeddings", "merge_lm_head", "weight_decay", "include", "exclude", "profile",
-    "vocabulary", "tokenizer_source", "chat_template", "max_shard_size", "lora_rounding",
-    "tied_lora", "nan_policy",
-)  # fmt: skip
-"""Options that a recipe has by the same names."""
-
-OF_THE_RUN = ("threads", "max_memory", "findings", "resume", "verify_inputs")
-"""Options of `merge_run.RunSettings`."""
-
-TRANSLATED = (
-    "normalize_weights", "scaling_factor", "clamp_weights", "clamp_range", "interpolation_factor",
-    "torch_dtype", "dtype", "device_map", "verbose", "log_level", "merge_method",
-)  # fmt: skip
-"""Options that are something else here, by other names."""
-
-WITHOUT_EFFECT = {
-    "low_memory_mode": "memory never grows with the models; max_memory sets a limit",
-    "sequential_loading": "models are not loaded, but read block by block",
-    "parallel_loading": "models are not loaded, but read block by block, one on each core",
-    "cache_models": "models are read block by block; the system caches their files",
-    "offload_folder": "nothing has to be offloaded, and nothing but the output is written",
-    "gradient_checkpointing": "a merge has no gradients",
-    "torch_compile": "a merge runs compiled loops anyway; torch.compile(model) compiles the result",
-}
-"""Options that need nothing to be done, and why."""
-
-ALWAYS = {
-    "preserve_tokenizer": "the result always has a tokenizer; tokenizer_source says whose",
-    "preserve_base_model": "the base is only read, and stays as it is",
-    "use_safetensors": "weights are always written as safetensors",
-}
-"""Options that are always on, and what is said to those who want them off."""
-
-OF_ADAPTERS = ("rank", "max_rank", "densities", "lam", "seed")
-"""Options of a merge of adapters into one, by the names of `AdapterMerge`."""
 
 PEFT_KEYS = ("merge_adapters", "adapter_names", "base_model_path")
 
@@ -139,11 +101,12 @@ class _Translator:
 
     def __init__(self, config: MergeConfig) -> None:
         self.config = config
-        self.options = {**config.options}
-        self.peft = config.peft_config
         self.problems: list[str] = []
         self.notes: list[str] = []
-        self.method = STRATEGIES.get(config.strategy, config.strategy)
+        self.options = Options(self._mapping("options") or {})
+        self.peft = self._mapping("peft_config")
+        self.strategy = str(config.strategy)
+        self.method = STRATEGIES.get(self.strategy, self.strategy)
         self.adapters = self.peft is not None and self.peft.get("merge_adapters", True)
         self.models = self._models()
         self.base = self._base()
@@ -151,16 +114,12 @@ class _Translator:
 
     def translation(self) -> Translation:
         """All of it, or all that is wrong."""
-        config = self.config
-        output_dir = None if config.output_path is None else Path(config.output_path)
-        device, load_device = self._devices()
-        dtype = self._dtype()
-        work = self._adapter_merge(dtype) if self.adapters else self._recipe(dtype)
-        run = self._run(device)
-        log_level = self._log_level()
-        self._look_at_others()
-        validation, problems = read_validation(config.validation)
-        self.problems += problems
+        output_dir = self._output_dir()
+        run, device, dtype, log_level = take_run_options(self.options, self.problems, self.notes)
+        work = self._adapter_merge(dtype) if self.adapters else self._recipe(dtype, run.resume)
+        validation, problems = read_validation(self.config.validation)
+        self.problems += [*self.options.problems(), *problems]
+        self.notes += self.options.remarks(self.strategy)
         if self.problems or work is None:
             raise ValueError("\n".join(dict.fromkeys(self.problems)))
         return Translation(
@@ -169,23 +128,43 @@ class _Translator:
             sources=self.sources,
             base_model=self.base,
             run=run,
-            device=load_device,
+            device=device,
             dtype=dtype or "auto",
             validation=validation,
             log_level=log_level,
             notes=tuple(self.notes),
         )
 
+    def _mapping(self, name: str) -> Mapping[str, Any] | None:
+        """An entry of the config that must be a mapping, if it is there."""
+        value = getattr(self.config, name)
+        if value is None or isinstance(value, Mapping):
+            return value
+        self.problems.append(f"{name} must be a mapping, got {brief(value)}")
+        return None
+
+    def _output_dir(self) -> Path | None:
+        output_path = self.config.output_path
+        if output_path is None:
+            return None
+        try:
+            return Path(model_name(output_path, "output_path"))
+        except TypeError:
+            self.problems.append(f"output_path must name a folder, got {brief(output_path)}")
+            return None
+
     def _models(self) -> list[dict[str, Any]]:
         """The models, as far as they are mappings with a path."""
         models: Any = self.config.models
         if isinstance(models, str | Mapping) or not isinstance(models, Sequence) or not models:
-            self.problems.append(f'models must be a list of {{"path": ...}}, got {models!r}')
+            self.problems.append(f'models must be a list of {{"path": ...}}, got {brief(models)}')
             return []
         found = []
         for number, model in enumerate(models, 1):
             if not isinstance(model, Mapping) or "path" not in model:
-                self.problems.append(f'model {number} must be a mapping with "path", got {model!r}')
+                self.problems.append(
+                    f'model {number} must be a mapping with "path", got {brief(model)}'
+                )
                 continue
             try:
                 found.append(
@@ -226,7 +205,9 @@ class _Translator:
             if key not in PEFT_KEYS:
                 self.problems.append(unknown_name("entry of peft_config", key, PEFT_KEYS))
         if not isinstance(self.adapters, bool):
-            self.problems.append(f"merge_adapters must be true or false, got {self.adapters!r}")
+            self.problems.append(
+                f"merge_adapters must be true or false, got {brief(self.adapters)}"
+            )
         elif not self.adapters and self.base is None:
             self.problems.append(
                 "merge_adapters is false, so each adapter is put on a base: name it as "
@@ -237,7 +218,7 @@ class _Translator:
         """Folders of adapters: PEFT saves those that are not called default below the path."""
         names: Any = (self.peft or {}).get("adapter_names") or ["default"]
         if isinstance(names, str) or not isinstance(names, Sequence):
-            self.problems.append(f"adapter_names must be a list of names, got {names!r}")
+            self.problems.append(f"adapter_names must be a list of names, got {brief(names)}")
             return paths
         if len(names) not in (1, len(paths)):
             self.problems.append(
@@ -258,7 +239,9 @@ class _Translator:
             weight: Any = model.get("weight", 1.0)
             operation = model.get("operation", "add")
             if isinstance(weight, bool) or not isinstance(weight, int | float):
-                self.problems.append(f"{model['path']}: weight must be a number, got {weight!r}")
+                self.problems.append(
+                    f"{model['path']}: weight must be a number, got {brief(weight)}"
+                )
                 weight = 1.0
             if operation not in OPERATIONS:
                 where = f"operation (of {model['path']})"
@@ -267,7 +250,7 @@ class _Translator:
         said = any(key in model for model in self.models for key in ("weight", "operation"))
         return weights if said else None
 
-    def _recipe(self, dtype: str | None) -> Recipe | None:
+    def _recipe(self, dtype: str | None, resume: bool) -> Recipe | None:
         """The recipe of models, or of adapters each on its base."""
         name = self.method
         if name not in METHODS and name not in ALIASES:
@@ -276,7 +259,7 @@ class _Translator:
             return None
         method = METHODS[ALIASES[name][0] if name in ALIASES else name]
         parameters = self._parameters(method)
-        settings = {key: self.options[key] for key in OF_THE_RECIPE if key in self.options}
+        settings = self.options.take_all(OF_THE_RECIPE)
         try:
             recipe = canonical(
                 make_recipe(
@@ -290,7 +273,7 @@ class _Translator:
                     **settings,
                 )
             )
-            goes_on = self.options.get("resume") is True and Path(recipe.output_dir or "").exists()
+            goes_on = resume and recipe.output_dir is not None and recipe.output_dir.exists()
             self.problems += check_recipe(replace(recipe, output_dir=None) if goes_on else recipe)[
                 1
             ]
@@ -306,7 +289,7 @@ class _Translator:
         for name, parameter in declared.items():
             for key in dict.fromkeys((name, parameter.key)):
                 if key in self.options and not (parameter.per_model and key != name):
-                    values[name] = self.options[key]
+                    values[name] = self.options.take(key)
         self._take("normalize_weights", declared, ("normalize", "normalize_weights"), values)
         self._take("scaling_factor", declared, ("lam",), values)
         self._take("interpolation_factor", declared, ("t",), values)
@@ -316,7 +299,7 @@ class _Translator:
         elif weights is not None and self.method == "slerp":
             self._position(weights, values)
         elif weights is not None:
-            self.notes.append(f"weight and operation have no effect with {self.config.strategy}")
+            self.notes.append(f"weight and operation have no effect with {self.strategy}")
         of_models = {each.key: each for each in declared.values() if each.per_model}
         self._look_at_models(*of_models)
         values |= self._values_of_models(of_models)
@@ -333,12 +316,10 @@ class _Translator:
         if option not in self.options:
             return
         name = next((name for name in names if name in declared), None)
-        if name is None:
-            self.notes.append(f"{option} has no effect with {self.config.strategy}")
-        elif name in values and name != option:
+        if name is not None and name in values and name != option:
             self.problems.append(f"{option} and {name} are the same. Leave one of them out")
-        else:
-            values[name] = self.options[option]
+        elif name is not None:
+            values[name] = self.options.take(option)
 
     def _position(self, weights: Sequence[float], values: dict[str, Any]) -> None:
         """SLERP's t: the share of the second weight, unless it is given itself."""
@@ -371,8 +352,9 @@ class _Translator:
         for key, parameter in of_models.items():
             if parameter.name == "weights":
                 continue
-            of_all = self.options.get(key, parameter.default)
-            if key in self.options or any(key in model for model in self.models):
+            given = key in self.options
+            of_all = self.options.take(key, parameter.default)
+            if given or any(key in model for model in self.models):
                 if parameter.name in self.options:
                     self.problems.append(
                         f"{key} and {parameter.name} are both given. Leave one of them out"
@@ -380,9 +362,9 @@ class _Translator:
                 yield parameter.name, [model.get(key, of_all) for model in self.models]
 
     def _clamp_range(self) -> Any:
-        clamp, bounds = self.options.get("clamp_weights"), self.options.get("clamp_range")
-        if clamp not in (None, True, False):
-            self.problems.append(f"clamp_weights must be true or false, got {clamp!r}")
+        clamp, bounds = self.options.take("clamp_weights"), self.options.take("clamp_range")
+        if not isinstance(clamp, bool | None):
+            self.problems.append(f"clamp_weights must be true or false, got {brief(clamp)}")
         if clamp and bounds is None:
             self.problems.append("clamp_weights needs clamp_range, such as [-2.0, 2.0]")
         if clamp is False and bounds is not None:
@@ -393,13 +375,13 @@ class _Translator:
     def _adapter_merge(self, dtype: str | None) -> AdapterMerge | None:
         """The merge of adapters into one."""
         strategies = ["weighted", "task_arithmetic", *ADAPTER_METHODS]
-        strategy = self.config.strategy
+        strategy = self.strategy
         if strategy not in strategies:
             self.problems.append(
                 f"{unknown_name('strategy', strategy, strategies)} Others need merge_adapters "
                 "false: each adapter on its base, merged as models"
             )
-        method = self.options.get("merge_method")
+        method = self.options.take("merge_method")
         if strategy in ADAPTER_METHODS:
             if method not in (None, strategy):
                 self.problems.append(f"strategy {strategy} and merge_method {method!r} differ")
@@ -412,7 +394,7 @@ class _Translator:
                 "the merged adapter on it"
             )
         self._look_at_models("density")
-        settings = {key: self.options[key] for key in OF_ADAPTERS if key in self.options}
+        settings = self.options.take_all(OF_ADAPTERS)
         densities = [model.get("density") for model in self.models]
         if any(each is not None for each in densities):
             settings["densities"] = tuple(1.0 if each is None else each for each in densities)
@@ -430,10 +412,8 @@ class _Translator:
 
     def _adapter_weights(self) -> tuple[float, ...] | None:
         """Weights of adapters, by their sum if the strategy is "weighted"."""
-        weights = self._weights()
-        if weights is None:
-            weights = [1.0] * len(self.models)
-        if not self.options.get("normalize_weights", self.config.strategy == "weighted"):
+        weights = self._weights() or [1.0] * len(self.models)
+        if not self.options.take("normalize_weights", self.strategy == "weighted"):
             return tuple(weights)
         if not weights or not math.isfinite(total := sum(weights)) or abs(total) < 1e-8:
             self.problems.append(
@@ -442,88 +422,3 @@ class _Translator:
             )
             return None
         return tuple(weight / total for weight in weights)
-
-    def _dtype(self) -> str | None:
-        """The result's dtype; None for that of the base or the first model."""
-        given = {
-            str(self.options[key]).removeprefix("torch.")
-            for key in ("torch_dtype", "dtype")
-            if self.options.get(key) is not None
-        }
-        if len(given) > 1:
-            self.problems.append("torch_dtype and dtype are the same. Leave one of them out")
-        dtype = min(given, default="auto")
-        if dtype not in ("auto", *DTYPE_NAMES):
-            self.problems.append(unknown_name("torch_dtype", dtype, ("auto", *DTYPE_NAMES)))
-        return None if dtype == "auto" else dtype
-
-    def _devices(self) -> tuple[str, str]:
-        """Where it is merged, and where the result is loaded."""
-        given = self.options.get("device_map")
-        if given is None or given == "auto":
-            return "cpu", "auto"
-        if isinstance(given, Mapping) and [*given] == [""]:
-            given = given[""]
-        if isinstance(given, int) and not isinstance(given, bool):
-            given = f"cuda:{given}"
-        text = str(given)
-        if text.partition(":")[0] in ("cpu", "cuda"):
-            return text, text
-        self.notes.append(
-            f"device_map {text!r}: the result is loaded on one device, a GPU if there is one"
-        )
-        return "cpu", "auto"
-
-    def _run(self, device: str) -> RunSettings:
-        settings = {key: self.options[key] for key in OF_THE_RUN if key in self.options}
-        verbose = self.options.get("verbose", True)
-        if not isinstance(verbose, bool):
-            self.problems.append(f"verbose must be true or false, got {verbose!r}")
-        run = RunSettings(device, progress=bool(verbose), **settings)
-        self.problems += run.problems()
-        return run
-
-    def _log_level(self) -> int | None:
-        level = self.options.get("log_level")
-        names = logging.getLevelNamesMapping()
-        if level is None or isinstance(level, int):
-            return level
-        if str(level).upper() not in names:
-            self.problems.append(unknown_name("log_level", level, names))
-            return None
-        return names[str(level).upper()]
-
-    def _look_at_others(self) -> None:
-        """Options that need nothing to be done, and those that there are not."""
-        strategy = self.config.strategy
-        for option, why in WITHOUT_EFFECT.items():
-            if self.options.get(option):
-                self.notes.append(f"{option}: {why}")
-        for option, why in ALWAYS.items():
-            if self.options.get(option) is False:
-                self.notes.append(f"{option}: {why}")
-        own = self._own_options()
-        others = {p.name for method in METHODS.values() for p in method.parameters} | {
-            "merge_method"
-        }
-        known = [*own, *OF_THE_RUN, *TRANSLATED, *WITHOUT_EFFECT, *ALWAYS]
-        for option in self.options:
-            if option == "merge_method" and not self.adapters:
-                self.notes.append("merge_method has no effect: it is for adapters (peft_config)")
-            elif option in known:
-                continue
-            elif option in OF_THE_RECIPE:
-                self.notes.append(f"{option} has no effect on adapters: what they have is merged")
-            elif option in others:
-                self.problems.append(f"{option} has no effect with {strategy}. Leave it out")
-            else:
-                self.problems.append(unknown_name("option", option, known))
-
-    def _own_options(self) -> list[str]:
-        """Options of the strategy, and of what is merged."""
-        if self.adapters:
-            return [*OF_ADAPTERS, "merge_method"]
-        method = METHODS.get(ALIASES[self.method][0] if self.method in ALIASES else self.method)
-        declared = () if method is None else method.parameters
-        names = [name for each in declared for name in (each.name, each.key)]
-        return [*(name for name in dict.fromkeys(names) if name != "weight"), *OF_THE_RECIPE]

@@ -8,7 +8,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
-OTHER_DRIVERS = ("merge", "generate", "merger_config", "merger_validation", "model_merger")
+OTHER_DRIVERS = (
+    "merge",
+    "generate",
+    "merger_config",
+    "merger_options",
+    "merger_validation",
+    "model_merger",
+)
 DRIVERS = [n for n in MODULES if n.endswith("_llama") or n in OTHER_DRIVERS]
 EVAL = [n for n in MODULES if n.startswith("eval_") and n not in DRIVERS]
 MERGE = [n for n in MODULES if n.startswith("merge_")]

@@ -167,6 +167,21 @@ def test_an_option_that_means_nothing_here_says_once_what_happens_instead(tmp_pa
     assert "note:" not in capsys.readouterr().err
 
 
+def test_an_option_that_means_nothing_with_a_strategy_is_named():
+    options = {"trim_scope": "row", "interpolation_factor": 0.5, "merge_method": "svd"}
+    job = translate(MergeConfig("weighted", [{"path": CAPITALS}], options=options))
+    assert job.notes == tuple(f"{name} has no effect with weighted" for name in options)
+    options = {"clamp_range": [-1, 1], "merge_lm_head": False, "scaling_factor": 2.0, "lam": 1.0}
+    peft = {"base_model_path": BASE}
+    job = translate(MergeConfig("weighted", [{"path": "a"}], "out", None, options, peft))
+    assert job.notes == tuple(f"{name} has no effect with weighted" for name in [*options][:3])
+
+
+@pytest.mark.parametrize("name", ["options", "peft_config", "validation"])
+def test_parts_of_a_config_are_mappings(name):
+    assert f"{name} must be a mapping, got ['a']" in refusal(**{name: ["a"]})
+
+
 def test_on_options_that_are_always_on_nothing_is_said():
     options = {
         "use_safetensors": True, "preserve_tokenizer": True, "merge_embeddings": True,
@@ -206,7 +221,6 @@ def test_everything_that_is_wrong_is_said_at_once():
         ({"strategy": "task_arithmetic"}, "task_arithmetic needs a base_model"),
         ({"strategy": "slerp", "models": [{"path": "a"}] * 3}, "takes exactly 2 fine-tuned"),
         ({"options": {"torch_dtype": "float16", "dtype": "float32"}}, "are the same"),
-        ({"options": {"trim_scope": "row"}}, "trim_scope has no effect with weighted"),
         ({"options": {"normalize": True, "normalize_weights": True}}, "are the same"),
         ({"options": {"device_map": "cuda"}}, "cuda"),
         ({"models": [{"path": "a", "operation": "subtrct"}]}, "Did you mean 'subtract'?"),
