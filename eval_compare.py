@@ -11,22 +11,23 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from eval_perplexity import Perplexity, perplexity, perplexity_after
 from eval_texts import distinct, repetition
-from model_inference import Answer, Running, ask, release_memory
-from model_text import isolated
+from model_inference import Answer, Running, answer_problems, ask, release_memory
+from model_text import isolated, name_width, padded_name, printable
 
 Role = Literal["base", "source", "merge"]
+ROLES: tuple[Role, ...] = get_args(Role)
 Metric = Literal["perplexity", "coherence", "fluency"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 
 DEFINITIONS = {
     "perplexity": "exp of the mean negative log-likelihood per token of the texts; lower is better",
-    "bits_per_byte": "the same per byte of the texts, for models with other tokenizers",
+    "bits_per_byte": "the same per byte of what was predicted, for models with other tokenizers",
     "repetition_4": "coherence: share of the sequences of 4 words of an answer that repeat an "
     "earlier one of it, mean of all answers (seq-rep-4, arXiv:1908.04319); lower is better",
     "distinct_1": "coherence: share of different words in all answers (arXiv:1510.03055)",
     "distinct_2": "coherence: share of different pairs of words in all answers",
-    "fluency": "perplexity of the answers, each after its prompt, under {judge}; lower is "
-    "more like what that model would say, and a wrong answer can be fluent",
+    "fluency": "perplexity of the answers under {judge}, which reads each as plain text after its "
+    "prompt; lower is more like what that model would say, and a wrong answer can be fluent",
 }
 """What the numbers of a comparison are, in the order of its columns."""
 
@@ -175,12 +176,12 @@ class Comparison:
         lines = [*_table(self)]
         if self.definitions:
             lines += ["", *(f"{name}: {text}" for name, text in self.definitions.items())]
-        width = max(len(each.name) for each in self.models)
+        width = max(name_width(each.name) for each in self.models)
         for at, prompt in enumerate(self.prompts):
             lines += ["", f"> {isolated(prompt)}"]
             for each in self.models:
-                lines += _answer_lines(each.name.ljust(width), each.answers[at])
-        lines += ["", *(f"note: {note}" for note in self.notes)] if self.notes else []
+                lines += _answer_lines(each.name, width, each.answers[at])
+        lines += ["", *(f"note: {printable(note)}" for note in self.notes)] if self.notes else []
         return "\n".join(lines)
 
 
@@ -213,9 +214,10 @@ def compare(
         ValueError: a setting is out of range, or there is nothing to compare by.
         ModelCompatibilityError: a model cannot be loaded.
     """
+    texts, prompts = list(texts), list(prompts)
     if problems := [*_problems(candidates, texts, prompts, settings)]:
         raise ValueError("\n".join(problems))
-    judge = min(candidates, key=lambda each: ("base", "source", "merge").index(each.role))
+    judge = min(candidates, key=lambda each: ROLES.index(each.role))
     scored = bool(prompts) and "fluency" in settings.metrics and judge.role != "merge"
     order = sorted(candidates, key=lambda each: each is judge)  # it reads what all have said
     found: dict[str, Measured] = {}
@@ -253,11 +255,22 @@ def _problems(
         yield "no model is given. Name at least one"
     if twice := {name for name in names if names.count(name) > 1}:
         yield f"two models are called {min(twice)!r}. Give them names that differ"
-    if not (texts or prompts or settings.tasks):
-        yield "there is nothing to compare by. Give texts, prompts or tasks"
+    if not (prompts or settings.tasks or (texts and "perplexity" in settings.metrics)):
+        yield "there is nothing to compare by. Give texts (for the perplexity), prompts or tasks"
     for metric in settings.metrics:
         if metric not in METRICS:
             yield f"there is no metric {metric!r}; there are: {', '.join(METRICS)}"
+    yield from answer_problems(
+        settings.max_new_tokens,
+        settings.batch_size,
+        settings.temperature,
+        settings.top_p,
+        settings.seed,
+    )
+    if settings.max_length is not None and settings.max_length < 2:
+        yield f"max_length must be at least 2, got {settings.max_length}"
+    if settings.stride is not None and settings.stride < 1:
+        yield f"stride must be at least 1, got {settings.stride}"
 
 
 def _measured(
@@ -330,9 +343,9 @@ def _table(comparison: Comparison) -> Iterator[str]:
         for each in comparison.models
     ]
     heads = ["model", "role", *(name.replace("_", " ") for name in columns)]
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    widths = [max(map(name_width, column)) for column in zip(heads, *rows, strict=True)]
     for cells in (heads, *rows):
-        words = [cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True)]
+        words = map(padded_name, cells[:2], widths[:2])
         numbers = [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]
         yield "  ".join([*words, *numbers]).rstrip()
 
@@ -346,9 +359,9 @@ def shown(number: float | None) -> str:
     return "-" if number is None or math.isnan(number) else f"{number:#.4g}".rstrip(".")
 
 
-def _answer_lines(name: str, answer: Answer) -> Iterator[str]:
+def _answer_lines(name: str, width: int, answer: Answer) -> Iterator[str]:
     """An answer beside the name of who gave it; further lines are indented."""
     cut = " ..." if answer.finish == "length" else ""
     first, *others = f"{isolated(answer.text.strip())}{cut}".split("\n")
-    yield f"  {name}  {first}"
-    yield from (f"  {'':{len(name)}}  {line}" for line in others)
+    yield f"  {padded_name(name, width)}  {first}"
+    yield from (f"  {'':{width}}  {line}" for line in others)

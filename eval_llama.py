@@ -8,7 +8,6 @@ python eval_llama.py OUT --base BASE --ft_models A B --tasks arc_easy --limit 10
 import argparse
 import functools
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,8 +18,9 @@ from eval_tasks import check_tasks, run_tasks
 from generate import add_answering, read_prompts
 from merge_arguments import CommandParser, number, spellings
 from merge_command import reported
-from merge_load import load_to_run
-from model_text import check_page_target, printable, write_page
+from merge_load import check_to_run, load_to_run
+from model_inference import loading_bars
+from model_text import check_page_target, numbered, say, write_page
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,18 +90,22 @@ def _compared(arguments: argparse.Namespace) -> str:
         check_page_target(arguments.page)
     if arguments.tasks:
         check_tasks(arguments.tasks, arguments.task_folder)
+    check_to_run(
+        [*([arguments.base] if arguments.base else []), *arguments.ft_models, *arguments.merges]
+    )
     texts = [text for path in arguments.text for text in read_texts(path)]
     prompts = [*arguments.prompt, *(read_prompts(arguments.prompts) if arguments.prompts else [])]
-    comparison = compare(
-        _candidates(arguments),
-        texts=texts,
-        prompts=prompts,
-        settings=_settings(arguments),
-        tell=lambda step: None if arguments.quiet else print(printable(step), file=sys.stderr),
-    )
+    with loading_bars(show=not arguments.quiet):
+        comparison = compare(
+            _candidates(arguments),
+            texts=texts,
+            prompts=prompts,
+            settings=_settings(arguments),
+            tell=lambda step: None if arguments.quiet else say(step, error=True),
+        )
     if arguments.page is not None:
         paths = write_page(arguments.page, comparison.to_dict(), comparison_page(comparison))
-        print(f"wrote {paths[0]} and {paths[1]}", file=sys.stderr)
+        say(f"wrote {paths[0]} and {paths[1]}", error=True)
     return _shown(comparison, as_json=arguments.json)
 
 
@@ -127,6 +131,8 @@ def short_names(models: Sequence[str]) -> list[str]:
 
     >>> short_names(["runs/a/final", "runs/b/final", "base"])
     ['a/final', 'b/final', 'base']
+    >>> short_names(["base", "base"])
+    ['base', 'base (2)']
     """
     parts = [model.rstrip("/").split("/") for model in models]
     names = ["/".join(each[-1:]) for each in parts]
@@ -135,7 +141,7 @@ def short_names(models: Sequence[str]) -> list[str]:
             "/".join(each[-count:]) if names.count(name) > 1 else name
             for name, each in zip(names, parts, strict=True)
         ]
-    return names
+    return numbered(names)
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:

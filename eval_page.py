@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 
 from eval_compare import Comparison, Measured, shown
-from model_text import html_page
+from model_text import cleaned, html_page
 
 STYLE = """
 .charts { display: flex; flex-wrap: wrap; gap: 2rem; }
@@ -39,9 +39,9 @@ def comparison_page(comparison: Comparison) -> str:
 
 
 def _parts(title: str, comparison: Comparison) -> Iterator[str]:
-    yield f"<h1>{html.escape(title)}</h1>"
+    yield f"<h1>{_isolated(title)}</h1>"
     for note in comparison.notes:
-        yield f"<p class=what>{html.escape(note)}</p>"
+        yield f"<p class=what>{_isolated(note)}</p>"
     if comparison.columns:
         yield "<div class=charts>"
         yield from (_chart(comparison, name) for name in comparison.columns)
@@ -51,7 +51,7 @@ def _parts(title: str, comparison: Comparison) -> Iterator[str]:
     if comparison.definitions:
         yield "<ul>"
         for name, text in comparison.definitions.items():
-            yield f"<li><b>{_words(name)}</b>: {html.escape(text)}</li>"
+            yield f"<li><b>{_words(name)}</b>: {_isolated(text)}</li>"
         yield "</ul>"
     if comparison.prompts:
         yield "<h2>Answers</h2>"
@@ -82,8 +82,8 @@ def _bar(top: int, model: Measured, number: float | None, scale: float) -> str:
     short = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
     middle = top + BAR * 0.7
     return (
-        f'<text x="{LABEL - 8}" y="{middle:.0f}" text-anchor="end">{html.escape(short)}'
-        f"<title>{html.escape(name)}, {model.role}</title></text>"
+        f'<text x="{LABEL - 8}" y="{middle:.0f}" text-anchor="end">'
+        f"{_escaped(short)}<title>{_escaped(name)}, {model.role}</title></text>"
         f'<rect x="{LABEL}" y="{top}" width="{length:.1f}" height="{BAR}" '
         f'fill="{COLOURS[model.role]}"/>'
         f'<text x="{LABEL + length + 6:.0f}" y="{middle:.0f}">{shown(number)}</text>'
@@ -98,13 +98,13 @@ def _numbers(comparison: Comparison) -> str:
         cells = "".join(
             f"<td class=number>{shown(numbers.get(name))}</td>" for name in comparison.columns
         )
-        rows.append(f"<tr><th>{html.escape(each.name)}</th><td>{each.role}</td>{cells}</tr>")
+        rows.append(f"<tr><th>{_isolated(each.name)}</th><td>{each.role}</td>{cells}</tr>")
     return _wide(rows)
 
 
 def _answers(comparison: Comparison) -> str:
     """A row for each prompt, a column for each model."""
-    heads = "".join(f"<th>{html.escape(each.name)}</th>" for each in comparison.models)
+    heads = "".join(f"<th>{_isolated(each.name)}</th>" for each in comparison.models)
     rows = [f"<tr><th>prompt</th>{heads}</tr>"]
     for at, prompt in enumerate(comparison.prompts):
         cells = "".join(_text(each.answers[at].text.strip()) for each in comparison.models)
@@ -113,7 +113,16 @@ def _answers(comparison: Comparison) -> str:
 
 
 def _text(text: str) -> str:
-    return f'<td class=text dir="auto">{html.escape(text)}</td>'
+    return f'<td class=text dir="auto">{_escaped(text)}</td>'
+
+
+def _isolated(text: str) -> str:
+    """A text beside others, whose direction is its own."""
+    return f"<bdi>{_escaped(text)}</bdi>"
+
+
+def _escaped(text: str) -> str:
+    return html.escape(cleaned(text))
 
 
 def _wide(rows: list[str]) -> str:

@@ -6,7 +6,7 @@ each only the tokens that the one before did not have are counted (the strided e
 "Perplexity of fixed-length models" in the documentation of transformers).
 """
 
-import itertools
+import functools
 import json
 import math
 import os
@@ -15,10 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from model_inference import Running, padded
+from model_inference import Running, ids_to_go_on_with, padded
 
 IGNORED = -100
 """The label of a token that is not counted."""
+
+BROKEN = "\ufffd"
+"""What a tokenizer makes of a part of a letter."""
+
+SCORES_BYTES = 2**30
+"""Most memory of the scores of a batch in float32, but for those of a single window."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Perplexity:
     Attributes:
         nats: negative log-likelihood of all tokens together.
         tokens: how many were predicted; the first of a text cannot be.
-        bytes: length of the texts in UTF-8.
+        bytes: length in UTF-8 of what was predicted.
         texts: how many there were.
     """
 
@@ -79,7 +85,7 @@ def perplexity(
     Args:
         running: the model.
         texts: each is read on its own.
-        batch_size: windows that are read at once; shorter ones are filled up at the right and the
+        batch_size: windows read at once, at most; shorter ones are filled up at the right and the
             filling is not counted, so that the result does not depend on it but for rounding.
         max_length: tokens of a window, at least 2; by default what the model can see, at most 2048.
         stride: how far a window is behind the one before, in [1, max_length); by default half of
@@ -90,14 +96,10 @@ def perplexity(
         ValueError: a setting is out of range.
     """
     length, step = _checked(running, batch_size, max_length, stride)
-    counted = _Counted(texts)
-    windows = (
-        window
-        for text in counted
-        for window in windows_of(running.tokenizer(text, verbose=False)["input_ids"], length, step)
-    )
+    read = _Read(running, length, step)
+    windows = (window for text in texts for window in read.alone(text))
     nats, tokens = _score(running, windows, batch_size, on_tokens)
-    return Perplexity(nats, tokens, counted.bytes, counted.texts)
+    return Perplexity(nats, tokens, read.bytes, read.texts)
 
 
 def perplexity_after(
@@ -120,15 +122,10 @@ def perplexity_after(
         ValueError: a setting is out of range.
     """
     length, step = _checked(running, batch_size, max_length, stride)
-    pairs = list(pairs)
-    counted = _Counted(text for _, text in pairs)
-    windows = (
-        window
-        for (before, _), text in zip(pairs, counted, strict=True)
-        for window in _windows_after(running, before, text, length, step)
-    )
+    read = _Read(running, length, step)
+    windows = (window for before, text in pairs for window in read.after(before, text))
     nats, tokens = _score(running, windows, batch_size, on_tokens)
-    return Perplexity(nats, tokens, counted.bytes, counted.texts)
+    return Perplexity(nats, tokens, read.bytes, read.texts)
 
 
 def _checked(
@@ -148,12 +145,31 @@ def _checked(
     return length, step
 
 
-def _windows_after(
-    running: Running, before: str, text: str, length: int, stride: int
-) -> Iterator[Window]:
-    ids = running.tokenizer(before, verbose=False)["input_ids"]
-    own = running.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return windows_of([*ids, *own], length, stride, counted=max(1, len(ids)))
+class _Read:
+    """Texts as windows; counts how many there were, and the bytes of what is predicted."""
+
+    def __init__(self, running: Running, length: int, stride: int) -> None:
+        self.texts = self.bytes = 0
+        self._running = running
+        self._windows = functools.partial(windows_of, length=length, stride=stride)
+
+    def alone(self, text: str) -> Iterator[Window]:
+        """A text whose first token, if it is of the text, cannot be predicted."""
+        ids = self._running.tokenizer(text, verbose=False)["input_ids"]
+        self._count(text, ids[:1])
+        return self._windows(ids)
+
+    def after(self, before: str, text: str) -> Iterator[Window]:
+        """A text that goes on with another one."""
+        ids = ids_to_go_on_with(self._running, before)
+        own = self._running.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        self._count(text, [] if ids else own[:1])
+        return self._windows([*ids, *own], counted=max(1, len(ids)))
+
+    def _count(self, text: str, unpredicted: list[int]) -> None:
+        first = self._running.tokenizer.decode(unpredicted, skip_special_tokens=True)
+        self.texts += 1
+        self.bytes += max(0, len(text.encode()) - len(first.replace(BROKEN, "?").encode()))
 
 
 def _score(
@@ -164,11 +180,25 @@ def _score(
 ) -> tuple[float, int]:
     """Negative log-likelihood of what is counted in windows, and how many tokens that are."""
     nats, tokens = 0.0, 0
-    while batch := list(itertools.islice(windows, batch_size)):
+    for batch in _batches(windows, batch_size, running.model.config.vocab_size):
         count = sum(len(window.ids) - window.first for window in batch)
         nats, tokens = nats + _nats(running, batch), tokens + count
         on_tokens(count)
     return nats, tokens
+
+
+def _batches(windows: Iterator[Window], batch_size: int, vocabulary: int) -> Iterator[list[Window]]:
+    """Windows that are read at once: no more than there is room for their scores."""
+    batch: list[Window] = []
+    for window in windows:
+        longest = max(len(each.ids) for each in (*batch, window))
+        nbytes = 4 * (len(batch) + 1) * longest * vocabulary
+        if batch and (len(batch) == batch_size or nbytes > SCORES_BYTES):
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
 
 
 def read_texts(path: str | os.PathLike[str]) -> list[str]:
@@ -187,7 +217,7 @@ def read_texts(path: str | os.PathLike[str]) -> list[str]:
     if path.suffix != ".jsonl":
         texts = [content]
     else:
-        lines = enumerate(content.splitlines(), 1)
+        lines = enumerate(content.split("\n"), 1)  # others that end a line may stand in a string
         texts = [_text_of(line, f"{path}:{number}") for number, line in lines if line.strip()]
     if not any(text.strip() for text in texts):
         raise ValueError(f"{path}: there is no text in it")
@@ -217,20 +247,6 @@ def windows_of(ids: list[int], length: int, stride: int, counted: int = 1) -> It
         if counted < begin + length:
             yield Window(ids[begin : begin + length], counted - begin)
             counted = begin + length
-
-
-class _Counted:
-    """Texts that are counted as they are read."""
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        self.texts = self.bytes = 0
-        self._texts = texts
-
-    def __iter__(self) -> Iterator[str]:
-        for text in self._texts:
-            self.texts += 1
-            self.bytes += len(text.encode())
-            yield text
 
 
 def _nats(running: Running, batch: list[Window]) -> float:

@@ -5,7 +5,9 @@ The harness (`lm-eval`) is an optional package; what it says is handed on as it 
 
 import functools
 import os
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from model_inference import Running
@@ -70,16 +72,19 @@ def run_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    found: dict[str, Any] = simple_evaluate(
-        model=HFLM(pretrained=running.model, tokenizer=running.tokenizer, batch_size=batch_size),
-        tasks=list(tasks),
-        num_fewshot=shots,
-        limit=limit,
-        apply_chat_template=chat and bool(running.tokenizer.chat_template),
-        task_manager=_manager(_text(include_path)),
-        bootstrap_iters=0,
-        log_samples=False,
-    )
+    with _random_states_kept():  # the harness sets seeds
+        found: dict[str, Any] = simple_evaluate(
+            model=HFLM(
+                pretrained=running.model, tokenizer=running.tokenizer, batch_size=batch_size
+            ),
+            tasks=list(tasks),
+            num_fewshot=shots,
+            limit=limit,
+            apply_chat_template=chat and bool(running.tokenizer.chat_template),
+            task_manager=_manager(_text(include_path)),
+            bootstrap_iters=0,
+            log_samples=False,
+        )
     return {
         f"{task} {metric.removesuffix(',none')}": float(value)
         for task, metrics in found["results"].items()
@@ -88,6 +93,20 @@ def run_tasks(
         and not metric.startswith(("sample_len", "alias"))
         and "_stderr" not in metric
     }
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    import numpy as np
+    import torch
+
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 @functools.lru_cache(maxsize=1)  # it reads thousands of files

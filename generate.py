@@ -95,7 +95,7 @@ def read_prompts(path: Path) -> list[str]:
         ValueError: there are none.
         OSError: it cannot be read.
     """
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    lines = [each.rstrip("\r") for each in path.read_text(encoding="utf-8-sig").split("\n")]
     if not (prompts := [line for line in lines if line.strip()]):
         raise ValueError(f"{path}: there is no prompt in it")
     return prompts

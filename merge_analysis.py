@@ -13,7 +13,7 @@ from typing import Any
 from merge_card import public_names
 from merge_findings import LARGEST_SHARE, TensorSums, groups, layer_of, pairs_of
 from merge_plan import Plan
-from model_text import html_page
+from model_text import html_page, numbered
 
 PARALLEL = 0.9995
 """Cosine above which SLERP takes the straight line."""
@@ -67,7 +67,7 @@ def make_analysis(plan: Plan, findings: Mapping[str, Mapping[str, Any]]) -> Anal
     """What was gathered by `merge_findings.analyze`, put in order."""
     sums: dict[str, TensorSums] = {name: found["sums"] for name, found in findings.items()}
     names = public_names(plan.recipe.names)
-    models = tuple(_numbered([names[model] for model in plan.recipe.models]))
+    models = tuple(numbered([names[model] for model in plan.recipe.models]))
     tensors = {name: each.to_dict() for name, each in sums.items()}
     grouped = groups(sums)
     base = plan.recipe.base_model
@@ -78,13 +78,6 @@ def make_analysis(plan: Plan, findings: Mapping[str, Mapping[str, Any]]) -> Anal
         **grouped,
         advice=tuple(_advice(models, tensors, grouped["layers"], grouped["whole"])),
     )
-
-
-def _numbered(names: Sequence[str]) -> Iterator[str]:
-    """Names with a number where one comes again."""
-    for index, name in enumerate(names):
-        before = names[:index].count(name)
-        yield f"{name} ({before + 1})" if before else name
 
 
 def _advice(

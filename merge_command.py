@@ -41,7 +41,7 @@ from model_errors import (
     UnsafeModelError,
     refusal,
 )
-from model_text import check_page_target, printable, write_page
+from model_text import check_page_target, printable, say, write_page
 from model_verify import Findings, verify_folder
 
 EXIT_OK = 0
@@ -209,7 +209,7 @@ def reported(work: Callable[[], str], *, last: bool = False) -> int:
         _print_notes(error)
         return 128 + (error.args[0] if error.args else SIGINT)
     try:
-        print("\n".join(map(printable, text.split("\n"))), flush=True)
+        say(text)
     except BrokenPipeError:  # whoever reads has seen enough
         _close_stdout()
     except OSError as error:

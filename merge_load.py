@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from merge_lora import open_model
 from merge_plan import open_plan
 from merge_recipe import Recipe, make_recipe
 from merge_run import merge_to_model
+from model_errors import ModelCompatibilityError, refusal
 from model_inference import Running, load_model, load_tokenizer, run_loaded
 from model_locate import CONFIG, split_adapters
 
@@ -18,24 +20,45 @@ if TYPE_CHECKING:
 
 
 def load_to_run(
-    model: str | os.PathLike[str], device: str = "auto", dtype: str = "auto"
+    model: str | os.PathLike[str],
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    needs_tokenizer: bool = True,
 ) -> Running:
     """Load a model as merges name it, with its tokenizer, to run it.
 
     Args:
         model: a folder or Hub id, also with LoRA adapters on top (`BASE+ADAPTER:0.5`), which are
             folded in memory, in float32.
-        device, dtype: as `model_inference.load_model`; "auto" leaves a fold on a CPU in float32.
+        device, dtype, needs_tokenizer: as `model_inference.load_model`; "auto" leaves a fold on a
+            CPU in float32.
 
     Raises:
         ValueError, ModelCompatibilityError, OSError: as there.
     """
     name = os.fspath(model)
     if not split_adapters(name).adapters:
-        return load_model(name, device, dtype)
+        return load_model(name, device, dtype, needs_tokenizer=needs_tokenizer)
     tokenizer = tokenizer_of(name)
     fold = make_recipe("passthrough", None, [name], {})
     return run_loaded(merge_to_model(fold, progress=False), tokenizer, device, dtype)
+
+
+def check_to_run(models: Iterable[str]) -> None:
+    """Whether models can be opened, before any of them is loaded.
+
+    Raises:
+        ModelCompatibilityError: some cannot; all that is wrong is said at once.
+    """
+    problems: dict[str, None] = {}
+    for model in models:
+        try:
+            open_model(model, weights=False).close()
+        except ModelCompatibilityError as error:
+            problems |= dict.fromkeys(error.problems)
+    if problems:
+        raise refusal(problems)
 
 
 def tokenizer_of(name: str) -> "PreTrainedTokenizerBase":

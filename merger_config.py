@@ -5,7 +5,9 @@ An option that has no meaning here is accepted, and a note says what happens ins
 """
 
 import math
+import numbers
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,9 +19,20 @@ from merge_methods import ALIASES, METHODS, Method
 from merge_plan import canonical, check_recipe
 from merge_recipe import Parameter, Recipe, brief, make_recipe, model_name, unknown_name
 from merge_run import RunSettings
-from merger_options import OF_ADAPTERS, OF_THE_RECIPE, Options, take_run_options
+from merger_options import (
+    OF_A_FOLDER,
+    OF_ADAPTERS,
+    OF_THE_RECIPE,
+    WITH,
+    Kind,
+    Options,
+    RunOptions,
+    take_run_options,
+)
 from merger_validation import Validation, read_validation
-from model_locate import last_part
+from model_locate import adapter_name, last_part, split_adapters
+from model_partial import check_output_dir
+from model_text import numbered
 
 STRATEGIES = {"weighted": "linear"}
 """Names of strategies that are not those of methods."""
@@ -96,6 +109,14 @@ def translate(config: MergeConfig) -> Translation:
     return _Translator(config).translation()
 
 
+def _adapter_below(path: str, name: str) -> str:
+    """The folder of an adapter by its name, with the strength behind it."""
+    if name == "default":
+        return path
+    folder, strength = adapter_name(path)
+    return os.path.join(folder, name) + ("" if strength == 1 else f":{strength}")
+
+
 class _Translator:
     """One config, and what is found out on the way."""
 
@@ -107,25 +128,37 @@ class _Translator:
         self.peft = self._mapping("peft_config")
         self.strategy = str(config.strategy)
         self.method = STRATEGIES.get(self.strategy, self.strategy)
-        self.adapters = self.peft is not None and self.peft.get("merge_adapters", True)
+        self.into_one = self.peft is not None and self.peft.get("merge_adapters", True) is not False
         self.models = self._models()
         self.base = self._base()
-        self.sources = self._sources()
+        self._look_at_peft()
+        self.adapters = [] if self.peft is None else self._adapters()
+        self.paths = self._paths()
+        self.names = numbered(
+            [str(each.get("name", last_part(each["path"]))) for each in self.models]
+        )
 
     def translation(self) -> Translation:
         """All of it, or all that is wrong."""
         output_dir = self._output_dir()
-        run, device, dtype, log_level = take_run_options(self.options, self.problems, self.notes)
-        work = self._adapter_merge(dtype) if self.adapters else self._recipe(dtype, run.resume)
+        kind: Kind = "adapter" if self.into_one else "memory" if output_dir is None else "folder"
+        taken = take_run_options(self.options, kind, self.problems, self.notes)
+        run, device, dtype, log_level = taken
+        work = self._adapter_merge(dtype) if self.into_one else self._recipe(output_dir, taken)
+        if output_dir is not None and not (run.resume and output_dir.exists()):
+            try:
+                check_output_dir(output_dir)
+            except (FileExistsError, ValueError) as error:
+                self.problems.append(str(error))
         validation, problems = read_validation(self.config.validation)
         self.problems += [*self.options.problems(), *problems]
-        self.notes += self.options.remarks(self.strategy)
+        self.notes += self.options.remarks(f"{self.strategy}{WITH[kind]}")
         if self.problems or work is None:
             raise ValueError("\n".join(dict.fromkeys(self.problems)))
         return Translation(
             work=work,
             output_dir=output_dir,
-            sources=self.sources,
+            sources=dict(zip(self.names, self.paths, strict=True)),
             base_model=self.base,
             run=run,
             device=device,
@@ -177,26 +210,17 @@ class _Translator:
     def _base(self) -> str | None:
         """The base, of models or of adapters."""
         of_peft = None if self.peft is None else self.peft.get("base_model_path")
+        found = []
         for name, base in (("base_model", self.config.base_model), ("base_model_path", of_peft)):
-            if base is not None:
-                try:
-                    return model_name(base, name)
-                except TypeError as error:
-                    self.problems.append(str(error))
-        return None
-
-    def _sources(self) -> dict[str, str]:
-        """The models by name, as merges take them: adapters on their base."""
-        self._look_at_peft()
-        names = [str(each.get("name", last_part(each["path"]))) for each in self.models]
-        if twice := {name for name in names if names.count(name) > 1}:
-            numbered = [f"{name} ({number})" for number, name in enumerate(names, 1)]
-            names = [new if old in twice else old for old, new in zip(names, numbered, strict=True)]
-        paths = [model["path"] for model in self.models]
-        if self.peft is not None:
-            on_base = "" if self.base is None else f"{self.base}+"
-            paths = [f"{on_base}{path}" for path in self._adapter_paths(paths)]
-        return dict(zip(names, paths, strict=True))
+            try:
+                found += [] if base is None else [model_name(base, name)]
+            except TypeError as error:
+                self.problems.append(str(error))
+        if len({*found}) > 1:
+            self.problems.append(
+                f"base_model {found[0]} and base_model_path {found[1]} differ. Leave one out"
+            )
+        return found[0] if found else None
 
     def _look_at_peft(self) -> None:
         if self.peft is None:
@@ -204,22 +228,46 @@ class _Translator:
         for key in self.peft:
             if key not in PEFT_KEYS:
                 self.problems.append(unknown_name("entry of peft_config", key, PEFT_KEYS))
-        if not isinstance(self.adapters, bool):
+        given = self.peft.get("merge_adapters", True)
+        if not isinstance(given, bool):
+            self.problems.append(f"merge_adapters must be true or false, got {brief(given)}")
+        if self.base is None and self.into_one:
             self.problems.append(
-                f"merge_adapters must be true or false, got {brief(self.adapters)}"
+                "base_model_path must name the model that the adapters are for: merge() returns "
+                "the merged adapter on it"
             )
-        elif not self.adapters and self.base is None:
+        elif self.base is None:
             self.problems.append(
                 "merge_adapters is false, so each adapter is put on a base: name it as "
                 "base_model_path"
             )
 
-    def _adapter_paths(self, paths: list[str]) -> list[str]:
+    def _paths(self) -> list[str]:
+        """The models as merges take them: adapters on their base."""
+        if self.peft is None:
+            return [model["path"] for model in self.models]
+        on_base = "" if self.base is None else f"{self.base}+"
+        return [f"{on_base}{adapter}" for adapter in self.adapters]
+
+    def _adapters(self) -> list[str]:
         """Folders of adapters: PEFT saves those that are not called default below the path."""
+        paths = [model["path"] for model in self.models]
+        for path in paths:
+            if split_adapters(path).adapters:
+                self.problems.append(
+                    f"{path}: with peft_config, a path names an adapter alone; base_model_path "
+                    "names the base"
+                )
         names: Any = (self.peft or {}).get("adapter_names") or ["default"]
         if isinstance(names, str) or not isinstance(names, Sequence):
             self.problems.append(f"adapter_names must be a list of names, got {brief(names)}")
             return paths
+        for name in names:
+            if not (isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name)):
+                self.problems.append(
+                    f"each of adapter_names must be a name without slashes, got {brief(name)}"
+                )
+                return paths
         if len(names) not in (1, len(paths)):
             self.problems.append(
                 f"adapter_names must have one name for all adapters or one for each, got "
@@ -227,10 +275,7 @@ class _Translator:
             )
             return paths
         each = [*names] * (len(paths) if len(names) == 1 else 1)
-        return [
-            path if name == "default" else os.path.join(path, str(name))
-            for path, name in zip(paths, each, strict=True)
-        ]
+        return [_adapter_below(path, name) for path, name in zip(paths, each, strict=True)]
 
     def _weights(self) -> list[float] | None:
         """Weights with the signs of the operations; None where no model says one."""
@@ -238,7 +283,7 @@ class _Translator:
         for model in self.models:
             weight: Any = model.get("weight", 1.0)
             operation = model.get("operation", "add")
-            if isinstance(weight, bool) or not isinstance(weight, int | float):
+            if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
                 self.problems.append(
                     f"{model['path']}: weight must be a number, got {brief(weight)}"
                 )
@@ -250,7 +295,7 @@ class _Translator:
         said = any(key in model for model in self.models for key in ("weight", "operation"))
         return weights if said else None
 
-    def _recipe(self, dtype: str | None, resume: bool) -> Recipe | None:
+    def _recipe(self, output_dir: Path | None, options: RunOptions) -> Recipe | None:
         """The recipe of models, or of adapters each on its base."""
         name = self.method
         if name not in METHODS and name not in ALIASES:
@@ -259,24 +304,25 @@ class _Translator:
             return None
         method = METHODS[ALIASES[name][0] if name in ALIASES else name]
         parameters = self._parameters(method)
-        settings = self.options.take_all(OF_THE_RECIPE)
+        names = OF_THE_RECIPE if output_dir is None else (*OF_THE_RECIPE, *OF_A_FOLDER)
+        settings = self.options.take_all(names)
+        for key in ("chat_template", "tokenizer_source", "profile"):
+            if not isinstance(settings.get(key, ""), str):
+                self.problems.append(f"{key} must be a text, got {brief(settings.pop(key))}")
         try:
             recipe = canonical(
                 make_recipe(
                     name,
                     self.base if method.base != "none" else None,
-                    [*self.sources.values()],
+                    self.paths,
                     parameters,
-                    output_dir=self.config.output_path,
-                    dtype=dtype,
+                    output_dir=output_dir,
+                    dtype=options.dtype,
                     clamp_range=self._clamp_range(),
                     **settings,
                 )
             )
-            goes_on = resume and recipe.output_dir is not None and recipe.output_dir.exists()
-            self.problems += check_recipe(replace(recipe, output_dir=None) if goes_on else recipe)[
-                1
-            ]
+            self.problems += check_recipe(replace(recipe, output_dir=None))[1]
         except (TypeError, ValueError) as error:
             self.problems.append(str(error))
             return None
@@ -287,14 +333,19 @@ class _Translator:
         declared = {parameter.name: parameter for parameter in method.parameters}
         values: dict[str, Any] = {}
         for name, parameter in declared.items():
-            for key in dict.fromkeys((name, parameter.key)):
-                if key in self.options and not (parameter.per_model and key != name):
-                    values[name] = self.options.take(key)
+            keys = (name,) if parameter.per_model else dict.fromkeys((name, parameter.key))
+            given = [key for key in keys if key in self.options]
+            if len(given) > 1:
+                self.problems.append(f"{' and '.join(given)} are the same. Leave one of them out")
+            for key in given:
+                values[name] = self.options.take(key)
         self._take("normalize_weights", declared, ("normalize", "normalize_weights"), values)
         self._take("scaling_factor", declared, ("lam",), values)
         self._take("interpolation_factor", declared, ("t",), values)
         weights = self._weights()
         if weights is not None and "weights" in declared:
+            if "weights" in values:
+                self.problems.append("weights are given twice: as an option and with the models")
             values["weights"] = weights
         elif weights is not None and self.method == "slerp":
             self._position(weights, values)
@@ -388,21 +439,21 @@ class _Translator:
             method = strategy
         if self.config.output_path is None:
             self.problems.append("output_path must name the folder of the merged adapter")
-        if self.base is None:
-            self.problems.append(
-                "base_model_path must name the model that the adapters are for: merge() returns "
-                "the merged adapter on it"
-            )
         self._look_at_models("density")
         settings = self.options.take_all(OF_ADAPTERS)
         densities = [model.get("density") for model in self.models]
         if any(each is not None for each in densities):
+            if "densities" in settings:
+                self.problems.append("densities are given twice: as an option and with the models")
             settings["densities"] = tuple(1.0 if each is None else each for each in densities)
+        elif isinstance(settings.get("densities", ()), str | float | int):
+            given = settings.pop("densities")
+            self.problems.append(f"densities must be a list, got {brief(given)}")
         elif "densities" in settings:
             settings["densities"] = tuple(settings["densities"])
         merge = AdapterMerge(
-            adapters=tuple(self._adapter_paths([model["path"] for model in self.models])),
-            method="auto" if method is None else method,
+            adapters=tuple(self.adapters),
+            method="auto" if method is None else str(method),
             weights=self._adapter_weights(),
             dtype=dtype or "float32",
             **settings,
@@ -413,7 +464,10 @@ class _Translator:
     def _adapter_weights(self) -> tuple[float, ...] | None:
         """Weights of adapters, by their sum if the strategy is "weighted"."""
         weights = self._weights() or [1.0] * len(self.models)
-        if not self.options.take("normalize_weights", self.strategy == "weighted"):
+        normalize = self.options.take("normalize_weights", self.strategy == "weighted")
+        if not isinstance(normalize, bool):
+            self.problems.append(f"normalize_weights must be true or false, got {brief(normalize)}")
+        if not normalize:
             return tuple(weights)
         if not weights or not math.isfinite(total := sum(weights)) or abs(total) < 1e-8:
             self.problems.append(

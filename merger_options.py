@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from merge_methods import METHODS
 from merge_recipe import brief, unknown_name
@@ -11,13 +11,24 @@ from model_safetensors import DTYPE_NAMES
 
 OF_THE_RECIPE = (
     "merge_embeddings", "merge_lm_head", "weight_decay", "include", "exclude", "profile",
-    "vocabulary", "tokenizer_source", "chat_template", "max_shard_size", "lora_rounding",
-    "tied_lora", "nan_policy",
+    "vocabulary", "tokenizer_source", "lora_rounding", "tied_lora", "nan_policy",
 )  # fmt: skip
 """Fields of a recipe by the same names."""
 
-OF_THE_RUN = ("threads", "max_memory", "findings", "resume", "verify_inputs")
-"""Fields of `merge_run.RunSettings` by the same names."""
+OF_A_FOLDER = ("chat_template", "max_shard_size")
+"""The same, of what is merged into a folder."""
+
+Kind = Literal["folder", "memory", "adapter"]
+"""What is made: a folder, a model in memory, or an adapter."""
+
+OF_THE_RUN: dict[Kind, tuple[str, ...]] = {
+    "folder": ("verify_inputs", "resume", "threads", "max_memory", "findings"),
+    "memory": ("verify_inputs", "threads", "max_memory"),
+    "adapter": ("verify_inputs", "resume"),
+}
+"""Fields of `merge_run.RunSettings` by the same names, by what is made."""
+
+WITH: dict[Kind, str] = {"folder": "", "memory": " in memory", "adapter": " of adapters"}
 
 OF_ADAPTERS = ("rank", "max_rank", "densities", "lam", "seed")
 """Fields of `merge_adapters.AdapterMerge` by the same names."""
@@ -54,7 +65,7 @@ _PARAMETERS = {
 } - {"weight"}
 
 KNOWN = (
-    *BY_OTHER_NAMES, *OF_THE_RECIPE, *OF_THE_RUN, *WITHOUT_EFFECT, *ALWAYS,
+    *BY_OTHER_NAMES, *OF_THE_RECIPE, *OF_A_FOLDER, *OF_THE_RUN["folder"], *WITHOUT_EFFECT, *ALWAYS,
     *sorted({*_PARAMETERS, *OF_ADAPTERS}),
 )  # fmt: skip
 """Every option that there is."""
@@ -110,13 +121,15 @@ class RunOptions(NamedTuple):
     log_level: int | None
 
 
-def take_run_options(options: Options, problems: list[str], notes: list[str]) -> RunOptions:
+def take_run_options(
+    options: Options, kind: Kind, problems: list[str], notes: list[str]
+) -> RunOptions:
     """What options say of the run; adds what is wrong with them, and what the user should know."""
     merge_device, load_device = _devices(options.take("device_map", "auto"), notes)
     verbose = options.take("verbose", True)
     if not isinstance(verbose, bool):
         problems.append(f"verbose must be true or false, got {brief(verbose)}")
-    settings = options.take_all(OF_THE_RUN)
+    settings = options.take_all(OF_THE_RUN[kind])
     for name in ("findings", "resume", "verify_inputs"):
         if not isinstance(settings.get(name, False), bool):
             problems.append(f"{name} must be true or false, got {brief(settings[name])}")
@@ -147,6 +160,8 @@ def _devices(device_map: Any, notes: list[str]) -> tuple[str, str]:
     if isinstance(device_map, int) and not isinstance(device_map, bool):
         device_map = f"cuda:{device_map}"
     text = str(device_map)
+    if text == "cpu:0":
+        text = "cpu"
     if text.partition(":")[0] in ("cpu", "cuda"):
         return text, text
     if text != "auto":

@@ -88,6 +88,9 @@ def read_validation(given: Any) -> tuple[Validation, list[str]]:
             texts = read_texts(given["text_file"])
         except (OSError, ValueError, TypeError) as error:
             problems.append(f"text_file: {error}")
+    wanted = flags["run_tests"] or flags["quick_test"]
+    if wanted and not (lists["test_prompts"] or (texts and "perplexity" in lists["metrics"])):
+        problems.append("there is nothing to validate by. Give test_prompts, or text")
     if problems:
         return Validation(), problems
     prompts, metrics = tuple(lists["test_prompts"]), tuple(lists["metrics"])
@@ -98,7 +101,7 @@ def read_validation(given: Any) -> tuple[Validation, list[str]]:
         texts = prompts
         notes.append("perplexity and bits per byte are those of the prompts, as no text is given")
     return Validation(
-        wanted=flags["run_tests"] or flags["quick_test"],
+        wanted=wanted,
         quick=flags["quick_test"],
         prompts=prompts,
         texts=tuple(texts[: counts["sample_size"]]),

@@ -22,6 +22,10 @@ class AdapterGivenError(ModelCompatibilityError):
     """A LoRA adapter was named where a model is wanted."""
 
 
+class NoTokenizerError(ModelCompatibilityError):
+    """A model has no tokenizer, or none that can be loaded."""
+
+
 class UnsafeModelError(ModelCompatibilityError):
     """A model folder that could do harm: it would run code, or reaches out of itself."""
 

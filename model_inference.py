@@ -3,14 +3,16 @@
 import gc
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from model_errors import ModelCompatibilityError
+from model_errors import NoTokenizerError
 from model_locate import find_model_folder
 from model_safetensors import DTYPE_NAMES
+from model_tokenizer import has_tokenizer
 from model_utils import format_bytes, free_memory, get_llama, open_model_folder
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ class Running:
 
     Attributes:
         model: in evaluation mode, on `device`.
-        tokenizer: its own.
+        tokenizer: its own; None if it has none, so that it cannot be asked.
         device: "cpu", "cuda" or such as "cuda:1".
         dtype: of its weights.
         notes: what the user should know of these choices.
@@ -61,7 +63,13 @@ class Answer(NamedTuple):
     finish: Finish
 
 
-def load_model(model: str | os.PathLike[str], device: str = "auto", dtype: str = "auto") -> Running:
+def load_model(
+    model: str | os.PathLike[str],
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    needs_tokenizer: bool = True,
+) -> Running:
     """Load a model with its tokenizer, to run it.
 
     Args:
@@ -69,6 +77,7 @@ def load_model(model: str | os.PathLike[str], device: str = "auto", dtype: str =
         device: "auto" for a GPU where there is one, else the CPU; "cpu", "cuda", "cuda:1".
         dtype: "float32", "float16" or "bfloat16"; "auto" for float16 on a GPU, and on the CPU for
             float32, or bfloat16 where float32 would not fit into the memory that is free.
+        needs_tokenizer: refuse a model without one.
 
     Raises:
         ValueError: there is no such device or dtype.
@@ -81,7 +90,8 @@ def load_model(model: str | os.PathLike[str], device: str = "auto", dtype: str =
     notes: tuple[str, ...] = ()
     if dtype == "auto":
         dtype, notes = ("float16", ()) if device != "cpu" else _dtype_for_cpu(folder)
-    tokenizer = load_tokenizer(folder)
+    with_tokenizer = needs_tokenizer or has_tokenizer(folder)
+    tokenizer = load_tokenizer(folder) if with_tokenizer else None
     return Running(get_llama(folder, device, dtype), tokenizer, device, dtype, notes)
 
 
@@ -121,20 +131,38 @@ def load_tokenizer(model: str | os.PathLike[str], label: str = "") -> "PreTraine
         label: what it is called in an error; by default as it is named.
 
     Raises:
-        ModelCompatibilityError: there is none, or it cannot be loaded.
+        NoTokenizerError: there is none, or it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
+    folder = Path(model)  # an adapter can have one, too
+    if not has_tokenizer(folder):
+        folder = find_model_folder(model)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            find_model_folder(model), local_files_only=True, trust_remote_code=False
+            folder, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise ModelCompatibilityError(
+        raise NoTokenizerError(
             f"{label or model}: transformers cannot load its tokenizer ({_first_line(error)}). Put "
             "the tokenizer of the model that it was tuned from beside it"
         ) from error
     return tokenizer
+
+
+@contextmanager
+def loading_bars(*, show: bool) -> Iterator[None]:
+    """Whether transformers shows how far the loading of a model is."""
+    from transformers.utils import logging
+
+    were_on = logging.is_progress_bar_enabled()
+    if not show:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_on:
+            logging.enable_progress_bar()
 
 
 def release_memory() -> None:
@@ -178,17 +206,15 @@ def ask(
     """
     import torch
 
-    problems = [*_setting_problems(max_new_tokens, batch_size, temperature, top_p)]
+    problems = [*answer_problems(max_new_tokens, batch_size, temperature, top_p, seed)]
     if chat and not running.tokenizer.chat_template:
         problems.append("the model has no chat template. Leave chat out, or write its turns")
     if problems:
         raise ValueError("\n".join(problems))
     rows = [_prompt_ids(running, prompt, chat=chat) for prompt in prompts]
-    how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
-    if temperature > 0:
-        how = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    how = {"temperature": temperature, "top_p": top_p} if temperature > 0 else {}
     answers: list[Answer] = []
-    with torch.random.fork_rng(), torch.inference_mode():
+    with torch.random.fork_rng(), torch.inference_mode(), _own_generation(running, how):
         torch.manual_seed(seed)
         for first, stop in _batches(rows, batch_size, running.longest - max_new_tokens):
             some = rows[first:stop]
@@ -197,9 +223,6 @@ def ask(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=min(max_new_tokens, running.longest - max(map(len, some))),
-                pad_token_id=_pad_token(running),
-                top_k=None,
-                **how,
             )
             tokens = made[:, ids.shape[1] :].tolist()
             new = [
@@ -209,6 +232,26 @@ def ask(
             answers += new
             on_answers(new)
     return answers
+
+
+@contextmanager
+def _own_generation(running: Running, how: Mapping[str, float]) -> Iterator[None]:
+    """The model generates as it is told here: no beams, penalties or stops of its own."""
+    from transformers import GenerationConfig
+
+    before = running.model.generation_config
+    ends = sorted(_end_tokens(running))
+    running.model.generation_config = GenerationConfig(
+        do_sample=bool(how),
+        top_k=0,
+        eos_token_id=ends or None,
+        pad_token_id=_pad_token(running),
+        **how,
+    )
+    try:
+        yield
+    finally:
+        running.model.generation_config = before
 
 
 def _batches(
@@ -268,6 +311,8 @@ def chosen_device(device: str) -> str:
     if device == "auto":
         return "cuda" if has_gpu else "cpu"
     kind, _, number = device.partition(":")
+    if kind == "cpu" and number in ("", "0"):
+        return "cpu"
     if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
         raise ValueError(f"device must be auto, cpu, cuda or cuda:NUMBER, got {device!r}")
     if kind == "cuda" and not (has_gpu and int(number or 0) < torch.cuda.device_count()):
@@ -293,16 +338,29 @@ def _dtype_for_cpu(folder: Path) -> tuple[str, tuple[str, ...]]:
     )
 
 
-def _setting_problems(
-    max_new_tokens: int, batch_size: int, temperature: float, top_p: float
+def answer_problems(
+    max_new_tokens: int, batch_size: int, temperature: float, top_p: float, seed: int
 ) -> Iterator[str]:
+    """What is wrong with settings of `ask`."""
     for name, number in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
         if not (type(number) is int and number >= 1):
             yield f"{name} must be a whole number of at least 1, got {number!r}"
-    if not (temperature >= 0 and math.isfinite(temperature)):
-        yield f"temperature must be at least 0, got {temperature}"
-    if not 0 < top_p <= 1:
-        yield f"top_p must be in (0, 1], got {top_p}"
+    if not (isinstance(temperature, float | int) and 0 <= temperature < math.inf):
+        yield f"temperature must be at least 0, got {temperature!r}"
+    if not (isinstance(top_p, float | int) and 0 < top_p <= 1):
+        yield f"top_p must be in (0, 1], got {top_p!r}"
+    if not (type(seed) is int and 0 <= seed < 2**64):
+        yield f"seed must be a whole number in [0, 2**64), got {seed!r}"
+
+
+def ids_to_go_on_with(running: Running, text: str) -> list[int]:
+    """Tokens of a text with what its tokenizer puts before it, but no end behind it."""
+    ids = list(running.tokenizer(text, verbose=False)["input_ids"])
+    own = list(running.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    for begin in range(len(ids) - len(own) + 1):
+        if own and ids[begin : begin + len(own)] == own:
+            return ids[: begin + len(own)]
+    return ids
 
 
 def _prompt_ids(running: Running, prompt: str, *, chat: bool) -> list[int]:
@@ -314,7 +372,7 @@ def _prompt_ids(running: Running, prompt: str, *, chat: bool) -> list[int]:
         )
         ids = running.tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
-        ids = running.tokenizer(prompt)["input_ids"]
+        ids = ids_to_go_on_with(running, prompt)
     if not ids:
         raise ValueError(f"the prompt {prompt!r} has no tokens. Say something")
     if len(ids) >= running.longest:
@@ -345,7 +403,7 @@ def _answer(running: Running, prompt: str, tokens: list[int]) -> Answer:
     ends = _end_tokens(running)
     stop = next((at for at, token in enumerate(tokens) if token in ends), None)
     own = tokens if stop is None else tokens[: stop + 1]
-    text = running.tokenizer.decode(own, skip_special_tokens=True)
+    text = running.tokenizer.decode(tokens[:stop], skip_special_tokens=True)
     return Answer(prompt, text, len(own), "length" if stop is None else "end")
 
 

@@ -14,7 +14,6 @@ A config is translated to a recipe (`merger_config`); merging is what every othe
 
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,21 +21,26 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval_compare import Candidate, Comparison, Settings, compare
+from eval_compare import ROLES, Candidate, Comparison, Role, Settings, compare
 from merge_adapter_output import AdapterReport
 from merge_adapters import check_adapters, merge_adapters
-from merge_load import load_to_run, merged_tokenizer, tokenizer_of
-from merge_lora import open_model
+from merge_load import check_to_run, load_to_run, merged_tokenizer, tokenizer_of
 from merge_progress import teller
 from merge_recipe import Recipe
 from merge_report import MergeReport, PlanReport
 from merge_run import merge_to_folder, merge_to_model, plan
 from merger_config import MergeConfig, translate
-from model_errors import ModelCompatibilityError, refusal
-from model_inference import Running, chosen_device, release_memory, run_loaded
+from model_errors import ModelCompatibilityError, NoTokenizerError
+from model_inference import (
+    Running,
+    chosen_device,
+    loading_bars,
+    release_memory,
+    run_loaded,
+)
 from model_locate import last_part
 from model_partial import PartialFolder
-from model_text import printable
+from model_text import numbered, say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,8 +76,8 @@ class ModelMerger:
     Attributes:
         config: as given.
         notes: what the user should know of how it was understood.
-        report: what the last merge did.
-        tokenizer: of the last result, or of what was merged of adapters.
+        model, tokenizer: the last result, and its tokenizer; None before, or if it has none.
+        report: what the last merge did; None for one in memory.
         validation: of the last result, if it was looked at.
 
     Raises:
@@ -86,8 +90,9 @@ class ModelMerger:
         if self._job.log_level is not None:
             logger.setLevel(self._job.log_level)
         self.notes = self._job.notes
-        self.report: MergeReport | AdapterReport | None = None
+        self.model: PreTrainedModel | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.report: MergeReport | AdapterReport | None = None
         self.validation: Comparison | None = None
         self._noted = False
 
@@ -100,15 +105,20 @@ class ModelMerger:
         Raises:
             ValueError, ModelCompatibilityError, OSError: as `merge_run.merge_to_folder`.
         """
-        self._tell_notes()
-        logger.info("merging %d models by %s", len(self._job.sources), self.config.strategy)
+        if not self._noted:
+            self._noted = True
+            self._tell(*self.notes)
         self._check_others()
-        running = self._merged_adapter() if self._is_of_adapters else self._merged()
-        logger.info("the result runs in %s on %s", running.dtype, running.device)
-        self.tokenizer = running.tokenizer
-        self._tell_all(running.notes)
-        if self._job.validation.wanted:
-            self._look_at(running)
+        logger.info("merging %d models by %s", len(self._job.sources), self.config.strategy)
+        with loading_bars(show=self._job.run.progress):
+            running = (
+                self._merged() if isinstance(self._job.work, Recipe) else self._merged_adapter()
+            )
+            self.model, self.tokenizer = running.model, running.tokenizer  # whatever follows
+            logger.info("the result runs in %s on %s", running.dtype, running.device)
+            self._tell(*running.notes)
+            if self._job.validation.wanted:
+                self._look_at(running)
         return running.model
 
     def plan(self) -> PlanReport:
@@ -140,7 +150,7 @@ class ModelMerger:
             ValueError: something is wrong with the output or a parameter.
         """
         if isinstance(self._job.work, Recipe):
-            self.plan()
+            self._tell(*self.plan().notes)
         else:
             check_adapters(self._job.work)
         self._check_others()
@@ -152,10 +162,11 @@ class ModelMerger:
         Returns:
             Models by name, all in memory at once.
         """
-        return {
-            name: load_to_run(path, self._job.device, self._job.dtype).model
-            for name, path in self._job.sources.items()
-        }
+        with loading_bars(show=self._job.run.progress):
+            return {
+                name: self._loaded(partial(load_to_run, path, needs_tokenizer=False)).model
+                for name, path in self._job.sources.items()
+            }
 
     def save_merged_model(
         self, merged_model: "PreTrainedModel", output_path: str | os.PathLike[str]
@@ -169,10 +180,12 @@ class ModelMerger:
         Raises:
             OSError: it exists, or cannot be written.
         """
+        tokenizer = self._tokenizer()
         with PartialFolder(Path(output_path), keep=False) as place:
             place.model.mkdir()
             merged_model.save_pretrained(place.model)
-            self._tokenizer().save_pretrained(place.model)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(place.model)
             place.publish()
 
     def validate_merge(self, merged_model: "PreTrainedModel") -> Comparison:
@@ -184,29 +197,31 @@ class ModelMerger:
         Returns:
             Numbers and answers; `summary()` is a text, `to_dict()` for JSON.
         """
+        tokenizer = self._tokenizer(needed=True)
         device, dtype = str(merged_model.device), str(merged_model.dtype).removeprefix("torch.")
-        running = Running(merged_model.eval(), self._tokenizer(), device, dtype)
-        self.validation = self._validated(running)
+        was_training = merged_model.training
+        try:
+            with loading_bars(show=self._job.run.progress):
+                running = Running(merged_model.eval(), tokenizer, device, dtype)
+                self.validation = self._validated(running)
+        finally:
+            merged_model.train(was_training)
         return self.validation
 
-    @property
-    def _is_of_adapters(self) -> bool:
-        return not isinstance(self._job.work, Recipe)
-
     def _check_others(self) -> None:
-        """Models that a merge does not open, but loads afterwards; adapters must fit their base."""
+        """What is needed after a merge, as far as that can be looked at before."""
         job = self._job
-        names = [*job.sources.values()] if self._is_of_adapters else []
-        if job.base_model is not None and not job.validation.quick:
+        names = [] if isinstance(job.work, Recipe) else [*job.sources.values()]  # on their base
+        if job.base_model is not None and job.validation.wanted and not job.validation.quick:
             names.append(job.base_model)
-        problems: list[str] = []
-        for name in names:
-            try:
-                open_model(name, weights=False).close()
-            except ModelCompatibilityError as error:
-                problems += error.problems
-        if problems:
-            raise refusal(dict.fromkeys(problems))
+        try:
+            check_to_run(names)
+        except ModelCompatibilityError as error:
+            if any("is a model, not a LoRA adapter" in each for each in error.problems):
+                error.add_note("peft_config is for adapters: leave it out to merge models")
+            raise
+        if isinstance(job.work, Recipe):
+            self.tokenizer = self._tokenizer(needed=job.validation.wanted)
 
     def _merged(self) -> Running:
         """The result of a recipe, where it is to run."""
@@ -223,13 +238,13 @@ class ModelMerger:
                     verify_inputs=run.verify_inputs,
                 )
             )
-            tokenizer = merged_tokenizer(recipe)
-            return self._loaded(partial(run_loaded, model, tokenizer))
+            return self._loaded(partial(run_loaded, model, self.tokenizer))
         self.report = self._on_device(
             lambda device: merge_to_folder(recipe, **{**vars(run), "device": device})
         )
-        self._tell_all(self.report.notes)
-        return self._loaded(partial(load_to_run, recipe.output_dir))
+        self._tell(*self.report.notes)
+        output_dir = os.path.abspath(recipe.output_dir)
+        return self._loaded(partial(load_to_run, output_dir, needs_tokenizer=False))
 
     def _merged_adapter(self) -> Running:
         """The merged adapter on its base: by PEFT, or folded where that is not installed."""
@@ -244,7 +259,7 @@ class ModelMerger:
             resume=job.run.resume,
             verify_inputs=job.run.verify_inputs,
         )
-        self._tell_all(self.report.notes)
+        self._tell(*self.report.notes)
         on_base = f"{job.base_model}+{job.output_dir}"
         try:
             from peft import PeftModel
@@ -289,18 +304,19 @@ class ModelMerger:
 
     def _look_at(self, running: Running) -> None:
         """Validate and show it; the result of a long merge is not lost if that fails."""
+        self.validation = None
         try:
             self.validation = self._validated(running)
-        except (ValueError, ModelCompatibilityError, OSError, RuntimeError, MemoryError) as error:
+            summary = self.validation.summary()
+            logger.info("validation:\n%s", summary)
+            if self._job.run.progress and not logger.isEnabledFor(logging.INFO):
+                say(summary)
+        except Exception as error:  # of a model, a template or a terminal
             warnings.warn(
                 f"the merge is done, but it could not be validated: {error}\n"
                 "validate_merge(model) tries again",
                 stacklevel=3,
             )
-            return
-        logger.info("validation:\n%s", self.validation.summary())
-        if self._job.run.progress:
-            print(self.validation.summary())
 
     def _validated(self, running: Running) -> Comparison:
         """A result beside what it was made of."""
@@ -322,61 +338,61 @@ class ModelMerger:
     def _candidates(self, running: Running) -> Iterator[Candidate]:
         """What is compared, with names that differ."""
         job = self._job
-        taken = set(job.sources)
-
-        def free(name: str, role: str) -> str:
-            name = f"{name} ({role})" if name in taken else name
-            taken.add(name)
-            return name
-
+        models: list[tuple[str, Role, str | None]] = []
         if not job.validation.quick:
+            models += [(name, "source", path) for name, path in job.sources.items()]
             if job.base_model is not None:
-                load = partial(self._loaded, partial(load_to_run, job.base_model))
-                yield Candidate(free(last_part(job.base_model), "base"), "base", load)
-            for name, path in job.sources.items():
-                load = partial(self._loaded, partial(load_to_run, path))
-                yield Candidate(name, "source", load)
-        merged = "merged" if job.output_dir is None else job.output_dir.name
-        yield Candidate(free(merged, "merge"), "merge", lambda: running)
+                models.append((last_part(job.base_model), "base", job.base_model))
+        merged = "merged" if job.output_dir is None else Path(os.path.abspath(job.output_dir)).name
+        models.append((merged, "merge", None))
+        names = numbered([name for name, _, _ in models])  # sources keep theirs
+        for name, (_, role, path) in sorted(
+            zip(names, models, strict=True), key=lambda each: ROLES.index(each[1][1])
+        ):
+            load = partial(load_to_run, path or "")
+            yield Candidate(
+                name, role, (lambda: running) if path is None else partial(self._loaded, load)
+            )
 
-    def _tokenizer(self) -> "PreTrainedTokenizerBase":
+    def _tokenizer(self, *, needed: bool = False) -> "PreTrainedTokenizerBase | None":
         """The tokenizer of the result, also of one that another merger has made."""
         if self.tokenizer is None:
             job = self._job
-            if isinstance(job.work, Recipe):
-                self.tokenizer = merged_tokenizer(replace(job.work, output_dir=None))
-            else:
-                self.tokenizer = tokenizer_of(next(iter(job.sources.values())))
+            try:
+                if isinstance(job.work, Recipe):
+                    self.tokenizer = merged_tokenizer(replace(job.work, output_dir=None))
+                else:
+                    self.tokenizer = tokenizer_of(next(iter(job.sources.values())))
+            except NoTokenizerError:
+                if needed:
+                    raise
+                self._tell("the models have no tokenizer, so the result has none")
         return self.tokenizer
 
-    def _tell_notes(self) -> None:
-        """What happens instead of what was asked for: once."""
-        if not self._noted:
-            self._tell_all(self.notes)
-        self._noted = True
-
-    def _tell_all(self, notes: Sequence[str]) -> None:
+    def _tell(self, *notes: str) -> None:
+        """Notes, by the log if someone listens to it."""
         for note in notes:
-            self._tell(note)
-
-    def _tell(self, note: str) -> None:
-        logger.info("%s", note)
-        teller(show=self._job.run.progress)(note)
+            logger.info("%s", note)
+            if not logger.isEnabledFor(logging.INFO):
+                teller(show=self._job.run.progress)(note)
 
     def _say(self, step: str) -> None:
         logger.info("%s", step)
-        if self._job.run.progress:
-            print(printable(step), file=sys.stderr)
+        if self._job.run.progress and not logger.isEnabledFor(logging.INFO):
+            say(step, error=True)
 
 
 def check_model_compatibility(models: Sequence[Mapping[str, Any]]) -> None:
-    """Whether models can be merged by an average.
+    """Whether models fit together as they are.
 
     Args:
-        models: a mapping with "path" for each.
+        models: as in a `MergeConfig`.
 
     Raises:
-        ModelCompatibilityError: they cannot; all that is wrong is said at once.
+        ModelCompatibilityError: they do not, or their vocabularies differ (which a merge can bring
+            together); all that is wrong is said at once.
+        ValueError: an entry is wrong.
     """
-    config = MergeConfig(strategy="weighted", models=[{"path": each["path"]} for each in models])
+    strict = {"vocabulary": "error", "verbose": False}
+    config = MergeConfig("weighted", [dict(each) for each in models], options=strict)
     ModelMerger(config).check_compatibility()

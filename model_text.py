@@ -2,7 +2,10 @@
 
 import html
 import json
-from collections.abc import Mapping
+import os
+import sys
+import unicodedata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,53 @@ def isolated(text: str) -> str:
     return "\n".join(f"{FIRST_ISOLATE}{printable(line)}{POP_ISOLATE}" for line in lines)
 
 
+def cleaned(text: str) -> str:
+    """A text of several lines, in each of which what would act on a terminal is escaped."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def shown_name(name: str) -> str:
+    """A name beside others in a line: one that is not in Latin letters alone is isolated."""
+    return printable(name) if name.isascii() else isolated(name.replace("\n", " "))
+
+
+def padded_name(name: str, width: int) -> str:
+    """A name, filled up with spaces to a width in columns of a terminal."""
+    return shown_name(name) + " " * (width - name_width(name))
+
+
+def name_width(name: str) -> int:
+    """How many columns of a terminal a name takes."""
+    kinds = (unicodedata.category(each) for each in name)
+    marks = sum(kind in ("Mn", "Me", "Cf") for kind in kinds)
+    wide = sum(unicodedata.east_asian_width(each) in "WF" for each in name)
+    return len(printable(name)) - marks + wide
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """Names that all differ: one that comes again gets a number.
+
+    >>> numbered(["a", "b", "a", "a (2)"])
+    ['a', 'b', 'a (2)', 'a (2) (2)']
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        new, number = name, 1
+        while new in found:
+            number += 1
+            new = f"{name} ({number})"
+        found[new] = None
+    return [*found]
+
+
+def say(text: str, *, error: bool = False) -> None:
+    """Print a text; a stream that has not all of its letters gets their numbers instead."""
+    stream = sys.stderr if error else sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    encoded = cleaned(text).encode(encoding, "backslashreplace")
+    print(encoded.decode(encoding), file=stream, flush=True)
+
+
 STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 84rem; padding: 0 1rem;
@@ -40,7 +90,7 @@ def html_page(title: str, body: str, style: str) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{STYLE}{style}</style>\n</head>\n"
+        f"<title>{html.escape(cleaned(title))}</title>\n<style>{STYLE}{style}</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n"
     )
 
@@ -49,7 +99,7 @@ def write_page(target: Path, content: Mapping[str, Any], page: str) -> tuple[Pat
     """Write `target`.json and `target`.html, and return both.
 
     Raises:
-        FileExistsError: one of them exists.
+        OSError: one of them exists, or cannot be written.
     """
     paths = check_page_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +110,7 @@ def write_page(target: Path, content: Mapping[str, Any], page: str) -> tuple[Pat
 
 
 def check_page_target(target: Path) -> tuple[Path, Path]:
-    """The two files of a page; `FileExistsError` if one exists."""
+    """The two files of a page; `OSError` if one exists, or they cannot be written."""
     if not target.name:
         raise ValueError(f"{target} is a folder; name the files to write in it, as {target}/seen")
     stem = target.with_suffix("") if target.suffix in (".json", ".html") else target
@@ -68,4 +118,7 @@ def check_page_target(target: Path) -> tuple[Path, Path]:
     for path in paths:
         if path.exists():
             raise FileExistsError(f"{path}: exists already. Choose another name, or remove it")
+    folder = next(each for each in target.absolute().parents if each.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise PermissionError(f"{folder}: {target} cannot be written there. Choose another name")
     return paths

@@ -2,12 +2,14 @@
 
 import json
 import math
+import random
 import weakref
 
 import pytest
 import torch
 from tiny_checkpoints import make_llama
 
+import eval_compare
 import eval_llama
 from eval_compare import Candidate, Comparison, Measured, Settings, compare
 from eval_llama import main, short_names
@@ -18,6 +20,7 @@ from linear_llama import linear_merge_llama_to_folder
 from merge_load import load_to_run, merged_tokenizer
 from merge_recipe import make_recipe
 from model_inference import Answer, load_model
+from model_text import name_width
 from ties_llama import ties_merge_llama_to_folder
 
 TINY = "examples/tiny_llamas"
@@ -143,6 +146,8 @@ def test_only_what_is_asked_for_is_measured(merged):
     found = compare(some, texts=FACTS, prompts=PROMPTS, settings=settings)
     assert found.columns == ("repetition_4", "distinct_1")
     assert (found.models[0].perplexity, found.models[0].fluency, found.judge) == (None, None, "")
+    with pytest.raises(ValueError, match="nothing to compare by"):
+        compare(some, texts=FACTS, settings=Settings(metrics=("fluency",)))
     settings = Settings(tasks=lambda running: {"own": running.model.config.vocab_size})
     found = compare(some, settings=settings)
     assert found.models[0].numbers()["own"] == 579
@@ -197,6 +202,51 @@ def test_arabic_keeps_its_direction(in_arabic):
     assert "http" not in page
 
 
+def test_names_are_shown_as_texts_are():
+    hostile = "\x1b[2J<i>\u202e\n"
+    models = (
+        made("نموذج", "source", "a b"),
+        made(hostile, "merge", "c"),
+        made("模型", "merge", "d"),
+    )
+    found = Comparison(models=models, prompts=(ARABIC,), notes=(f"{hostile}: slow",))
+    for shown in (found.summary(), comparison_page(found)):
+        assert "\x1b" not in shown
+        assert "\u202e" not in shown
+    lines = found.summary().splitlines()
+    assert lines[1].startswith("\u2068نموذج\u2069 ")
+    columns = [name_width(line.partition("source")[0].partition("merge")[0]) for line in lines[1:4]]
+    assert len({*columns}) == 1
+    page = comparison_page(found)
+    assert "<i>" not in page
+    assert page.count("<bdi>نموذج</bdi>") == 2
+
+
+def test_what_cannot_be_opened_is_said_before_anything_is_loaded(merged, tmp_path, capsys):
+    given = ["--base", "typo", "--ft_models", f"{TINY}/capitals", "absent", "--prompt", "a"]
+    assert main([str(merged), *given]) == 3
+    said = capsys.readouterr().err
+    assert "error: typo: no such folder" in said
+    assert "error: absent: no such folder" in said
+    assert "loading" not in said
+    settings = ["--max-new-tokens", "0", "--stride", "-5", "--temperature", "-1"]
+    assert main([str(merged), "--prompt", "a", "--batch-size", "0", *settings]) == 2
+    said = capsys.readouterr().err
+    for name in ("max_new_tokens", "stride", "temperature", "batch_size"):
+        assert f"error: {name} must be" in said
+    assert "loading" not in said
+    (tmp_path / "file").write_text("")
+    assert main([str(merged), "--prompt", "a", "--page", str(tmp_path / "file" / "page")]) == 6
+    assert "cannot be written there" in capsys.readouterr().err
+
+
+def test_memory_is_released_after_every_model(merged, monkeypatch):
+    released = []
+    monkeypatch.setattr(eval_compare, "release_memory", lambda: released.append(1))
+    compare(candidates(merged)[:3], texts=FACTS)
+    assert len(released) == 3
+
+
 def test_numbers_that_are_none_are_shown_as_such(in_arabic):
     first, second = in_arabic.to_dict()["models"]
     assert first["numbers"]["perplexity"] is None  # infinite
@@ -241,6 +291,7 @@ def test_the_command_needs_something_to_compare_by(merged, capsys):
 def test_names_are_as_long_as_they_must_be():
     assert short_names(["a/b/c", "x/b/c", "c"]) == ["a/b/c", "x/b/c", "c"]
     assert short_names(["org/chat", "base/"]) == ["chat", "base"]
+    assert short_names(["base", "base"]) == ["base", "base (2)"]
 
 
 def test_a_base_with_adapters_runs_as_its_fold(tmp_path):
@@ -299,6 +350,10 @@ def test_tasks_of_the_harness_run_on_sources_and_merge(merged, tmp_path, monkeyp
     numbers = {each["name"]: each["numbers"]["tiny_capitals acc"] for each in found["models"]}
     assert numbers["capitals"] == numbers["ties"] == 1.0
     assert numbers["base"] < 1.0
+    state = random.getstate(), torch.random.get_rng_state()
+    run_tasks(load_model(merged, "cpu"), ["tiny_capitals"], include_path=tmp_path, limit=1)
+    assert random.getstate() == state[0]
+    assert torch.equal(torch.random.get_rng_state(), state[1])
     with pytest.raises(ValueError, match="the harness has no task 'arc_eazy'"):
         check_tasks(["tiny_capitals", "arc_eazy"], tmp_path)
 

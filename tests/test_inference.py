@@ -1,15 +1,24 @@
 """Finished models are asked and scored: what is said is that of a plain use of transformers."""
 
+import copy
 import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_checkpoints import make_llama
 
+import eval_perplexity
 import model_inference
-from eval_perplexity import Perplexity, perplexity, read_texts, windows_of
+from eval_perplexity import (
+    Perplexity,
+    perplexity,
+    perplexity_after,
+    read_texts,
+    windows_of,
+)
 from eval_texts import distinct, repetition
 from generate import main, read_prompts
 from model_errors import ModelCompatibilityError
@@ -190,6 +199,66 @@ def test_an_answer_ends_where_the_model_can_see_no_more(capitals, monkeypatch):
         assert {answer.finish for answer in answers} == {"length"}
     with pytest.raises(ValueError, match=r"has \d+ tokens, and the model can see 64"):
         ask(capitals, ["x", "capital: france = paris " * 20])
+
+
+def test_an_answer_is_not_shaped_by_the_models_own_settings(capitals, monkeypatch):
+    (plain,) = ask(capitals, ["capital: france ="], max_new_tokens=12)
+    config = copy.deepcopy(capitals.model.generation_config)
+    config.update(repetition_penalty=9.0, num_beams=3, min_new_tokens=9, suppress_tokens=[1, 2])
+    monkeypatch.setattr(capitals.model, "generation_config", config)
+    assert ask(capitals, ["capital: france ="], max_new_tokens=12) == [plain]
+    assert capitals.model.generation_config is config
+
+
+class Appending:
+    """A tokenizer that puts an end behind every text."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, text, add_special_tokens=True, **settings):
+        ids = self.tokenizer(text, add_special_tokens=add_special_tokens, **settings)["input_ids"]
+        return {"input_ids": [*ids, 1] if add_special_tokens else ids}
+
+
+def test_what_a_tokenizer_puts_behind_a_text_is_no_part_of_a_prompt(capitals):
+    appending = replace(capitals, tokenizer=Appending(capitals.tokenizer))
+    prompts = ["capital: france =", "x"]
+    assert ask(appending, prompts, max_new_tokens=6) == ask(capitals, prompts, max_new_tokens=6)
+    pairs = [("capital: france =", " paris")]
+    assert perplexity_after(appending, pairs) == perplexity_after(capitals, pairs)
+
+
+def test_bytes_are_those_of_what_was_predicted(capitals):
+    class Bare(Appending):
+        def __call__(self, text, **settings):
+            return self.tokenizer(text, add_special_tokens=False)
+
+    bare = replace(capitals, tokenizer=Bare(capitals.tokenizer))
+    text = "capital: france"
+    first = capitals.tokenizer.decode(bare.tokenizer(text)["input_ids"][:1])
+    assert perplexity(capitals, [text]).bytes == len(text)
+    assert perplexity(bare, [text]).bytes == len(text) - len(first)
+    assert math.isnan(perplexity(bare, [first]).bits_per_byte)
+
+
+def test_a_batch_has_no_more_windows_than_there_is_room_for_scores(capitals, texts, monkeypatch):
+    whole = perplexity(capitals, texts, batch_size=8)
+    seen = []
+    nats = eval_perplexity._nats
+    monkeypatch.setattr(eval_perplexity, "SCORES_BYTES", 4 * 579 * 100)
+    monkeypatch.setattr(
+        eval_perplexity, "_nats", lambda running, batch: seen.append(batch) or nats(running, batch)
+    )
+    found = perplexity(capitals, texts, batch_size=8)
+    assert found.nats == pytest.approx(whole.nats, rel=1e-6)
+    assert found.tokens == whole.tokens
+    for batch in seen:
+        assert len(batch) == 1 or len(batch) * max(len(each.ids) for each in batch) <= 100
+    assert max(map(len, seen)) > 1
 
 
 def test_chat_puts_a_message_into_the_template_once(capitals, monkeypatch):

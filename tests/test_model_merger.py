@@ -1,10 +1,13 @@
 """ModelMerger: a config becomes a recipe, and every documented use of it works."""
 
 import gc
+import io
 import json
 import logging
 import os
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -120,6 +123,8 @@ def test_the_interpolation_factor_wins_and_says_so():
     assert job.notes == ("interpolation_factor 0.5 is taken; by the weights it would be 0.3",)
     config.options["interpolation_factor"] = 0.3
     assert translate(config).notes == ()
+    config.options["interpolation_factor"] = None
+    assert translate(config).work.parameters["t"] == 0.3
 
 
 def test_clamping_needs_both_or_neither():
@@ -170,11 +175,22 @@ def test_an_option_that_means_nothing_here_says_once_what_happens_instead(tmp_pa
 def test_an_option_that_means_nothing_with_a_strategy_is_named():
     options = {"trim_scope": "row", "interpolation_factor": 0.5, "merge_method": "svd"}
     job = translate(MergeConfig("weighted", [{"path": CAPITALS}], options=options))
-    assert job.notes == tuple(f"{name} has no effect with weighted" for name in options)
+    assert job.notes == tuple(f"{name} has no effect with weighted in memory" for name in options)
+    for options, output, where in (
+        ({"findings": True, "resume": True, "max_shard_size": "1GB"}, None, " in memory"),
+        ({"density": 0.5}, "out", ""),
+    ):
+        job = translate(MergeConfig("weighted", [{"path": "a"}], output, options=options))
+        assert job.notes == tuple(f"{name} has no effect with weighted{where}" for name in options)
     options = {"clamp_range": [-1, 1], "merge_lm_head": False, "scaling_factor": 2.0, "lam": 1.0}
     peft = {"base_model_path": BASE}
     job = translate(MergeConfig("weighted", [{"path": "a"}], "out", None, options, peft))
-    assert job.notes == tuple(f"{name} has no effect with weighted" for name in [*options][:3])
+    assert job.notes == tuple(
+        f"{name} has no effect with weighted of adapters" for name in [*options][:3]
+    )
+    options = {"threads": 1, "max_memory": "1KB", "findings": True}
+    job = translate(MergeConfig("svd", [{"path": "a"}], "out", None, options, peft))
+    assert job.notes == tuple(f"{name} has no effect with svd of adapters" for name in options)
 
 
 @pytest.mark.parametrize("name", ["options", "peft_config", "validation"])
@@ -232,6 +248,33 @@ def test_everything_that_is_wrong_is_said_at_once():
         ({"validation": {"text_file": "absent.txt"}}, "text_file: "),
         ({"validation": {"test_prompts": "hello"}}, "test_prompts must be a list"),
         ({"validation": ["run_tests"]}, "validation must be a mapping"),
+        ({"validation": {"run_tests": True, "test_prompts": []}}, "nothing to validate by"),
+        ({"validation": {"quick_test": True, "test_prompts": [], "text": ["a"],
+                         "metrics": ["fluency"]}}, "nothing to validate by"),
+        ({"output_path": 5}, "output_path must name a folder, got 5"),
+        ({"strategy": ["weighted"]}, "unknown strategy ['weighted']"),
+        ({"options": {"chat_template": 5}, "output_path": "out"}, "chat_template must be a text"),
+        ({"options": {"resume": "no"}, "output_path": "out"}, "resume must be true or false"),
+        ({"options": {"log_level": True}}, "unknown log_level True"),
+        ({"options": {"weights": [1.0, 1.0]}, "models": [{"path": "a", "weight": 1},
+          {"path": "b"}]}, "weights are given twice"),
+        ({"options": {"lambda": 0.5, "lam": 0.3}, "base_model": BASE,
+          "strategy": "task_arithmetic"}, "lam and lambda are the same"),
+        ({"peft_config": {"base_model_path": BASE}, "base_model": CAPITALS, "output_path": "out"},
+         "differ. Leave one out"),
+        ({"peft_config": {"base_model_path": BASE}, "output_path": "out",
+          "models": [{"path": f"{BASE}+a"}]}, "a path names an adapter alone"),
+        ({"peft_config": {"base_model_path": BASE, "adapter_names": ["../x"]}},
+         "must be a name without slashes"),
+        ({"peft_config": {"base_model_path": BASE}, "output_path": "out",
+          "options": {"normalize_weights": "no"}}, "normalize_weights must be true or false"),
+        ({"peft_config": {"base_model_path": BASE}, "output_path": "out", "strategy": "ties",
+          "options": {"densities": 0.3}}, "densities must be a list, got 0.3"),
+        ({"peft_config": {"base_model_path": BASE}, "output_path": "out", "strategy": "ties",
+          "options": {"densities": [0.3]}, "models": [{"path": "a", "density": 0.2}]},
+         "densities are given twice"),
+        ({"peft_config": {"base_model_path": BASE}, "output_path": str(TINY)},
+         "the output exists already"),
         ({"peft_config": {"base_model": BASE}}, "Did you mean 'base_model_path'?"),
         ({"peft_config": {}, "output_path": "out"}, "base_model_path must name the model"),
         ({"peft_config": {"base_model_path": BASE}}, "output_path must name the folder"),
@@ -468,7 +511,7 @@ def test_a_validation_sets_the_merge_beside_its_sources(tmp_path, capsys):
     model = merger.merge()
     found = merger.validation
     assert [(each.name, each.role) for each in found.models] == [
-        ("base (base)", "base"), ("base", "source"), ("out", "source"), ("out (merge)", "merge"),
+        ("base (2)", "base"), ("base", "source"), ("out", "source"), ("out (2)", "merge"),
     ]  # fmt: skip
     merge = found.models[-1]
     assert [answer.text.strip() for answer in merge.answers[:2]] == ["paris", "Au"]
@@ -493,6 +536,140 @@ def test_a_result_is_not_lost_where_it_cannot_be_validated(tmp_path):
         model = merger.merge()
     assert merger.validation is None
     assert model(torch.arange(3)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("output", ["x/../out", None])
+def test_models_without_a_tokenizer_are_merged_but_not_asked(tmp_path, monkeypatch, output, capsys):
+    monkeypatch.chdir(tmp_path)
+    models = [
+        {"path": str(make_llama(tmp_path / name, seed=seed))} for seed, name in enumerate("ab")
+    ]
+    merger = ModelMerger(MergeConfig("weighted", models, output))
+    model = merger.merge()
+    assert "note: the models have no tokenizer" in capsys.readouterr().err
+    assert model(torch.arange(3)[None]).logits.isfinite().all()
+    assert (merger.model, merger.tokenizer) == (model, None)
+    merger.save_merged_model(model, "saved")
+    assert not verify_folder(tmp_path / "saved").problems
+    config = MergeConfig("weighted", models, "more", validation={"run_tests": True})
+    for check in (ModelMerger(config).check_compatibility, ModelMerger(config).merge):
+        with pytest.raises(ModelCompatibilityError, match="cannot load its tokenizer"):
+            check()
+    assert not (tmp_path / "more").exists()
+
+
+@pytest.mark.parametrize("names", [["a", "a", "a (2)"], ["base", "merged", "merged"]])
+def test_a_name_decides_nothing_but_what_is_shown(names):
+    paths = [CAPITALS, ELEMENTS, ANIMALS]
+    models = [{"path": path, "name": name} for path, name in zip(paths, names, strict=True)]
+    config = MergeConfig(
+        "weighted", models, base_model=BASE, options={"verbose": False},
+        validation={"run_tests": True, "test_prompts": PROMPTS[:1], "max_new_tokens": 2},
+    )  # fmt: skip
+    job = translate(config)
+    assert job.work.models == tuple(paths)
+    assert [*job.sources.values()] == paths
+    merger = ModelMerger(config)
+    merger.merge()
+    roles = [each.role for each in merger.validation.models]
+    assert roles == ["base", "source", "source", "source", "merge"]
+    assert len({each.name for each in merger.validation.models}) == 5
+
+
+def test_a_template_or_a_terminal_that_fails_loses_no_result(monkeypatch):
+    config = MergeConfig(
+        "slerp", [{"path": CAPITALS}, {"path": ELEMENTS}],
+        validation={"quick_test": True, "test_prompts": ["مرحبا"], "chat": True},
+    )  # fmt: skip
+    template = "{{ raise_exception('no') }}"
+    merger = ModelMerger(config)
+    monkeypatch.setattr(merger._tokenizer(), "chat_template", template)
+    with pytest.warns(UserWarning, match="could not be validated: no"):
+        assert merger.merge() is merger.model
+    config.validation["chat"] = False
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    ModelMerger(config).merge()
+    sys.stdout.seek(0)
+    assert "\\u0645" in sys.stdout.read()
+
+
+def test_looking_at_a_model_leaves_it_as_it_was():
+    config = MergeConfig(
+        "slerp", [{"path": CAPITALS}, {"path": ELEMENTS}], options={"verbose": False},
+        validation={"test_prompts": PROMPTS[:1], "max_new_tokens": 2},
+    )  # fmt: skip
+    merger = ModelMerger(config)
+    model = merger.merge().train()
+    before = torch.random.get_rng_state()
+    merger.validate_merge(model)
+    assert model.training
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_base_that_nothing_needs_is_not_looked_for():
+    models = [{"path": CAPITALS}, {"path": ELEMENTS}]
+    for validation in ({}, {"quick_test": True, "test_prompts": PROMPTS}):
+        config = MergeConfig("slerp", models, base_model="absent", validation=validation)
+        config.options = {"verbose": False}
+        ModelMerger(config).merge()
+
+
+def test_how_a_merge_is_run_is_handed_on(tmp_path, monkeypatch):
+    models = [{"path": CAPITALS}, {"path": ELEMENTS}]
+    seen = {}
+
+    def record(name):
+        work = getattr(model_merger, name)
+
+        def recorded(*given, **named):
+            seen[name] = named
+            return work(*given, **named)
+
+        monkeypatch.setattr(model_merger, name, recorded)
+
+    for name in ("merge_to_model", "merge_adapters"):
+        record(name)
+    options = {"verify_inputs": True, "threads": 1, "max_memory": "4GB", "verbose": False}
+    with pytest.warns(UserWarning, match="SHA-256"):
+        ModelMerger(MergeConfig("weighted", models, options=options)).merge()
+    assert seen["merge_to_model"] == {
+        "device": "cpu", "threads": 1, "max_memory": "4GB", "progress": False,
+        "verify_inputs": True,
+    }  # fmt: skip
+    config = MergeConfig(
+        "cat", [{"path": f"{TINY}/capitals-lora"}], tmp_path / "out", None,
+        {"resume": True, "verify_inputs": True, "verbose": False}, {"base_model_path": BASE},
+    )  # fmt: skip
+    ModelMerger(config).merge()
+    assert seen["merge_adapters"] == {"progress": False, "resume": True, "verify_inputs": True}
+
+
+def test_the_tokenizer_of_merged_adapters_is_that_of_the_adapter(tmp_path):
+    adapter = shutil.copytree(f"{TINY}/capitals-lora", tmp_path / "adapter")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{BASE}/{name}", adapter)
+    settings = json.loads((adapter / "tokenizer_config.json").read_text())
+    (adapter / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "hi"}))
+    config = MergeConfig(
+        "cat", [{"path": str(adapter)}], tmp_path / "out", None, {"verbose": False},
+        {"base_model_path": BASE},
+    )  # fmt: skip
+    merger = ModelMerger(config)
+    merger.merge()
+    assert merger.tokenizer.chat_template == "hi"
+    assert (
+        ModelMerger(replace(config, output_path=tmp_path / "b"))._tokenizer().chat_template == "hi"
+    )
+
+
+def test_vocabularies_that_differ_do_not_fit_as_they_are(tmp_path):
+    for size in (40, 44):
+        make_llama(tmp_path / str(size), vocab_size=size, tokenizer=True)
+    models = [{"path": str(tmp_path / "40")}, {"path": str(tmp_path / "44")}]
+    with pytest.raises(ModelCompatibilityError, match="vocab"):
+        check_model_compatibility(models)
+    merger = ModelMerger(MergeConfig("weighted", models, tmp_path / "out"))
+    assert merger.check_compatibility()
 
 
 def test_a_quick_test_asks_the_result_one_thing(tmp_path):
@@ -571,6 +748,7 @@ def test_where_a_gpu_has_too_little_memory_the_cpu_merges(
         (None, "cpu", "auto"), ("auto", "cpu", "auto"), ("cpu", "cpu", "cpu"),
         ("cuda", "cuda", "cuda"), ("cuda:1", "cuda:1", "cuda:1"), (0, "cuda:0", "cuda:0"),
         ({"": 1}, "cuda:1", "cuda:1"), ({"": "cpu"}, "cpu", "cpu"), ("balanced", "cpu", "auto"),
+        ("cpu:0", "cpu", "cpu"),
     ],
 )  # fmt: skip
 def test_a_device_map_says_where_to_merge_and_where_to_load(gpu, device_map, merges, loads):
