@@ -11,7 +11,7 @@ from merge_lora import open_model
 from merge_plan import open_plan
 from merge_recipe import Recipe, make_recipe
 from merge_run import merge_to_model
-from model_errors import ModelCompatibilityError, refusal
+from model_errors import ModelCompatibilityError, NoTokenizerError, refusal
 from model_inference import Running, load_model, load_tokenizer, run_loaded
 from model_locate import CONFIG, split_adapters
 
@@ -40,7 +40,12 @@ def load_to_run(
     name = os.fspath(model)
     if not split_adapters(name).adapters:
         return load_model(name, device, dtype, needs_tokenizer=needs_tokenizer)
-    tokenizer = tokenizer_of(name)
+    try:
+        tokenizer = tokenizer_of(name)
+    except NoTokenizerError:
+        if needs_tokenizer:
+            raise
+        tokenizer = None
     fold = make_recipe("passthrough", None, [name], {})
     return run_loaded(merge_to_model(fold, progress=False), tokenizer, device, dtype)
 

@@ -220,8 +220,7 @@ class ModelMerger:
             if any("is a model, not a LoRA adapter" in each for each in error.problems):
                 error.add_note("peft_config is for adapters: leave it out to merge models")
             raise
-        if isinstance(job.work, Recipe):
-            self.tokenizer = self._tokenizer(needed=job.validation.wanted)
+        self._tokenizer(needed=job.validation.wanted)
 
     def _merged(self) -> Running:
         """The result of a recipe, where it is to run."""
@@ -267,12 +266,12 @@ class ModelMerger:
             self._tell(
                 "PEFT is not installed, so the adapter is folded into the model that follows"
             )
-            return self._loaded(partial(load_to_run, on_base))
-        base = self._loaded(partial(load_to_run, job.base_model))
+            return self._loaded(partial(load_to_run, on_base, needs_tokenizer=False))
+        base = self._loaded(partial(load_to_run, job.base_model, needs_tokenizer=False))
         with warnings.catch_warnings():  # PEFT uses what transformers has renamed
             warnings.simplefilter("ignore", FutureWarning)
             model = PeftModel.from_pretrained(base.model, os.fspath(job.output_dir)).eval()
-        return replace(base, model=model, tokenizer=tokenizer_of(on_base))
+        return replace(base, model=model, tokenizer=self.tokenizer and tokenizer_of(on_base))
 
     def _on_device(self, merge: Callable[[str], Any]) -> Any:
         """Merge where the config says, and on the CPU if the memory of a GPU does not suffice."""
@@ -309,7 +308,7 @@ class ModelMerger:
             self.validation = self._validated(running)
             summary = self.validation.summary()
             logger.info("validation:\n%s", summary)
-            if self._job.run.progress and not logger.isEnabledFor(logging.INFO):
+            if self._job.run.progress and not _is_heard():
                 say(summary)
         except Exception as error:  # of a model, a template or a terminal
             warnings.warn(
@@ -373,13 +372,18 @@ class ModelMerger:
         """Notes, by the log if someone listens to it."""
         for note in notes:
             logger.info("%s", note)
-            if not logger.isEnabledFor(logging.INFO):
+            if not _is_heard():
                 teller(show=self._job.run.progress)(note)
 
     def _say(self, step: str) -> None:
         logger.info("%s", step)
-        if self._job.run.progress and not logger.isEnabledFor(logging.INFO):
+        if self._job.run.progress and not _is_heard():
             say(step, error=True)
+
+
+def _is_heard() -> bool:
+    """Whether someone listens to the log, so that nothing need be said beside it."""
+    return logger.isEnabledFor(logging.INFO) and logger.hasHandlers()
 
 
 def check_model_compatibility(models: Sequence[Mapping[str, Any]]) -> None:

@@ -760,17 +760,23 @@ def test_a_device_map_says_where_to_merge_and_where_to_load(gpu, device_map, mer
 # Documented uses
 
 
-def test_with_logging_every_step_is_told(tmp_path, caplog):
+def test_with_logging_every_step_is_told(tmp_path, caplog, capsys, monkeypatch):
     config = MergeConfig(
         strategy="weighted",
         models=[{"path": CAPITALS, "weight": 0.6}, {"path": ELEMENTS, "weight": 0.4}],
         output_path=tmp_path / "out",
         options={"verbose": True, "log_level": "INFO"},
     )
+    config.options["low_memory_mode"] = True
     try:
         ModelMerger(config).merge()
         assert "merging 2 models by weighted" in caplog.text
         assert "the result runs in float32 on cpu" in caplog.text
+        assert "low_memory_mode: memory never grows" in caplog.text
+        assert "low_memory_mode" not in capsys.readouterr().err  # said once
+        monkeypatch.setattr(logging.getLogger("model_merger"), "propagate", False)
+        ModelMerger(MergeConfig(**{**vars(config), "output_path": tmp_path / "more"})).merge()
+        assert "low_memory_mode" in capsys.readouterr().err  # no handler would show it
     finally:
         logging.getLogger("model_merger").setLevel(logging.NOTSET)
 
