@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from tiny_checkpoints import make_llama
+from tiny_tokenizers import NORMAL, write_byte_level
 
 import eval_compare
 import eval_llama
@@ -315,6 +316,19 @@ def test_the_tokenizer_of_a_merge_is_that_of_its_folder(tmp_path):
     own = merged_tokenizer(recipe)
     assert own.get_vocab() == load_model(out, "cpu").tokenizer.get_vocab()
     assert len(own) == 44
+
+
+def test_the_tokenizer_of_a_union_has_the_tokens_of_all(tmp_path):
+    for name in ("a", "b"):
+        make_llama(tmp_path / name, vocab_size=NORMAL + 1)
+        write_byte_level(tmp_path / name, [f"<{name}>"])
+    models = [tmp_path / "a", tmp_path / "b"]
+    recipe = make_recipe("linear", None, models, {}, vocabulary="union")
+    out = tmp_path / "out"
+    linear_merge_llama_to_folder(models, output_dir=out, vocabulary="union", progress=False)
+    vocab = merged_tokenizer(recipe).get_vocab()
+    assert {"<a>", "<b>"} <= vocab.keys()
+    assert vocab == load_model(out, "cpu").tokenizer.get_vocab()
 
 
 TASK = """

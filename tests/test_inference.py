@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_checkpoints import make_llama
+from tiny_tokenizers import NORMAL, write_byte_level
 
 import eval_perplexity
 import model_inference
@@ -222,6 +223,27 @@ class Appending:
     def __call__(self, text, add_special_tokens=True, **settings):
         ids = self.tokenizer(text, add_special_tokens=add_special_tokens, **settings)["input_ids"]
         return {"input_ids": [*ids, 1] if add_special_tokens else ids}
+
+
+def test_a_chat_template_that_begins_a_text_does_so_once(tmp_path):
+    make_llama(tmp_path, vocab_size=NORMAL + 2)
+    begin = "<s>"
+    template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    write_byte_level(tmp_path, [begin, "</s>"], bos=begin, eos="</s>", chat_template=template)
+    running = load_model(tmp_path, "cpu")
+    ids = model_inference._prompt_ids(running, "hi", chat=True)
+    assert ids == [NORMAL, *running.tokenizer("hi", add_special_tokens=False)["input_ids"]]
+    doubling = replace(running, tokenizer=Beginning(running.tokenizer))
+    assert model_inference._prompt_ids(doubling, "hi", chat=True) == ids
+    assert model_inference._prompt_ids(doubling, "hi", chat=False) == ids
+
+
+class Beginning(Appending):
+    """A tokenizer that puts a beginning before every text."""
+
+    def __call__(self, text, add_special_tokens=True, **settings):
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return {"input_ids": [NORMAL, *ids] if add_special_tokens else ids}
 
 
 def test_what_a_tokenizer_puts_behind_a_text_is_no_part_of_a_prompt(capitals):

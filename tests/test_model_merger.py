@@ -684,6 +684,7 @@ def test_a_quick_test_asks_the_result_one_thing(tmp_path):
     (measured,) = merger.validation.models
     assert (measured.name, measured.role) == ("merged", "merge")
     (answer,) = measured.answers
+    assert translate(config).validation.max_new_tokens == 16
     assert answer == ask(load_like(model, merger), PROMPTS[:1], max_new_tokens=16)[0]
     assert merger.validation.notes == (
         "perplexity and bits per byte are those of the prompts, as no text is given",
