@@ -222,6 +222,14 @@ def test_the_kernel_is_the_interpreter_of_the_tests(folder):
 
 
 @each_notebook
+def test_every_plan_is_held_against_the_room_there_is(name):
+    cells = [each.source for each in read(name).cells]
+    (place,) = (at for at, each in enumerate(cells) if "check_room" in each and "print" in each)
+    assert cells[place].endswith("\nplan.check_room(max_disk=max_disk)")
+    assert not [each for each in cells[:place] if "merge_recipe(" in each or ".merge()" in each]
+
+
+@pytest.mark.parametrize("name", ["evaluate", "recipe"])
 def test_without_room_nothing_is_written(name, folder):
     with pytest.raises(CellExecutionError, match=r"on the disk, and 1\.00 KB are there"):
         run(name, folder, until="merge", max_disk="1KB")

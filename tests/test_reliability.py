@@ -12,7 +12,7 @@ PROGRAM = Path(__file__).with_name("reliability.py")
 @pytest.mark.parametrize(
     ("campaign", "more", "done"),
     [
-        ("faults", ["--step", "97"], "SIGKILL"),
+        ("faults", ["--step", "389"], "SIGKILL"),
         ("kills", ["--count", "25"], "kills"),
         ("starts", ["--count", "10"], "rounds"),
         ("disk", [], ""),  # what it does where no disk can be made is said there
