@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 from eval_perplexity import Perplexity, perplexity, perplexity_after
-from eval_texts import distinct, repetition
+from eval_texts import distinct, ngrams, repetition
 from model_inference import Answer, Running, answer_problems, ask, release_memory
 from model_text import isolated, name_width, padded_name, printable
 
@@ -23,7 +23,8 @@ DEFINITIONS = {
     "perplexity": "exp of the mean negative log-likelihood per token of the texts; lower is better",
     "bits_per_byte": "the same per byte of what was predicted, for models with other tokenizers",
     "repetition_4": "coherence: share of the sequences of 4 words of an answer that repeat an "
-    "earlier one of it, mean of all answers (seq-rep-4, arXiv:1908.04319); lower is better",
+    "earlier one of it, mean of the answers that have any (seq-rep-4, arXiv:1908.04319); lower is "
+    "better",
     "distinct_1": "coherence: share of different words in all answers (arXiv:1510.03055)",
     "distinct_2": "coherence: share of different pairs of words in all answers",
     "fluency": "perplexity of the answers under {judge}, which reads each as plain text after its "
@@ -99,11 +100,12 @@ class Measured:
     def numbers(self) -> dict[str, float | None]:
         """All numbers by their names, tasks last; None for what was not asked for."""
         said = [answer.text for answer in self.answers]
+        repeated = [repetition(text) for text in said if ngrams(text, 4)]
         of_texts, of_answers = self.perplexity, self.fluency
         found: dict[str, float | None] = {
             "perplexity": None if of_texts is None else of_texts.value,
             "bits_per_byte": None if of_texts is None else of_texts.bits_per_byte,
-            "repetition_4": sum(map(repetition, said)) / len(said) if said else None,
+            "repetition_4": sum(repeated) / len(repeated) if repeated else None,
             "distinct_1": distinct(said, 1),
             "distinct_2": distinct(said, 2),
             "fluency": None if of_answers is None else of_answers.value,
@@ -316,6 +318,8 @@ def _measured(
         )
         speed = sum(answer.tokens for answer in answers) / (time.monotonic() - started)
         measured = replace(measured, answers=tuple(answers), tokens_per_second=speed)
+        if empty := sum(not answer.text.strip() for answer in answers):
+            notes.append(f"{candidate.name}: {empty} of {len(answers)} answers are empty")
     if settings.tasks is not None:
         tell(f"{candidate.name}: tasks")
         measured = replace(measured, tasks=settings.tasks(running))
@@ -362,6 +366,7 @@ def shown(number: float | None) -> str:
 def _answer_lines(name: str, width: int, answer: Answer) -> Iterator[str]:
     """An answer beside the name of who gave it; further lines are indented."""
     cut = " ..." if answer.finish == "length" else ""
-    first, *others = f"{isolated(answer.text.strip())}{cut}".split("\n")
+    text = isolated(answer.text.strip()) or "(empty)"
+    first, *others = f"{text}{cut}".split("\n")
     yield f"  {padded_name(name, width)}  {first}"
     yield from (f"  {'':{width}}  {line}" for line in others)

@@ -9,6 +9,7 @@ import argparse
 import functools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from eval_compare import METRICS, Candidate, Comparison, Settings, compare
@@ -44,7 +45,7 @@ def _parser() -> CommandParser:
     )  # fmt: skip
     parser.add_argument(
         "--text", type=Path, nargs="+", default=[], metavar="FILE",
-        help="UTF-8 texts for the perplexity; of a .jsonl file each line is one",
+        help='UTF-8 texts for the perplexity; of a .jsonl file each line is one, under "text"',
     )  # fmt: skip
     parser.add_argument("--prompt", nargs="+", default=[], metavar="PROMPT", help="to be answered")
     parser.add_argument(
@@ -103,6 +104,9 @@ def _compared(arguments: argparse.Namespace) -> str:
             settings=_settings(arguments),
             tell=lambda step: None if arguments.quiet else say(step, error=True),
         )
+    if arguments.tasks and arguments.limit:
+        note = f"tasks: of {arguments.limit} questions each, at most: a first look, no score"
+        comparison = replace(comparison, notes=(*comparison.notes, note))
     if arguments.page is not None:
         paths = write_page(arguments.page, comparison.to_dict(), comparison_page(comparison))
         say(f"wrote {paths[0]} and {paths[1]}", error=True)

@@ -25,7 +25,7 @@ td.text { white-space: pre-wrap; min-width: 12rem; text-align: start; }
 COLOURS = {"base": "#8c959f", "source": "#0969da", "merge": "#bf3989"}
 """Of the roles."""
 
-BAR, GAP, LABEL, LENGTH, VALUE = 18, 6, 150, 240, 70
+BAR, GAP, LABEL, LENGTH, VALUE = 18, 6, 150, 240, 90
 """Pixels: height of a bar and the space below it, width of names, longest bar, and numbers."""
 
 LONGEST_NAME = 22
@@ -107,7 +107,8 @@ def _answers(comparison: Comparison) -> str:
     heads = "".join(f"<th>{_isolated(each.name)}</th>" for each in comparison.models)
     rows = [f"<tr><th>prompt</th>{heads}</tr>"]
     for at, prompt in enumerate(comparison.prompts):
-        cells = "".join(_text(each.answers[at].text.strip()) for each in comparison.models)
+        said = [each.answers[at].text.strip() for each in comparison.models]
+        cells = "".join(_text(text or "(empty)") for text in said)
         rows.append(f"<tr>{_text(prompt)}{cells}</tr>")
     return _wide(rows)
 

@@ -50,20 +50,26 @@ def load_to_run(
     return run_loaded(merge_to_model(fold, progress=False), tokenizer, device, dtype)
 
 
-def check_to_run(models: Iterable[str]) -> None:
+def check_to_run(models: Iterable[str]) -> list[str]:
     """Whether models can be opened, before any of them is loaded.
+
+    Returns:
+        What the user should know of them, such as an adapter that is for another base.
 
     Raises:
         ModelCompatibilityError: some cannot; all that is wrong is said at once.
     """
     problems: dict[str, None] = {}
+    notes: dict[str, None] = {}
     for model in models:
         try:
-            open_model(model, weights=False).close()
+            with open_model(model, weights=False) as opened:
+                notes |= dict.fromkeys(opened.notes)
         except ModelCompatibilityError as error:
             problems |= dict.fromkeys(error.problems)
     if problems:
         raise refusal(problems)
+    return [*notes]
 
 
 def tokenizer_of(name: str) -> "PreTrainedTokenizerBase":

@@ -106,6 +106,10 @@ def translate(config: MergeConfig) -> Translation:
     Raises:
         ValueError: something is wrong with it; all of it is said at once.
     """
+    if not isinstance(config, MergeConfig):
+        raise TypeError(
+            f"config must be a MergeConfig, got {brief(config)}. MergeConfig(**config)?"
+        )
     return _Translator(config).translation()
 
 
@@ -322,7 +326,8 @@ class _Translator:
                     **settings,
                 )
             )
-            self.problems += check_recipe(replace(recipe, output_dir=None))[1]
+            if len(self.models) == len(self.config.models):  # else that is what is wrong
+                self.problems += check_recipe(replace(recipe, output_dir=None))[1]
         except (TypeError, ValueError) as error:
             self.problems.append(str(error))
             return None
@@ -347,6 +352,8 @@ class _Translator:
             if "weights" in values:
                 self.problems.append("weights are given twice: as an option and with the models")
             values["weights"] = weights
+            if self.method == "linear" and values.get("normalize", True) is True:
+                self._look_at_signs(weights)
         elif weights is not None and self.method == "slerp":
             self._position(weights, values)
         elif weights is not None:
@@ -355,6 +362,15 @@ class _Translator:
         self._look_at_models(*of_models)
         values |= self._values_of_models(of_models)
         return values
+
+    def _look_at_signs(self, weights: Sequence[float]) -> None:
+        """What is divided by a sum must not have several signs: it would turn or grow."""
+        if min(weights, default=0.0) < 0:
+            self.problems.append(
+                f"weights of {self.strategy} are divided by their sum, so they must not be "
+                f"negative, got {', '.join(f'{each:g}' for each in weights)}. Use task_arithmetic "
+                "to subtract, or set normalize_weights to false"
+            )
 
     def _take(
         self,
@@ -469,6 +485,7 @@ class _Translator:
             self.problems.append(f"normalize_weights must be true or false, got {brief(normalize)}")
         if not normalize:
             return tuple(weights)
+        self._look_at_signs(weights)
         if not weights or not math.isfinite(total := sum(weights)) or abs(total) < 1e-8:
             self.problems.append(
                 f"weights cannot be normalized, as their sum is {sum(weights):g}. Change them, or "

@@ -141,16 +141,23 @@ def take_run_options(
 
 def _dtype(options: Options, problems: list[str]) -> str | None:
     given = {
-        str(options.take(name)).removeprefix("torch.")
-        for name in ("torch_dtype", "dtype")
-        if name in options
+        _dtype_name(options.take(name)) for name in ("torch_dtype", "dtype") if name in options
     }
     if len(given) > 1:
         problems.append("torch_dtype and dtype are the same. Leave one of them out")
     dtype = min(given, default="auto")
     if dtype not in ("auto", *DTYPE_NAMES):
         problems.append(unknown_name("torch_dtype", dtype, ("auto", *DTYPE_NAMES)))
+        return None
     return None if dtype == "auto" else dtype
+
+
+def _dtype_name(dtype: Any) -> str:
+    """Its name, also of a torch.dtype or by a common short form."""
+    name = str(dtype).removeprefix("torch.")
+    return {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32"}.get(
+        name, name
+    )
 
 
 def _devices(device_map: Any, notes: list[str]) -> tuple[str, str]:

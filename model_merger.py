@@ -75,7 +75,7 @@ class ModelMerger:
 
     Attributes:
         config: as given.
-        notes: what the user should know of how it was understood.
+        notes: what the user should know of how the config was understood, and of what was done.
         model, tokenizer: the last result, and its tokenizer; None before, or if it has none.
         report: what the last merge did; None for one in memory.
         validation: of the last result, if it was looked at.
@@ -124,11 +124,14 @@ class ModelMerger:
     def plan(self) -> PlanReport:
         """What a merge would do, from headers alone; of models only.
 
+        The memory is that of merging; the result, which is loaded then, takes its size besides.
+
         Raises:
             ValueError, ModelCompatibilityError: as `merge`.
         """
         if not isinstance(self._job.work, Recipe):
             raise ValueError("a merge of adapters into one has no plan. Use check_compatibility()")
+        self._tokenizer()  # which loads transformers, as a merge does, so that it is counted
         run = self._job.run
         return plan(
             self._job.work,
@@ -215,7 +218,7 @@ class ModelMerger:
         if job.base_model is not None and job.validation.wanted and not job.validation.quick:
             names.append(job.base_model)
         try:
-            check_to_run(names)
+            self._tell(*check_to_run(names))
         except ModelCompatibilityError as error:
             if any("is a model, not a LoRA adapter" in each for each in error.problems):
                 error.add_note("peft_config is for adapters: leave it out to merge models")
@@ -275,14 +278,14 @@ class ModelMerger:
 
     def _on_device(self, merge: Callable[[str], Any]) -> Any:
         """Merge where the config says, and on the CPU if the memory of a GPU does not suffice."""
+        device = self._job.run.device
+        if device == "cpu":
+            return merge(device)
         import torch
 
-        device = self._job.run.device
         try:
             return merge(device)
         except torch.cuda.OutOfMemoryError as error:
-            if device == "cpu":
-                raise
             self._tell(f"the memory of {device} does not suffice to merge ({error}); the CPU does")
         release_memory()
         return merge("cpu")
@@ -370,6 +373,7 @@ class ModelMerger:
 
     def _tell(self, *notes: str) -> None:
         """Notes, by the log if someone listens to it."""
+        self.notes = tuple(dict.fromkeys((*self.notes, *notes)))
         for note in notes:
             logger.info("%s", note)
             if not _is_heard():

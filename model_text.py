@@ -24,6 +24,8 @@ def printable(text: str) -> str:
 def isolated(text: str) -> str:
     """A text from a model, which keeps its direction whatever stands beside it, line by line."""
     lines = text.replace(FIRST_ISOLATE, "").replace(POP_ISOLATE, "").split("\n")
+    if text.isascii():  # which has no other direction
+        return "\n".join(map(printable, lines))
     return "\n".join(f"{FIRST_ISOLATE}{printable(line)}{POP_ISOLATE}" for line in lines)
 
 
@@ -34,7 +36,7 @@ def cleaned(text: str) -> str:
 
 def shown_name(name: str) -> str:
     """A name beside others in a line: one that is not in Latin letters alone is isolated."""
-    return printable(name) if name.isascii() else isolated(name.replace("\n", " "))
+    return isolated(name.replace("\n", " "))
 
 
 def padded_name(name: str, width: int) -> str:

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ def test_a_merge_is_set_beside_what_it_was_made_of(compared, merged):
     assert said["capitals"][1:] != ["Au", "puppy"]
     assert compared.judge == "base"
     assert compared.columns == (
-        "perplexity", "bits_per_byte", "repetition_4", "distinct_1", "fluency"
+        "perplexity", "bits_per_byte", "distinct_1", "fluency"
     )  # fmt: skip
 
 
@@ -138,14 +139,14 @@ def test_without_a_base_the_first_source_reads_the_answers(merged):
     assert found.judge == "capitals"
     assert "under capitals" in found.definitions["fluency"]
     alone = compare(some[-1:], prompts=PROMPTS[:1], settings=SHORT)
-    assert (alone.judge, alone.columns) == ("", ("repetition_4", "distinct_1"))
+    assert (alone.judge, alone.columns) == ("", ("distinct_1",))
 
 
 def test_only_what_is_asked_for_is_measured(merged):
     some = candidates(merged)[:1]
     settings = Settings(metrics=("coherence",), max_new_tokens=12)
     found = compare(some, texts=FACTS, prompts=PROMPTS, settings=settings)
-    assert found.columns == ("repetition_4", "distinct_1")
+    assert found.columns == ("distinct_1",)
     assert (found.models[0].perplexity, found.models[0].fluency, found.judge) == (None, None, "")
     with pytest.raises(ValueError, match="nothing to compare by"):
         compare(some, texts=FACTS, settings=Settings(metrics=("fluency",)))
@@ -201,6 +202,24 @@ def test_arabic_keeps_its_direction(in_arabic):
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert "http" not in page
+
+
+def test_answers_too_short_to_repeat_say_nothing_of_repetition():
+    short, long = made("a", "merge", "yes"), made("b", "merge", "a b c d a b c d")
+    assert short.numbers()["repetition_4"] is None
+    assert long.numbers()["repetition_4"] == pytest.approx(1 / 5)
+    both = replace(long, answers=(*short.answers, *long.answers))
+    assert both.numbers()["repetition_4"] == pytest.approx(1 / 5)
+
+
+def test_empty_answers_are_named(merged):
+    some = candidates(merged)[4:]
+    found = compare(some, prompts=[ARABIC, PROMPTS[0]], settings=SHORT)
+    empty = [not answer.text.strip() for answer in found.models[0].answers]
+    assert empty == [True, False]
+    assert found.notes == ("ties: 1 of 2 answers are empty",)
+    assert "  ties  (empty)" in found.summary()
+    assert '<td class=text dir="auto">(empty)</td>' in comparison_page(found)
 
 
 def test_names_are_shown_as_texts_are():
@@ -270,7 +289,7 @@ def test_the_command_says_what_the_function_does(merged, tmp_path, capsys, compa
     assert main([*given, "--json", "--page", str(page)]) == 0
     out = json.loads(capsys.readouterr().out)
     assert json.loads(page.with_suffix(".json").read_text(encoding="utf-8")) == out
-    assert page.with_suffix(".html").read_text(encoding="utf-8").count("<svg") == 5
+    assert page.with_suffix(".html").read_text(encoding="utf-8").count("<svg") == 4
     expected = compared.to_dict()
     for each in (*out["models"], *expected["models"]):
         assert each.pop("tokens_per_second") > 0
@@ -361,6 +380,7 @@ def test_tasks_of_the_harness_run_on_sources_and_merge(merged, tmp_path, monkeyp
     given += ["--tasks", "tiny_capitals", "--task_folder", str(tmp_path), "--json", "--quiet"]
     assert main([*given, "--limit", "3"]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert found["notes"] == ["tasks: of 3 questions each, at most: a first look, no score"]
     numbers = {each["name"]: each["numbers"]["tiny_capitals acc"] for each in found["models"]}
     assert numbers["capitals"] == numbers["ties"] == 1.0
     assert numbers["base"] < 1.0

@@ -339,7 +339,7 @@ def test_the_command(capsys, tmp_path):
     command = [f"{TINY}/capitals", "--device", "cpu", "--max-new-tokens", "8"]
     assert main([*command, "--prompts", str(tmp_path / "p.txt")]) == 0
     out = capsys.readouterr().out
-    assert "> \u2068capital: france =\u2069\n\u2068paris\u2069\n" in out
+    assert "> capital: france =\nparis\n" in out
     assert f"> \u2068{ARABIC}\u2069\n" in out
     assert "float32 on cpu, " in out
     assert main([*command, "capital: japan =", "--json"]) == 0

@@ -172,6 +172,19 @@ def test_an_option_that_means_nothing_here_says_once_what_happens_instead(tmp_pa
     assert "note:" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "dtype"),
+    [("fp16", "float16"), ("bf16", "bfloat16"), (torch.float32, "float32"), ("auto", None)],
+)
+def test_a_dtype_has_several_names(given, dtype):
+    assert recipe(strategy="weighted", options={"torch_dtype": given}).dtype == dtype
+
+
+def test_a_config_is_a_config():
+    with pytest.raises(TypeError, match="config must be a MergeConfig"):
+        ModelMerger({"strategy": "weighted"})
+
+
 def test_an_option_that_means_nothing_with_a_strategy_is_named():
     options = {"trim_scope": "row", "interpolation_factor": 0.5, "merge_method": "svd"}
     job = translate(MergeConfig("weighted", [{"path": CAPITALS}], options=options))
@@ -233,6 +246,10 @@ def test_everything_that_is_wrong_is_said_at_once():
     [
         ({"models": CAPITALS}, 'models must be a list of {"path": ...}'),
         ({"models": []}, 'models must be a list of {"path": ...}'),
+        ({"models": [{"path": "a", "weight": 0.7, "operation": "subtract"}, {"path": "b"}]},
+         "are divided by their sum, so they must not be negative, got -0.7, 1"),
+        ({"peft_config": {"base_model_path": BASE}, "output_path": "out",
+          "models": [{"path": "a"}, {"path": "b", "weight": -0.3}]}, "must not be negative"),
         ({"strategy": "slerpp"}, "Did you mean 'slerp'?"),
         ({"strategy": "task_arithmetic"}, "task_arithmetic needs a base_model"),
         ({"strategy": "slerp", "models": [{"path": "a"}] * 3}, "takes exactly 2 fine-tuned"),
@@ -433,6 +450,18 @@ def test_without_peft_the_merged_adapter_is_folded(merged_adapter, tmp_path, mon
     torch.testing.assert_close(folded(ids).logits, adapter(ids).logits, atol=1e-4, rtol=1e-4)
 
 
+def test_adapters_of_another_base_are_named(tmp_path, capsys):
+    config = MergeConfig(
+        "weighted", [{"path": f"{TINY}/capitals-lora"}], tmp_path / "out", None, {},
+        {"base_model_path": ELEMENTS},
+    )  # fmt: skip
+    merger = ModelMerger(config)
+    merger.merge()
+    said = capsys.readouterr().err
+    assert "the base here is" in said
+    assert any("the base here is" in note for note in merger.notes)
+
+
 def test_adapters_can_be_merged_as_models(tmp_path):
     config = MergeConfig(
         strategy="task_arithmetic",
@@ -516,7 +545,7 @@ def test_a_validation_sets_the_merge_beside_its_sources(tmp_path, capsys):
     merge = found.models[-1]
     assert [answer.text.strip() for answer in merge.answers[:2]] == ["paris", "Au"]
     assert (merge.perplexity.texts, merge.dtype) == (2, "float32")
-    assert found.columns == ("perplexity", "bits_per_byte", "repetition_4", "distinct_1")
+    assert found.columns == ("perplexity", "bits_per_byte", "distinct_1")
     assert f"> \u2068{ARABIC[0]}\u2069" in capsys.readouterr().out
     again = merger.validate_merge(model)
     assert [each.answers for each in again.models] == [each.answers for each in found.models]
