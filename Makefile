@@ -26,7 +26,7 @@ unit: .venv/installed  ## all tests, with transformers 5
 	$(BIN)/pytest -n auto --dist worksteal
 
 transformers4: .venv-transformers4/installed  ## what loads results, with transformers 4
-	.venv-transformers4/bin/pytest tests/test_loads.py tests/test_model_companions.py \
+	.venv-transformers4/bin/pytest -n auto --dist worksteal tests/test_loads.py tests/test_model_companions.py \
 		tests/test_in_memory.py tests/test_tiny_llamas.py tests/test_lora_parity.py \
 		tests/test_inference.py
 

@@ -174,7 +174,7 @@ def test_the_evaluation_notebook_sets_a_merge_beside_what_it_was_made_of(folder)
     (page,) = cell_of(book, "page").outputs[:1]
     assert f'<td class=text dir="auto">{ARABIC}</td>' in page.data["text/html"]
     assert page.data["text/html"] == (folder / "compared.html").read_text(encoding="utf-8")
-    again = run("evaluate", folder, until="page", strategy="task_arithmetic")
+    again = run("evaluate", folder, until="merge")
     assert "was finished before" in printed(again, "merge")
 
 
@@ -229,7 +229,7 @@ def test_every_plan_is_held_against_the_room_there_is(name):
     assert not [each for each in cells[:place] if "merge_recipe(" in each or ".merge()" in each]
 
 
-@pytest.mark.parametrize("name", ["evaluate", "recipe"])
+@pytest.mark.parametrize("name", ["ties", "recipe"])
 def test_without_room_nothing_is_written(name, folder):
     with pytest.raises(CellExecutionError, match=r"on the disk, and 1\.00 KB are there"):
         run(name, folder, until="merge", max_disk="1KB")
