@@ -95,16 +95,20 @@ def read_validation(given: Any) -> tuple[Validation, list[str]]:
         return Validation(), problems
     prompts, metrics = tuple(lists["test_prompts"]), tuple(lists["metrics"])
     notes = []
-    if flags["quick_test"]:
+    if flags["quick_test"] and len(prompts) > 1:
+        notes.append(f"quick_test asks the first of {len(prompts)} prompts")
         prompts = prompts[:1]
     if not texts and prompts and "perplexity" in metrics:
         texts = prompts
         notes.append("perplexity and bits per byte are those of the prompts, as no text is given")
+    size = counts["sample_size"]
+    if len(texts) > size:
+        notes.append(f"the first {size} of {len(texts)} texts are read (sample_size)")
     return Validation(
         wanted=wanted,
         quick=flags["quick_test"],
         prompts=prompts,
-        texts=tuple(texts[: counts["sample_size"]]),
+        texts=tuple(texts[:size]),
         metrics=metrics,
         max_new_tokens=counts["max_new_tokens"],
         batch_size=counts["test_batch_size"],

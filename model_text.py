@@ -12,10 +12,13 @@ from typing import Any
 FIRST_ISOLATE, POP_ISOLATE = "\u2068", "\u2069"
 """Around a text whose direction is its own: Arabic stays whole beside what is written in Latin."""
 
+JOINERS = "\u200c\u200d\u200e\u200f"
+"""Letters without a width that belong to words: Persian and Urdu, emoji, and marks of direction."""
+
 
 def printable(text: str) -> str:
     """A text in which what would act on a terminal, or begin a new line, is escaped."""
-    allowed = (FIRST_ISOLATE, POP_ISOLATE)
+    allowed = (FIRST_ISOLATE, POP_ISOLATE, *JOINERS)
     return "".join(
         each if each.isprintable() or each in allowed else repr(each)[1:-1] for each in text
     )
@@ -45,11 +48,15 @@ def padded_name(name: str, width: int) -> str:
 
 
 def name_width(name: str) -> int:
-    """How many columns of a terminal a name takes."""
-    kinds = (unicodedata.category(each) for each in name)
-    marks = sum(kind in ("Mn", "Me", "Cf") for kind in kinds)
-    wide = sum(unicodedata.east_asian_width(each) in "WF" for each in name)
-    return len(printable(name)) - marks + wide
+    """How many columns of a terminal a name takes.
+
+    >>> [name_width(name) for name in ("base", "نموذج", "می\\u200cرود", "模型", "a\\x1b")]
+    [4, 5, 5, 4, 5]
+    """
+    letters = printable(name.replace("\n", " "))  # as it is shown
+    without = sum(each in JOINERS or unicodedata.category(each) in "MnMe" for each in letters)
+    wide = sum(unicodedata.east_asian_width(each) in "WF" for each in letters)
+    return len(letters) - without + wide
 
 
 def numbered(names: Sequence[str]) -> list[str]:

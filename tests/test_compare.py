@@ -22,7 +22,6 @@ from linear_llama import linear_merge_llama_to_folder
 from merge_load import load_to_run, merged_tokenizer
 from merge_recipe import make_recipe
 from model_inference import Answer, load_model
-from model_text import name_width
 from ties_llama import ties_merge_llama_to_folder
 
 TINY = "examples/tiny_llamas"
@@ -235,11 +234,21 @@ def test_names_are_shown_as_texts_are():
         assert "\u202e" not in shown
     lines = found.summary().splitlines()
     assert lines[1].startswith("\u2068نموذج\u2069 ")
-    columns = [name_width(line.partition("source")[0].partition("merge")[0]) for line in lines[1:4]]
-    assert len({*columns}) == 1
+    roles = ("source", "merge", "merge")
+    places = [line.index(role) for line, role in zip(lines[1:4], roles, strict=True)]
+    isolates = [2, 2, 2]  # which have no width
+    wide = [0, 0, -2]  # two letters of the last name take two columns each
+    assert len({p - i - w for p, i, w in zip(places, isolates, wide, strict=True)}) == 1
     page = comparison_page(found)
     assert "<i>" not in page
     assert page.count("<bdi>نموذج</bdi>") == 2
+
+
+def test_letters_without_a_width_stay_in_their_words():
+    word = "می\u200cروم \U0001f468\u200d\U0001f33e"
+    found = Comparison(models=(made("a", "merge", word),), prompts=(word,))
+    assert found.summary().count(word) == 2
+    assert comparison_page(found).count(word) == 2
 
 
 def test_what_cannot_be_opened_is_said_before_anything_is_loaded(merged, tmp_path, capsys):

@@ -545,6 +545,7 @@ def test_a_validation_sets_the_merge_beside_its_sources(tmp_path, capsys):
     merge = found.models[-1]
     assert [answer.text.strip() for answer in merge.answers[:2]] == ["paris", "Au"]
     assert (merge.perplexity.texts, merge.dtype) == (2, "float32")
+    assert "the first 2 of 3 texts are read (sample_size)" in found.notes
     assert found.columns == ("perplexity", "bits_per_byte", "distinct_1")
     assert f"> \u2068{ARABIC[0]}\u2069" in capsys.readouterr().out
     again = merger.validate_merge(model)
@@ -716,6 +717,7 @@ def test_a_quick_test_asks_the_result_one_thing(tmp_path):
     assert translate(config).validation.max_new_tokens == 16
     assert answer == ask(load_like(model, merger), PROMPTS[:1], max_new_tokens=16)[0]
     assert merger.validation.notes == (
+        "quick_test asks the first of 2 prompts",
         "perplexity and bits per byte are those of the prompts, as no text is given",
     )
 
