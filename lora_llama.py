@@ -18,6 +18,7 @@ from merge_adapter_output import AdapterReport
 from merge_adapters import MAX_RANK, AdapterMerge, merge_adapters
 from merge_extract import Extraction, extract_adapter
 from merge_lora_command import fold_recipe, numbers, run_lora_command
+from merge_progress import Progress
 from merge_recipe import DEFAULT_SHARD_SIZE, model_name, model_names
 from merge_report import MergeReport
 from merge_run import merge_to_folder, merge_to_model
@@ -37,7 +38,7 @@ def lora_fold_llama(
     tied_lora: str | None = None,
     threads: int | None = None,
     max_memory: str | int | None = None,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> "PreTrainedModel":
     """Fold LoRA adapters into their base: `W + sum weight_i scale_i B_i A_i`.
 
@@ -79,7 +80,7 @@ def lora_fold_llama_to_folder(
     tied_lora: str | None = None,
     threads: int | None = None,
     max_memory: str | int | None = None,
-    progress: bool = True,
+    progress: Progress = True,
     resume: bool = False,
     verify_inputs: bool = False,
 ) -> MergeReport:
@@ -132,7 +133,7 @@ def lora_merge_adapters(
     lam: float = 1.0,
     seed: int = 0,
     dtype: str = "float32",
-    progress: bool = True,
+    progress: Progress = True,
     resume: bool = False,
     verify_inputs: bool = False,
 ) -> AdapterReport:
@@ -179,7 +180,7 @@ def lora_extract_adapter(
     max_error: float | None = None,
     others: str = "save",
     dtype: str = "float32",
-    progress: bool = True,
+    progress: Progress = True,
     resume: bool = False,
     verify_inputs: bool = False,
 ) -> AdapterReport:

@@ -14,7 +14,7 @@ from merge_card import VERSION, adapter_texts, told_of
 from merge_identity import FORMAT, digest, is_older, of_this_run, verified
 from merge_memory import peak_memory
 from merge_plan import usable_cores
-from merge_progress import teller
+from merge_progress import Progress, teller
 from model_config import read_config
 from model_files import read_text
 from model_hashes import REPORT_FILE
@@ -131,7 +131,7 @@ class AdapterOutput:
         settings: Mapping[str, Any],
         sources: Sequence[ModelFolder],
         *,
-        progress: bool,
+        progress: Progress,
         resume: bool,
         verify_inputs: bool,
     ) -> None:

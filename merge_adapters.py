@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from merge_adapter_output import AdapterOutput, AdapterReport, Errors
 from merge_plan import place_problems
-from merge_progress import progress_bar
+from merge_progress import Progress, progress_bar
 from merge_recipe import brief, unknown_name
 from model_checks import VOCABULARY_TENSORS, layer_order
 from model_companions import code_notes, tokenizer_files
@@ -157,7 +157,7 @@ def merge_adapters(
     merge: AdapterMerge,
     output_dir: Path,
     *,
-    progress: bool = True,
+    progress: Progress = True,
     resume: bool = False,
     verify_inputs: bool = False,
 ) -> AdapterReport:
@@ -182,8 +182,14 @@ def merge_adapters(
         if wrong := place_problems(output_dir, adapters):
             raise ValueError("\n".join(wrong))
         given = {key: value for key, value in asdict(merge).items() if value is not None}
-        run = {"progress": progress, "resume": resume, "verify_inputs": verify_inputs}
-        output = AdapterOutput(output_dir, given, adapters, **run)
+        output = AdapterOutput(
+            output_dir,
+            given,
+            adapters,
+            progress=progress,
+            resume=resume,
+            verify_inputs=verify_inputs,
+        )
         if output.finished:
             return output.finished
         stack.enter_context(output)

@@ -1,4 +1,4 @@
-"""Where models disagree, without merging them: as JSON, and as a page with heat maps.
+"""Where models disagree, with or without merging them: as JSON, and as a page with heat maps.
 
 The page is one file that needs no network: tables whose cells are coloured, a row per layer and a
 column per projection.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge_card import public_names
-from merge_findings import LARGEST_SHARE, TensorSums, groups, layer_of, pairs_of
+from merge_findings import LARGEST_SHARE, TASK_VECTORS, TensorSums, groups, layer_of, pairs_of
 from merge_plan import Plan
 from model_text import html_page, numbered
 
@@ -80,6 +80,30 @@ def make_analysis(plan: Plan, findings: Mapping[str, Mapping[str, Any]]) -> Anal
     )
 
 
+def saved_analysis(saved: Mapping[str, Any]) -> Analysis | None:
+    """The analysis that lies in a merge's report; None where findings were not asked for.
+
+    Args:
+        saved: as `merge_card.saved_report` made it; names are public in it already.
+    """
+    if not saved["task_vectors"]:
+        return None
+    models = tuple(numbered(saved["models"]))
+    tensors = {
+        name: found[TASK_VECTORS]
+        for name, found in saved["findings"].items()
+        if TASK_VECTORS in found
+    }
+    grouped = saved["task_vectors"]
+    return Analysis(
+        models=models,
+        base_model=saved["base_model"],
+        tensors=tensors,
+        **grouped,
+        advice=tuple(_advice(models, tensors, grouped["layers"], grouped["whole"])),
+    )
+
+
 def _advice(
     models: Sequence[str],
     tensors: Mapping[str, Mapping[str, Any]],
@@ -88,16 +112,16 @@ def _advice(
 ) -> Iterator[str]:
     pairs = pairs_of(len(models))
     if "base_norm" in whole:
-        densities = zip(whole["tensor_densities"], whole["densities"], strict=True)
-        for model, norm, (each, at_once) in zip(
-            models, whole["relative_norms"], densities, strict=True
-        ):
-            yield (
-                f"{model}: changed by {norm:.2%} of the base's norm; density {each['0.9']:.2g} of "
-                f"each tensor keeps 90% of its squared change, {each['0.5']:.2g} half of it; of "
-                f"the whole model (trim_scope model), {at_once['0.9']:.2g} and "
-                f"{at_once['0.5']:.2g} do"
-            )
+        densities = [""] * len(models)  # a merge does not gather them
+        if "densities" in whole:
+            densities = [
+                f"; density {each['0.9']:.2g} of each tensor keeps 90% of its squared change, "
+                f"{each['0.5']:.2g} half of it; of the whole model (trim_scope model), "
+                f"{at_once['0.9']:.2g} and {at_once['0.5']:.2g} do"
+                for each, at_once in zip(whole["tensor_densities"], whole["densities"], strict=True)
+            ]
+        for model, norm, kept in zip(models, whole["relative_norms"], densities, strict=True):
+            yield f"{model}: changed by {norm:.2%} of the base's norm{kept}"
     for (i, j), cosine in zip(pairs, whole["cosines"], strict=True):
         yield f"{models[i]} and {models[j]}: cosine {cosine:.3f}"
     if "sign_conflict" in whole and len(models) > 1:
@@ -105,7 +129,7 @@ def _advice(
             f"{whole['sign_conflict']:.0%} of the changed entries are raised by some and lowered "
             f"by others{_most(layers, whole, _value('sign_conflict'))}"
         )
-    for k, (i, j) in enumerate(pairs if "sign_conflict" in whole else ()):
+    for k, (i, j) in enumerate(pairs if "largest_pair_conflicts" in whole else ()):
         rate = whole["largest_pair_conflicts"][k]
         most = _most(layers, whole, _value("largest_pair_conflicts", k))
         yield (
@@ -189,7 +213,7 @@ def _sections(analysis: Analysis) -> Iterator[str]:
     """A heading, a sentence and heat maps for everything that was found out."""
     models, whole = analysis.models, analysis.whole
     pairs = [f"{models[i]} and {models[j]}" for i, j in pairs_of(len(models))]
-    if "sign_conflict" in whole and len(models) > 1:
+    if "largest_pair_conflicts" in whole and len(models) > 1:
         text = (
             f"Of the entries that are among the largest {LARGEST_SHARE:.0%} of changes in both "
             "models, the share that one raises and the other lowers. 0.5 is chance. Above it the "
@@ -197,6 +221,7 @@ def _sections(analysis: Analysis) -> Iterator[str]:
         )
         measures = {pair: _value("largest_pair_conflicts", k) for k, pair in enumerate(pairs)}
         yield _section("Conflicts of large changes", text, analysis, measures, _around_chance)
+    if "sign_conflict" in whole and len(models) > 1:
         text = "Share of the changed entries, large or small, that some raise and others lower."
         measures = {"all models": _value("sign_conflict")}
         yield _section("Conflicts of sign", text, analysis, measures, _reds(1.0))

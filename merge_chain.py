@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from merge_plan import (
     place_problems,
     usable_cores,
 )
-from merge_progress import teller
+from merge_progress import Progress, teller
 from merge_recipe import Recipe
 from merge_report import MergeReport, PlanReport, disk_bytes
 from merge_run import RunSettings, analyze_models, finished_report, merge_to_folder, plan
@@ -152,7 +152,7 @@ def merge_stages(
     run_settings = _checked(RunSettings(**settings, findings=findings, resume=resume))
     with open_earlier(stages, run_settings) as earlier:
         if not earlier.models:
-            return merge_to_folder(recipe, **asdict(run_settings))
+            return merge_to_folder(recipe, **vars(run_settings))
         if resume and (report := finished_report(recipe, run_settings, earlier)):
             return report
         sources = [source for each in earlier.plans.values() for source in each.sources]
@@ -163,7 +163,7 @@ def merge_stages(
     with PartialFolder(output_dir, resume=resume, tell=tell) as partial:
         partial.check_space(needed)
         with open_earlier(stages, run_settings, partial) as earlier:
-            settings = {**asdict(run_settings), "resume": False}
+            settings = {**vars(run_settings), "resume": False}
             report = merge_to_folder(recipe, **settings, earlier=earlier, partial=partial)
     return replace(
         report,
@@ -174,7 +174,7 @@ def merge_stages(
 
 
 def analyze_stages(
-    stages: Sequence[Stage], place: Path, *, progress: bool = True, **settings: Any
+    stages: Sequence[Stage], place: Path, *, progress: Progress = True, **settings: Any
 ) -> Analysis:
     """Where the models of the final recipe disagree; as `merge_run.analyze_models`.
 
@@ -279,7 +279,7 @@ def _merge_earlier(recipe: Recipe, settings: RunSettings, earlier: Earlier) -> N
         shutil.rmtree(folder)
     tell = teller(show=settings.progress)
     with PartialFolder(folder, resume=settings.resume, tell=tell) as partial:
-        report = merge_to_folder(recipe, **asdict(settings), earlier=earlier, partial=partial)
+        report = merge_to_folder(recipe, **vars(settings), earlier=earlier, partial=partial)
     earlier.bytes_read += report.bytes_read
     earlier.notes += partial.notes
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from merge_command import run_command
 from merge_methods import METHODS, Method
 from merge_parameters import PROFILES
+from merge_progress import Progress
 from merge_recipe import DEFAULT_SHARD_SIZE, Parameter, make_recipe
 from merge_report import MergeReport
 from merge_run import merge_to_folder, merge_to_model
@@ -150,7 +151,7 @@ OF_THE_RUN = (
         'most memory of the process, such as "4GB", a result in memory included; by default there '
         "is no limit. Refused where it is too little.",
     ),
-    Setting("progress", True, bool, "show how far it is."),
+    Setting("progress", True, Progress, "show how far it is; or a function that is told."),
     Setting(
         "verify_inputs",
         False,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from merge_adapter_output import AdapterOutput, AdapterReport, Errors
 from merge_lora import open_model
 from merge_plan import place_problems
-from merge_progress import progress_bar
+from merge_progress import Progress, progress_bar
 from merge_recipe import brief, unknown_name
 from model_checks import (
     DERIVED_TENSOR,
@@ -86,7 +86,7 @@ def extract_adapter(
     extraction: Extraction,
     output_dir: Path,
     *,
-    progress: bool = True,
+    progress: Progress = True,
     resume: bool = False,
     verify_inputs: bool = False,
 ) -> AdapterReport:
@@ -113,8 +113,14 @@ def extract_adapter(
         if wrong := place_problems(output_dir, [base, tuned]):
             raise ValueError("\n".join(wrong))
         given = {key: value for key, value in asdict(extraction).items() if value is not None}
-        run = {"progress": progress, "resume": resume, "verify_inputs": verify_inputs}
-        output = AdapterOutput(output_dir, given, [base, tuned], **run)
+        output = AdapterOutput(
+            output_dir,
+            given,
+            [base, tuned],
+            progress=progress,
+            resume=resume,
+            verify_inputs=verify_inputs,
+        )
         if output.finished:
             return output.finished
         work = _Work(extraction, base, tuned, stack.enter_context(output))

@@ -8,7 +8,7 @@ from typing import Any
 
 from merge_card import VERSION, computed_with, public_inputs, public_recipe
 from merge_plan import Earlier, Plan
-from merge_progress import progress_bar
+from merge_progress import Progress, progress_bar
 from merge_stream import TensorTask
 from model_companions import Edit
 from model_files import read_file
@@ -74,7 +74,7 @@ def is_older(folder: Path, files: Iterable[WeightFile]) -> bool:
 
 
 def verified(
-    files: Sequence[WeightFile], threads: int, *, progress: bool
+    files: Sequence[WeightFile], threads: int, *, progress: Progress
 ) -> tuple[dict[WeightFile, str], list[str]]:
     """`model_hashes.verify_files` with a progress bar."""
     if not files:

@@ -1,4 +1,7 @@
-"""How far a merge is, in bytes read: a bar in terminals and notebooks, plain lines elsewhere."""
+"""How far a merge is, in bytes read: a bar in terminals and notebooks, plain lines elsewhere.
+
+Whoever wants to show it otherwise gives a function instead.
+"""
 
 import sys
 import time
@@ -11,18 +14,25 @@ from model_utils import format_bytes
 
 SECONDS_BETWEEN_LINES = 10.0
 
+Progress = bool | Callable[[str, int, int], None]
+"""Whether to show it on stderr; or a function of what is being done, the bytes done, and all."""
+
 
 @contextmanager
-def progress_bar(total: int, description: str, *, show: bool) -> Iterator[Callable[[int], None]]:
+def progress_bar(
+    total: int, description: str, *, show: Progress
+) -> Iterator[Callable[[int], None]]:
     """Yields a function that takes the number of bytes done since its last call.
 
     Args:
         total: bytes in all.
         description: what is being done.
-        show: False for no output at all.
+        show: False for no output at all; a function is told instead, first of 0 bytes.
     """
     if not show:
         yield lambda _: None
+    elif callable(show):
+        yield _Told(show, description, total).update
     elif sys.stderr.isatty() or _in_notebook():
         from tqdm.auto import tqdm
 
@@ -32,14 +42,30 @@ def progress_bar(total: int, description: str, *, show: bool) -> Iterator[Callab
         yield _Lines(total, description).update
 
 
-def teller(*, show: bool) -> Callable[[str], None]:
+def teller(*, show: Progress) -> Callable[[str], None]:
     """Says on stderr at once what cannot wait for the report; nothing, unless progress is shown."""
-    return lambda text: print(f"note: {printable(text)}", file=sys.stderr) if show else None
+    on_stderr = show is True
+    return lambda text: print(f"note: {printable(text)}", file=sys.stderr) if on_stderr else None
 
 
 def _in_notebook() -> bool:
     """Whether a Jupyter kernel runs this process; `tqdm.auto` then draws a widget."""
     return "ipykernel" in sys.modules
+
+
+class _Told:
+    """Tells a function how far it is."""
+
+    def __init__(self, tell: Callable[[str, int, int], None], description: str, total: int) -> None:
+        self.tell = tell
+        self.description = description
+        self.total = total
+        self.done = 0
+        self.update(0)
+
+    def update(self, count: int) -> None:
+        self.done += count
+        self.tell(self.description, self.done, self.total)
 
 
 class _Bar:

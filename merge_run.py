@@ -28,7 +28,7 @@ from merge_memory import (
 )
 from merge_operations import arithmetic, make_operations, numba_problem
 from merge_plan import Earlier, Plan, open_plan, usable_cores
-from merge_progress import progress_bar, teller
+from merge_progress import Progress, progress_bar, teller
 from merge_recipe import Recipe
 from merge_report import (
     MergeReport,
@@ -74,7 +74,8 @@ class RunSettings:
             and 2 to 20 MB for each thread, as `plan` says.
         findings: also find out, in the last pass, what each model has changed and where they
             disagree; for the report.
-        progress: show how far it is, on stderr.
+        progress: show how far it is, on stderr; or a function of what is being done, the bytes
+            done and all bytes, which is called often, in the thread that merges.
         resume: go on with what a stopped run of the same merge has left; if it was finished, do
             nothing.
         verify_inputs: before merging, read all weight files and compare them with the SHA-256
@@ -85,7 +86,7 @@ class RunSettings:
     threads: int | None = None
     max_memory: str | int | None = None
     findings: bool = False
-    progress: bool = True
+    progress: Progress = True
     resume: bool = False
     verify_inputs: bool = False
 
@@ -171,7 +172,7 @@ def merge_to_folder(
     threads: int | None = None,
     max_memory: str | int | None = None,
     findings: bool = False,
-    progress: bool = True,
+    progress: Progress = True,
     resume: bool = False,
     verify_inputs: bool = False,
     earlier: Earlier | None = None,
@@ -352,7 +353,7 @@ def merge_to_model(
     device: str = "cpu",
     threads: int | None = None,
     max_memory: str | int | None = None,
-    progress: bool = True,
+    progress: Progress = True,
     verify_inputs: bool = False,
 ) -> "PreTrainedModel":
     """Merge model folders into one transformers model, float32, on the CPU.
@@ -488,7 +489,7 @@ def analyze_models(
     device: str = "cpu",
     threads: int | None = None,
     max_memory: str | int | None = None,
-    progress: bool = True,
+    progress: Progress = True,
     earlier: Earlier | None = None,
 ) -> Analysis:
     """What the models of a recipe have changed and where they disagree, without merging them.

@@ -110,7 +110,7 @@ class ModelMerger:
             self._tell(*self.notes)
         self._check_others()
         logger.info("merging %d models by %s", len(self._job.sources), self.config.strategy)
-        with loading_bars(show=self._job.run.progress):
+        with loading_bars(show=self._job.run.progress is True):
             running = (
                 self._merged() if isinstance(self._job.work, Recipe) else self._merged_adapter()
             )
@@ -165,7 +165,7 @@ class ModelMerger:
         Returns:
             Models by name, all in memory at once.
         """
-        with loading_bars(show=self._job.run.progress):
+        with loading_bars(show=self._job.run.progress is True):
             return {
                 name: self._loaded(partial(load_to_run, path, needs_tokenizer=False)).model
                 for name, path in self._job.sources.items()
@@ -204,7 +204,7 @@ class ModelMerger:
         device, dtype = str(merged_model.device), str(merged_model.dtype).removeprefix("torch.")
         was_training = merged_model.training
         try:
-            with loading_bars(show=self._job.run.progress):
+            with loading_bars(show=self._job.run.progress is True):
                 running = Running(merged_model.eval(), tokenizer, device, dtype)
                 self.validation = self._validated(running)
         finally:

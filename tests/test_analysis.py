@@ -12,6 +12,7 @@ from tiny_checkpoints import make_llama, read_tensors, save_tensors, tensor_hash
 
 import merge_operations
 import merge_stream
+from merge_analysis import analysis_page, saved_analysis
 from merge_findings import layer_of, least_density
 from merge_recipe import make_recipe
 from merge_run import analyze_models, merge_to_folder
@@ -172,6 +173,28 @@ def test_a_merge_finds_the_same_in_its_last_pass(models, method, parameters):
     assert not any("task_vectors" in found for found in report.findings.values())
     assert report.task_vectors == {}
     assert tensor_hashes(models / "out") == tensor_hashes(models / "plain")
+
+
+def test_the_page_of_a_report_shows_what_the_merge_found(models):
+    recipe = make_recipe("ties", "base", NAMES, DENSITIES, output_dir="out")
+    merge_to_folder(recipe, findings=True, progress=False)
+    found = saved_analysis(json.loads((models / "out/merge_report.json").read_text()))
+    assert (found.models, found.base_model) == (NAMES, "base")
+    known = analyze()
+    assert found.whole["sign_conflict"] == known.whole["sign_conflict"]
+    assert f"a: changed by {known.whole['relative_norms'][0]:.2%} of the base's norm" in (
+        found.advice
+    )
+    page = analysis_page(found)
+    assert "Conflicts of sign" in page
+    assert "Densities to try" not in page  # a merge does not count what they need
+    assert "of large changes" not in page
+
+
+def test_a_report_without_findings_has_no_page(models):
+    recipe = make_recipe("linear", None, NAMES, {}, output_dir="out")
+    merge_to_folder(recipe, progress=False)
+    assert saved_analysis(json.loads((models / "out/merge_report.json").read_text())) is None
 
 
 def test_without_a_base_the_models_themselves_are_compared(models):

@@ -686,3 +686,14 @@ def test_a_broken_row_that_stands_in_for_others_is_said_to_be_its_owners(tmp_pat
         run("ties", base, models, tmp_path / "out", vocabulary=VocabularySettings(mode="max"))
     assert str(caught.value).startswith(f"{models[1]}: {EMBEDDING} has NaN or infinite weights: ")
     assert "row 34, column 3 (element 547, nan)" in str(caught.value)
+
+
+def test_a_function_is_told_how_far_the_merge_is(tmp_path, capsys):
+    make_llama(tmp_path / "a", seed=1)
+    recipe = Recipe(method="linear", models=(str(tmp_path / "a"),), output_dir=tmp_path / "out")
+    told = []
+    report = merge_to_folder(recipe, progress=lambda *each: told.append(each))
+    assert told[0] == ("linear", 0, report.bytes_read)
+    assert told[-1] == ("linear", report.bytes_read, report.bytes_read)
+    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+    assert capsys.readouterr().err == ""
