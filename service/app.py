@@ -1,0 +1,108 @@
+"""The application: API and page, guarded; every error with a body of the same form."""
+
+import secrets
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from merge_card import VERSION
+from service import api, studio
+from service.core import API, RefusedError, Service
+from service.safety import Guard
+from service.settings import Settings
+
+SAID = {404: "there is nothing at this address", 405: "this cannot be done at this address"}
+
+
+def create_app(settings: Settings, *, started: Callable[[], None] = lambda: None) -> ASGIApp:
+    """The service as an ASGI application.
+
+    Args:
+        settings: how it runs.
+        started: called when it is ready to answer.
+
+    Raises:
+        OSError: the data folder cannot be used.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with Service(settings) as service:
+            app.state.service = service
+            started()
+            yield
+
+    app = FastAPI(
+        title="llama-merge",
+        version=VERSION,
+        description="Merge fine-tuned LLaMA-family models.",
+        openapi_url=f"{API}/openapi.json",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    app.include_router(api.router)
+    studio.add(app)
+    app.add_exception_handler(RefusedError, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _broken)
+    guard = Guard(app, settings, settings.token)
+    app.state.guard = guard
+    return guard
+
+
+def with_token(settings: Settings) -> Settings:
+    """The settings with a new token, if it needs one and none is set."""
+    if settings.is_local or settings.token is not None:
+        return settings
+    return settings.model_copy(update={"token": secrets.token_urlsafe(24)})
+
+
+def _failure(status: int, error: str, problems: list[dict[str, str]]) -> dict[str, Any]:
+    return {"success": False, "error": error, "problems": problems}
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RefusedError)
+    problems = [problem._asdict() for problem in error.problems]
+    if studio.wants_page(request):
+        return studio.error_page(request, error.status, str(error))
+    content = _failure(error.status, str(error), problems)
+    return JSONResponse(content, error.status, error.headers)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    problems = [
+        {"where": _where(each["loc"]), "text": str(each["msg"])} for each in error.errors()[:40]
+    ]
+    return JSONResponse(_failure(422, problems[0]["text"], problems), 422)
+
+
+def _where(location: tuple[str | int, ...]) -> str:
+    """The place of a wrong entry, as `models[1].id`."""
+    parts = location[1:] if location[:1] in (("body",), ("query",), ("path",)) else location
+    return "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in parts)[
+        0 if parts and isinstance(parts[0], int) else 1 :
+    ]
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    text = SAID.get(error.status_code, str(error.detail))
+    if studio.wants_page(request):
+        return studio.error_page(request, error.status_code, text)
+    headers = dict(error.headers or {})
+    return JSONResponse(_failure(error.status_code, text, []), error.status_code, headers)
+
+
+async def _broken(_: Request, error: Exception) -> Response:
+    text = f"an error of the service itself ({type(error).__name__}); its log has more"
+    return JSONResponse(_failure(500, text, []), 500)

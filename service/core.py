@@ -1,0 +1,605 @@
+"""What the service can do, whoever asks: the API and the page are two ways to ask for it."""
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from merge_card import VERSION
+from model_files import sync_folder
+from model_utils import format_bytes
+from service import planner, registry
+from service.archive import Archive, Entry
+from service.planner import Planner, PlanTimeoutError
+from service.registry import Registry, tiny_models
+from service.requests import Problem
+from service.runner import Folders, Runner
+from service.schemas import EvaluationRequest, ExperimentRequest
+from service.settings import Settings
+from service.store import Experiment, Job, QueueFullError, StateError, Store
+
+FRESH = 15.0
+"""Seconds for which a scan of the models is believed."""
+
+LOOK = 0.5
+"""Seconds between two looks at what has changed."""
+
+HEARTBEAT = 15.0
+"""Seconds after which a watcher is told something in any case."""
+
+TIDY = 60.0
+"""Seconds between two looks for results that are to be removed."""
+
+API = "/api/model-merger"
+
+
+class RefusedError(Exception):
+    """Something that cannot be done.
+
+    Attributes:
+        status: of HTTP.
+        problems: what is wrong, if it is more than the error's text.
+        headers: of the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        error: str,
+        problems: Sequence[Problem] = (),
+        headers: Mapping[str, str] = {},
+    ) -> None:
+        super().__init__(error)
+        self.status = status
+        self.problems = tuple(problems)
+        self.headers = dict(headers)
+
+
+class DataBusyError(OSError):
+    """Another server works with the same data folder."""
+
+
+class Service:
+    """Models, experiments, and the processes that work on them. Use it as a context manager.
+
+    Args:
+        settings: how it runs.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.folders = Folders.below(settings.data)
+        self._lock = _locked(settings.data)
+        self.store = Store(self.folders.store)
+        self._changes = Store(self.folders.store)  # sees what the other one commits
+        self.runner = Runner(self.store, settings, self.folders)
+        environment = {} if settings.hub_downloads else {"HF_HUB_OFFLINE": "1"}
+        os.environ.update(environment)  # also of the processes that merge
+        self._planner = Planner(self.folders.models, settings.plan_seconds)
+        self._registry = Registry(self.folders.models)
+        self._scanned = -FRESH
+        self._scanning = asyncio.Lock()
+        self._changed = asyncio.Condition()
+        self._events: dict[str, str] = {}
+        self._generation = 0
+        self.watchers = 0
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> "Service":
+        await asyncio.to_thread(self._clear_left)
+        self._tasks = [
+            asyncio.create_task(each)
+            for each in (self.runner.run(), self._look_for_changes(), self._tidy())
+        ]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        self._planner.close()
+        self.store.close()
+        self._changes.close()
+        os.close(self._lock)
+
+    # Models
+
+    async def models(self) -> list[registry.Entry]:
+        """All models, those that can be merged first."""
+        async with self._scanning:
+            if time.monotonic() > self._scanned + FRESH:
+                tiny = tiny_models() if self.settings.tiny_models else None
+                found = await self._planned(
+                    registry.scan,
+                    [str(root) for root in self.settings.models],
+                    None if tiny is None else str(tiny),
+                    [*self.settings.hub_models],
+                    self.settings.hub_downloads,
+                )
+                await asyncio.to_thread(self._registry.update, found)
+                self._scanned = time.monotonic()
+        return sorted(self._registry.entries.values(), key=lambda entry: bool(entry.problem))
+
+    async def _planned(self, *work: Any) -> Any:
+        try:
+            return await self._planner.run(*work)
+        except PlanTimeoutError as error:
+            raise RefusedError(422, str(error), [Problem("", str(error))]) from None
+
+    # Experiments
+
+    async def plan(self, request: ExperimentRequest) -> dict[str, Any]:
+        """What a request would do: "recipe", "plan", "findings", "references".
+
+        Raises:
+            RefusedError: it cannot be carried out.
+        """
+        content = _storable(request)
+        await self.models()
+        names = self._registry.names
+        found: dict[str, Any] = await self._planned(
+            planner.plan,
+            content,
+            [*names],
+            str(self.folders.results / "new" / "model"),
+            {
+                "max_memory": self.runner.memory_bytes,
+                "threads": self.settings.threads,
+                "device": self.settings.device,
+            },
+        )
+        problems = [Problem(*each) for each in found["problems"]]
+        if problems:
+            text = problems[0].text if len(problems) == 1 else f"{len(problems)} problems"
+            raise RefusedError(422, text, problems)
+        base, models = found["base"], found["models"]
+        parts = {
+            part.split(":")[0]
+            for name in [*models, *([base] if base else [])]
+            for part in name.split("+")
+        }
+        found["references"] = {part: names.references[part] for part in sorted(parts)}
+        return found
+
+    async def create(self, request: ExperimentRequest) -> Experiment:
+        """A new experiment, which waits for its turn.
+
+        Raises:
+            RefusedError: it cannot be carried out, or there is no room for it.
+        """
+        if request.evaluation is not None:
+            check_evaluation(request.evaluation)
+        found = await self.plan(request)
+        await asyncio.to_thread(self._check_disk, found["plan"]["disk_bytes"])
+        content = _storable(request)
+        name = request.name.strip() or _name(found["plan"]["method"], found["models"])
+        try:
+            key = await asyncio.to_thread(
+                self.store.add, name, content, found["recipe"], found, self.settings.queue
+            )
+        except QueueFullError as error:
+            raise RefusedError(429, f"the queue is full: {error}. Try again later") from None
+        await self._tell()
+        return await self.experiment(key)
+
+    async def experiment(self, key: str) -> Experiment:
+        """An experiment by its id.
+
+        Raises:
+            RefusedError: there is none.
+        """
+        found = await asyncio.to_thread(self.store.experiment, key)
+        if found is None:
+            raise RefusedError(404, "there is no experiment of this id")
+        return found
+
+    async def experiments(self, limit: int, before: int | None) -> list[Experiment]:
+        """The newest experiments, or those before one."""
+        return await asyncio.to_thread(self.store.experiments, limit, before)
+
+    async def cancel(self, key: str) -> Experiment:
+        """Stop whatever waits or runs of an experiment.
+
+        Raises:
+            RefusedError: there is no such experiment, or nothing of it waits or runs.
+        """
+        await self.experiment(key)
+        if not await asyncio.to_thread(self.store.cancel, key):
+            raise RefusedError(409, "nothing of this experiment waits or runs any more")
+        found = await self.experiment(key)
+        if found.merge.state == "cancelled":
+            await asyncio.to_thread(self.runner.clear, found.merge.number)
+        await self._tell()
+        return found
+
+    async def remove(self, key: str) -> None:
+        """Remove an experiment with all that came out of it.
+
+        Raises:
+            RefusedError: there is none, or something of it waits or runs.
+        """
+        await self.experiment(key)
+        if not await asyncio.to_thread(self.store.set_removed, key):
+            raise RefusedError(409, "something of this experiment waits or runs. Cancel it first")
+        await asyncio.to_thread(self._remove_files, key)
+        await asyncio.to_thread(self.store.remove, key)
+        await self._tell()
+
+    async def evaluate(self, key: str, request: EvaluationRequest) -> Experiment:
+        """Have the base, the sources and the merge compared.
+
+        Raises:
+            RefusedError: there is nothing to compare, or nothing to compare by.
+        """
+        check_evaluation(request)
+        await self.experiment(key)
+        content = _storable(request)
+        try:
+            await asyncio.to_thread(self.store.add_evaluation, key, content)
+        except StateError as error:
+            raise RefusedError(409, str(error)) from None
+        await self._tell()
+        return await self.experiment(key)
+
+    # Results
+
+    async def result(self, key: str) -> Experiment:
+        """An experiment whose result is there.
+
+        Raises:
+            RefusedError: it is not.
+        """
+        found = await self.experiment(key)
+        if found.merge.state != "completed":
+            raise RefusedError(409, f"there is no merged model: the merge is {found.merge.state}")
+        if found.removed is not None:
+            raise RefusedError(410, "the merged model has been removed, as it was kept long enough")
+        return found
+
+    async def archive(self, key: str) -> tuple[str, Archive]:
+        """What to call the ZIP of a result, and the ZIP."""
+        found = await self.result(key)
+        name = file_name(found.name)
+        entries = [
+            Entry(f"{name}/{file['name']}", file["bytes"], file["crc32"])
+            for file in found.merge.outcome["files"]
+        ]
+        return f"{name}.zip", Archive(self.folders.of(key) / "model", entries)
+
+    async def file(self, key: str, name: str) -> tuple[Path, str]:
+        """A file of a result, and its SHA-256."""
+        found = await self.result(key)
+        for file in found.merge.outcome["files"]:
+            if file["name"] == name:
+                return self.folders.of(key) / "model" / file["name"], file["sha256"]
+        raise RefusedError(404, "the merged model has no such file")
+
+    async def page(self, key: str, name: str) -> str:
+        """findings.html or comparison.html of an experiment."""
+        await self.result(key)
+        path = self.folders.of(key) / name
+        try:
+            return await asyncio.to_thread(path.read_text, encoding="utf-8")
+        except FileNotFoundError:
+            raise RefusedError(404, "there is no such page of this experiment") from None
+
+    # Watching
+
+    async def watch(self, key: str) -> AsyncIterator[str]:
+        """Server-sent events of an experiment until nothing of it waits or runs.
+
+        An experiment that does not exist is told as one that was removed.
+        """
+        last = ""
+        while True:
+            seen = self._generation
+            event = await self._event(key)
+            if event != last:
+                yield event
+                last = event
+            if event.startswith("event: end"):
+                return
+            try:
+                async with asyncio.timeout(HEARTBEAT):
+                    await self._change_after(seen)
+            except TimeoutError:
+                yield ": still there\n\n"
+
+    async def _change_after(self, generation: int) -> None:
+        """Wait until something has changed since."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._generation != generation)
+
+    async def _event(self, key: str) -> str:
+        """What there is to tell of an experiment; all who watch it share the text."""
+        if key in self._events:
+            return self._events[key]
+        seen = self._generation
+        found = await asyncio.to_thread(self.store.experiment, key)
+        if found is None:
+            return 'event: end\ndata: {"status": "removed"}\n\n'
+        kind = "progress" if found.is_open else "end"
+        event = f"event: {kind}\ndata: {json.dumps(progress_view(found))}\n\n"
+        if seen == self._generation:  # else it may be out of date by now
+            self._events[key] = event
+        return event
+
+    async def _look_for_changes(self) -> None:
+        version = self._changes.version()
+        while True:
+            await asyncio.sleep(LOOK)
+            if (now := await asyncio.to_thread(self._changes.version)) != version:
+                version = now
+                await self._tell()
+
+    async def _tell(self) -> None:
+        async with self._changed:
+            self._events.clear()
+            self._generation += 1
+            self._changed.notify_all()
+
+    # Room
+
+    async def health(self) -> dict[str, Any]:
+        """How it is doing."""
+        waiting = await asyncio.to_thread(self.store.open_experiments)
+        running = sum(
+            job is not None and job.state == "running"
+            for each in waiting
+            for job in (each.merge, each.evaluation)
+        )
+        return {
+            "version": VERSION,
+            "running": running,
+            "queued": sum(each.place is not None for each in waiting),
+            "free_disk": shutil.disk_usage(self.settings.data).free,
+            "memory_for_a_job": self.runner.memory_bytes,
+        }
+
+    def _check_disk(self, needed: int) -> None:
+        """Whether a result has room beside those that wait; older ones may make way for it."""
+        reserve = int(self.settings.disk_reserve)
+        promised = sum(
+            max(0, each.plan["plan"]["disk_bytes"] - _bytes(self.folders.of(each.id)))
+            for each in self.store.open_experiments()
+            if each.merge.is_open
+        )
+        free = shutil.disk_usage(self.settings.data).free - promised - reserve
+        if self.settings.max_results is not None:
+            self._make_way(needed + promised)
+        if needed > free:
+            text = (
+                f"the merge takes up to {format_bytes(needed)} on the disk, and "
+                f"{format_bytes(max(free, 0))} are left for it here. Remove experiments that are "
+                "no longer needed"
+            )
+            raise RefusedError(409, text, [Problem("", text)])
+
+    def _make_way(self, needed: int) -> None:
+        """Remove the oldest results until a new one stays within `max_results`."""
+        most = int(self.settings.max_results or 0)
+        if needed > most:
+            text = (
+                f"the merge takes up to {format_bytes(needed)}, and all results together may take "
+                f"{format_bytes(most)} here (max_results)"
+            )
+            raise RefusedError(409, text, [Problem("", text)])
+        there = [(each, _bytes(self.folders.of(each.id))) for each in self._kept()]
+        for each, nbytes in there:
+            if sum(size for _, size in there) + needed <= most:
+                return
+            there = there[1:]
+            if nbytes:
+                self._expire(each)
+
+    def _kept(self) -> list[Experiment]:
+        return [
+            each for each in self.store.finished_experiments() if each.merge.state == "completed"
+        ]
+
+    def kept_until(self, experiment: Experiment) -> float | None:
+        """When a result will be removed; None if it is not there, or stays."""
+        finished = experiment.merge.finished
+        days = self.settings.keep_days
+        if not days or finished is None or experiment.merge.state != "completed":
+            return None
+        return None if experiment.removed is not None else finished + days * 86400
+
+    async def _tidy(self) -> None:
+        while True:
+            await asyncio.to_thread(self._expire_old)
+            await asyncio.sleep(TIDY)
+
+    def _expire_old(self) -> None:
+        for each in self._kept():
+            until = self.kept_until(each)
+            if until is not None and until < time.time():
+                self._expire(each)
+
+    def _expire(self, experiment: Experiment) -> None:
+        if self.store.set_removed(experiment.id):
+            self._remove_files(experiment.id)
+
+    def _remove_files(self, key: str) -> None:
+        shutil.rmtree(self.folders.of(key), ignore_errors=True)
+        (self.folders.logs / f"{key}.log").unlink(missing_ok=True)
+        sync_folder(self.folders.results)
+
+    def _clear_left(self) -> None:
+        """Remove what a server was removing when it ended."""
+        for path in self.folders.results.iterdir():
+            found = self.store.experiment(path.name)
+            over = found is not None and found.merge.state in ("failed", "cancelled")
+            if found is None or found.removed is not None or over:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _locked(data: Path) -> int:
+    """A lock that ends with this process: one server works with a data folder."""
+    descriptor = os.open(data / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise DataBusyError(
+            f"{data}: another server works with this data folder. Stop it, or choose another"
+        ) from None
+    return descriptor
+
+
+def _bytes(folder: Path) -> int:
+    found = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            found += path.stat().st_blocks * 512
+    return found
+
+
+def _storable(request: ExperimentRequest | EvaluationRequest) -> dict[str, Any]:
+    """A request as JSON that everyone can read: no lone surrogates, no infinite numbers."""
+    content = request.model_dump(exclude_unset=True)
+    try:
+        json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):
+        text = "a number that is not finite, or a text that is not Unicode. Expected JSON's"
+        raise RefusedError(422, text, [Problem("", text)]) from None
+    return content
+
+
+def check_evaluation(request: EvaluationRequest) -> None:
+    """Whether there is something to compare by."""
+    if not request.prompts and not request.text.strip():
+        text = "say what to compare by: prompts, or a text"
+        raise RefusedError(422, text, [Problem("evaluation", text)])
+
+
+def _name(method: str, models: Sequence[str]) -> str:
+    return f"{' and '.join(models[:2])}{' and more' if len(models) > 2 else ''}, {method}"[:200]
+
+
+def file_name(name: str) -> str:
+    """A name that a folder can have anywhere.
+
+    >>> file_name("Code + Chat Model"), file_name("../..")
+    ('Code-Chat-Model', 'merged-model')
+    """
+    kept = "".join(
+        each if each.isascii() and (each.isalnum() or each in "-_") else " " for each in name
+    )
+    return "-".join(kept.split())[:80].strip("-") or "merged-model"
+
+
+# What clients see
+
+
+def view(experiment: Experiment, kept_until: float | None, *, whole: bool) -> dict[str, Any]:
+    """An experiment as the API gives it; `whole` with all that a list leaves out."""
+    base, models = experiment.plan["base"], experiment.plan["models"]
+    links = {"self": f"{API}/experiments/{experiment.id}"}
+    merge = experiment.merge
+    result = None
+    if merge.state == "completed":
+        there = experiment.removed is None
+        result = {
+            **{name: merge.outcome[name] for name in ("bytes", "seconds", "peak_memory", "notes")},
+            "files": [
+                {name: file[name] for name in ("name", "bytes", "sha256")}
+                for file in merge.outcome["files"]
+            ],
+            "available": there,
+        }
+        if there:
+            links |= {name: f"{links['self']}/{name}" for name in ("download", "report")}
+            if merge.outcome["findings"]:
+                links["findings"] = f"{links['self']}/findings"
+    if experiment.is_open:
+        links["events"] = f"{links['self']}/events"
+    evaluation = experiment.evaluation
+    return {
+        **job_view(merge, whole=whole),
+        "id": experiment.id,
+        "name": experiment.name,
+        "method": experiment.plan["plan"]["method"],
+        "models": [
+            *({"id": each, "role": "base"} for each in [base] if base),
+            *({"id": each, "role": "model"} for each in models),
+        ],
+        "recipe": experiment.recipe,
+        "queue_place": experiment.place,
+        "kept_until": None if kept_until is None else moment(kept_until),
+        "plan": experiment.plan["plan"] if whole else {},
+        "result": result,
+        "evaluation": None
+        if evaluation is None
+        else {
+            **job_view(evaluation, whole=whole),
+            "request": evaluation.request,
+            "result": evaluation.outcome or None,
+        },
+        "links": links,
+    }
+
+
+def job_view(job: Job, *, whole: bool = False) -> dict[str, Any]:
+    """A job as the API gives it."""
+    step, done, total, speed = job.progress
+    running = job.state == "running"
+    if job.state == "completed":
+        done, percent = total, 100.0
+    else:  # what runs is not done: files have still to be written
+        percent = min(100 * done / total, 99.9) if total else 0.0
+    seconds = (total - done) / speed if running and speed and total else None
+    return {
+        "status": job.state,
+        "progress": round(percent, 1),
+        "step": ("stopping" if job.stop else step) if running else "",
+        "done_bytes": done,
+        "total_bytes": total,
+        "bytes_per_second": speed if running else None,
+        "seconds_left": None if seconds is None else round(seconds, 1),
+        "created_at": moment(job.created),
+        "started_at": None if job.started is None else moment(job.started),
+        "finished_at": None if job.finished is None else moment(job.finished),
+        "problems": [*job.problems],
+        "history": [
+            {"time": moment(when), "state": state, "text": text}
+            for when, state, text in (job.history if whole else ())
+        ],
+    }
+
+
+def progress_view(experiment: Experiment) -> dict[str, Any]:
+    """What watchers are told."""
+    keys = ("status", "progress", "step", "done_bytes", "total_bytes", "bytes_per_second")
+    more = ("seconds_left", "problems")
+
+    def told(job: Job) -> dict[str, Any]:
+        found = job_view(job)
+        return {key: found[key] for key in (*keys, *more)}
+
+    evaluation = experiment.evaluation
+    return {
+        "id": experiment.id,
+        **told(experiment.merge),
+        "queue_place": experiment.place,
+        "evaluation": None if evaluation is None else told(evaluation),
+    }
+
+
+def moment(seconds: float) -> str:
+    """A time as ISO 8601 has it, in UTC."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+
+
+def entries_view(entries: Sequence[registry.Entry]) -> list[Mapping[str, Any]]:
+    """Models as the API gives them."""
+    return [entry.view() for entry in entries]

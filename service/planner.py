@@ -1,0 +1,182 @@
+"""A process beside the server that opens models and plans merges.
+
+What it reads may come from anywhere, and is large: tokenizers, headers, recipes. So it has a limit
+of memory and of time, and the server, which only waits for it, stays small and answers others.
+"""
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import resource
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from service.requests import Names, RequestError
+from service.schemas import ExperimentRequest
+
+MEMORY = 3 * 2**30
+"""Bytes that the process may take; a tokenizer of 128,000 tokens takes some hundred megabytes."""
+
+PLANS = 200
+"""After which the process makes way for a new one."""
+
+
+class PlanTimeoutError(Exception):
+    """A plan took too long."""
+
+
+class Planner:
+    """Plans requests, one after the other.
+
+    Args:
+        folder: with links to the models; the process works in it.
+        seconds: that a plan may take.
+        environment: variables for it, beside those of this process.
+    """
+
+    def __init__(self, folder: Path, seconds: float, environment: Mapping[str, str] = {}) -> None:
+        self._folder = folder
+        self._seconds = seconds
+        self._environment = dict(environment)
+        self._pool: ProcessPoolExecutor | None = None
+        self._turn = asyncio.Lock()
+
+    async def run(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Have a function of a module called in the process; what it returns.
+
+        Raises:
+            PlanTimeoutError: it took too long, or more memory than it may.
+        """
+        async with self._turn:
+            if self._pool is None:
+                self._pool = self._start()
+            call = asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
+            try:
+                return await asyncio.wait_for(asyncio.shield(call), self._seconds)
+            except TimeoutError:
+                self._kill()
+                with contextlib.suppress(BrokenProcessPool, asyncio.CancelledError):
+                    await call
+                raise PlanTimeoutError(
+                    f"the plan took longer than {self._seconds:g} s and was given up"
+                ) from None
+            except (BrokenProcessPool, MemoryError):
+                self._kill()
+                raise PlanTimeoutError(
+                    "the plan took more memory than there is for one. Are the models sound?"
+                ) from None
+
+    def close(self) -> None:
+        """End the process."""
+        self._kill()
+
+    def _start(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
+            1,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_begin,
+            initargs=(str(self._folder), self._environment),
+            max_tasks_per_child=PLANS,
+        )
+
+    def _kill(self) -> None:
+        if self._pool is None:
+            return
+        for process in [*(self._pool._processes or {}).values()]:
+            process.kill()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool = None
+
+
+# In that process
+
+
+def _begin(folder: str, environment: Mapping[str, str]) -> None:
+    """Work among the models, within limits, and only as long as the server is there."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server ends this process itself
+    os.environ.update(environment)
+    os.chdir(folder)
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    server = multiprocessing.parent_process()
+    assert server is not None
+
+    def leave() -> None:
+        wait([server.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()
+
+
+def plan(
+    request: Mapping[str, Any], names: Sequence[Any], output: str, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a request would do.
+
+    Args:
+        request: of an `ExperimentRequest`.
+        names: of `Names`.
+        output: where the result would be.
+        settings: of `merge.plan_recipe`: device, threads, max_memory.
+
+    Returns:
+        "problems"; and if there are none "recipe" (YAML), "plan", "findings" (whether they can be
+        found out), "base" and "models" (ids).
+    """
+    from merge_chain import plan_stages
+    from model_errors import ModelCompatibilityError
+    from service.requests import model_ids, problems_of, recipe_text, stages_of
+
+    asked = ExperimentRequest(**request)
+    try:
+        text, notes = recipe_text(asked, Names(*names))
+    except RequestError as error:
+        return {"problems": [*map(tuple, error.problems)]}
+    try:
+        stages = stages_of(text, Names(*names).references)
+        findings = _can_be_compared(stages) if asked.findings is None else asked.findings
+        report = plan_stages(stages, Path(output), **settings, findings=findings)
+    except (ValueError, ModelCompatibilityError, OSError) as error:
+        clean = type("_", (Exception,), {})(public(str(error), output))
+        form = asked.recipe is None
+        return {"problems": [*map(tuple, problems_of(clean, form=form))]}
+    base, models = model_ids(text)
+    return {
+        "problems": [],
+        "recipe": text,
+        "plan": public_plan(report, notes, output),
+        "findings": findings,
+        "base": base,
+        "models": models,
+    }
+
+
+def _can_be_compared(stages: Sequence[Any]) -> bool:
+    """Whether what the models have changed can be added up: not where slices differ in them."""
+    from merge_chain import final_stage
+
+    recipe = final_stage(stages).recipe
+    return not recipe.slices and len(recipe.models) > 1
+
+
+def public_plan(report: Any, notes: Sequence[str], output: str) -> dict[str, Any]:
+    """A plan without what it says of this machine's folders."""
+    content = asdict(report)
+    del content["output_dir"]
+    for model in content["models"]:
+        del model["folder"]
+    content["notes"] = [*notes, *content["notes"]]
+    content["summary"] = public(report.summary(), output)
+    return content
+
+
+def public(text: str, output: str) -> str:
+    """A text in which the output has no path."""
+    return text.replace(f"{output}/", "the output's ").replace(output, "the output")

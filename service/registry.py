@@ -1,0 +1,325 @@
+"""The models that there are, by id: folders under the configured roots, the tiny LLaMAs, the Hub's.
+
+`scan` opens what may come from anywhere, so it runs in the planner's process; the server keeps what
+it found. Merges find a model of this machine by its id: a link of that name, in the folder in which
+they run. So no text of theirs holds a path.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from model_checks import HEAD, is_tied
+from model_errors import ModelCompatibilityError
+from model_files import has_file, read_text
+from model_locate import ADAPTER_CONFIG, CONFIG
+from model_utils import format_bytes, open_model_folder
+from service.requests import Names
+
+TINY = "examples/tiny_llamas"
+DEPTH = 5
+MOST_FOLDERS = 20_000
+MOST_MODELS = 1000
+
+
+class HubModel(NamedTuple):
+    """A model of the Hub that can be offered without asking the Hub.
+
+    Attributes:
+        id, name, hub_id: what it is called here, by people, and on the Hub.
+        size, architecture: parameters as "7B", and the kind of model.
+        nbytes: of its weights.
+    """
+
+    id: str
+    name: str
+    hub_id: str
+    size: str
+    architecture: str
+    nbytes: int
+
+
+HUB_MODELS = (
+    HubModel(
+        "mistral-7b-instruct", "Mistral 7B Instruct v0.1", "mistralai/Mistral-7B-Instruct-v0.1",
+        "7B", "mistral", 14_483_498_224,
+    ),
+    HubModel(
+        "zephyr-7b-beta", "Zephyr 7B Beta", "HuggingFaceH4/zephyr-7b-beta",
+        "7B", "mistral", 14_483_498_224,
+    ),
+    HubModel(
+        "code-llama-7b", "Code Llama 7B", "codellama/CodeLlama-7b-hf",
+        "7B", "llama", 13_477_073_736,
+    ),
+    HubModel(
+        "llama2-7b-chat", "Llama 2 7B Chat", "meta-llama/Llama-2-7b-chat-hf",
+        "7B", "llama", 13_476_868_376,
+    ),
+    HubModel(
+        "openchat-7b", "OpenChat 3.5 7B", "openchat/openchat_3.5",
+        "7B", "mistral", 14_483_498_224,
+    ),
+)  # fmt: skip
+"""Sizes are those of the tensors' shapes in 16 bits; the plan says them exactly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A model of the registry.
+
+    Attributes:
+        id: what clients call it.
+        name: what people call it.
+        kind: a model, or a LoRA adapter.
+        source: its folder, or its id on the Hub; never told to a client.
+        hub_id: on the Hub; None for a folder.
+        size, architecture: parameters as "7B", and the kind of model.
+        nbytes: of its weights.
+        base: of an adapter: what its files call its base; then that model's id.
+        problem: why it cannot be merged; empty if it can.
+    """
+
+    id: str
+    name: str
+    kind: Literal["model", "adapter"]
+    source: str
+    hub_id: str | None = None
+    size: str = ""
+    architecture: str = ""
+    nbytes: int = 0
+    base: str | None = None
+    problem: str = ""
+
+    def view(self) -> dict[str, Any]:
+        """As clients see it."""
+        return {
+            "id": self.id,
+            "name": self.name,
+            "kind": self.kind,
+            "size": self.size,
+            "architecture": self.architecture,
+            "download_size": _decimal(self.nbytes),
+            "bytes": self.nbytes,
+            "hub_id": self.hub_id,
+            "base_model": self.base,
+            "available": not self.problem,
+            "note": self.problem,
+        }
+
+
+class Registry:
+    """What a scan has found, and links by which merges find the models.
+
+    Args:
+        links: the folder for the links.
+    """
+
+    def __init__(self, links: Path) -> None:
+        self._links = links
+        self.entries: dict[str, Entry] = {}
+
+    def update(self, found: Iterable[Mapping[str, Any]]) -> None:
+        """Take over what `scan` has found, and link to it."""
+        entries = {each["id"]: Entry(**each) for each in found}
+        self._links.mkdir(parents=True, exist_ok=True)
+        for key, entry in entries.items():
+            if entry.hub_id is None:
+                _link(self._links / key, entry.source)
+        self.entries = entries
+
+    @property
+    def names(self) -> Names:
+        """What the models are called, for recipes."""
+        entries = self.entries.values()
+        return Names(
+            references={entry.id: entry.hub_id or entry.id for entry in entries},
+            bases={entry.id: entry.base for entry in entries if entry.kind == "adapter"},
+            unavailable={entry.id: entry.problem for entry in entries if entry.problem},
+        )
+
+
+def _link(link: Path, target: str) -> None:
+    """A link of a model's name; one that leads elsewhere is replaced at once, never missing."""
+    with suppress(OSError):
+        if os.readlink(link) == target:
+            return
+    new = link.with_name(f".{link.name}.new")
+    new.unlink(missing_ok=True)
+    new.symlink_to(target)
+    os.replace(new, link)
+
+
+def tiny_models() -> Path | None:
+    """The folder of the tiny LLaMAs: beside the modules, or where they were installed."""
+    checkout = Path(__file__).resolve().parent.parent / TINY
+    installed = Path(sys.prefix) / "share/llama-merge/tiny_llamas"
+    return next((path for path in (checkout, installed) if path.is_dir()), None)
+
+
+# In the planner's process
+
+
+def scan(
+    roots: Sequence[str], tiny: str | None, hub_ids: Sequence[str], downloads: bool
+) -> list[dict[str, Any]]:
+    """All models that there are, as the fields of an `Entry`.
+
+    Args:
+        roots: folders with models in them, at most five levels below.
+        tiny: the folder of the tiny LLaMAs, if they are offered.
+        hub_ids: models of the Hub, beside `HUB_MODELS`.
+        downloads: what the cache lacks can be downloaded.
+    """
+    known = {model.hub_id for model in HUB_MODELS}
+    others = (
+        HubModel(re.sub(r"[^\w.-]", "-", each), each.split("/")[-1], each, "", "", 0)
+        for each in hub_ids
+        if each not in known
+    )
+    found: list[Entry] = []
+    for root in [tiny, *roots]:
+        if root is not None:
+            found += _below(Path(root))
+    entries: dict[str, Entry] = {}
+    for entry in [*found, *(_of_hub(model, downloads) for model in (*HUB_MODELS, *others))]:
+        key = entry.id if entry.id not in entries else f"{entry.id}-{_digest(entry.source)}"
+        entries[key] = replace(entry, id=key)
+    return [asdict(_with_base(entry, entries)) for entry in entries.values()]
+
+
+def _below(root: Path) -> Iterator[Entry]:
+    """The models in a folder, by their paths; a folder that cannot be read has none."""
+    for path in sorted(_model_folders(root))[:MOST_MODELS]:
+        relative = str(path.relative_to(root)) if path != root else path.name
+        yield _entry(path, relative)
+
+
+def _model_folders(root: Path) -> Iterator[Path]:
+    for folder, names, files in itertools.islice(os.walk(root), MOST_FOLDERS):
+        path = Path(folder)
+        if CONFIG in files or ADAPTER_CONFIG in files:
+            yield path
+            names.clear()
+        elif len(path.relative_to(root).parts) >= DEPTH:
+            names.clear()
+        else:
+            names[:] = [name for name in names if not name.startswith(".")]
+
+
+def _entry(path: Path, relative: str) -> Entry:
+    name = _from_cache(path) or relative
+    key = (
+        re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip(".-") or f"model-{_digest(str(path))}"
+    )
+    entry = Entry(id=key[:100], name=name, kind="model", source=str(path))
+    try:
+        if has_file(path, ADAPTER_CONFIG):
+            return _adapter(path, entry)
+        with open_model_folder(path, weights=False) as model:
+            counted = {
+                name: info for name, info in model.tensors.items()
+                if not (name == HEAD and is_tied(model))
+            }  # fmt: skip
+            count = sum(math.prod(info.shape) for info in counted.values())
+            return replace(
+                entry,
+                size=_parameters(count),
+                architecture=str(model.config.get("model_type", "")),
+                nbytes=sum(info.nbytes for info in model.tensors.values()),
+            )
+    except (ModelCompatibilityError, OSError, ValueError) as error:
+        text = str(error).splitlines()[0].replace(str(path), "its folder")
+        return replace(entry, problem=text.removeprefix("its folder: "))
+
+
+def _adapter(path: Path, entry: Entry) -> Entry:
+    config = json.loads(read_text(path, ADAPTER_CONFIG, entry.name))
+    weights = path / "adapter_model.safetensors"
+    base = config.get("base_model_name_or_path")
+    problem = "" if weights.is_file() else "has no adapter_model.safetensors"
+    return replace(
+        entry,
+        kind="adapter",
+        size=f"rank {config.get('r', '?')}",
+        architecture=str(config.get("peft_type", "LORA")).lower(),
+        nbytes=weights.stat().st_size if not problem else 0,
+        base=base if isinstance(base, str) else None,
+        problem=problem,
+    )
+
+
+def _with_base(entry: Entry, entries: Mapping[str, Entry]) -> Entry:
+    """An adapter with the id of its base, if that is among the models, and there is but one."""
+    if entry.kind != "adapter" or entry.base is None:
+        return replace(entry, base=None)
+    models = [each for each in entries.values() if each.kind == "model"]
+    whole = [each.id for each in models if entry.base in (each.hub_id, each.source)]
+    last = [each.id for each in models if Path(each.source).name == Path(entry.base).name]
+    for found in (whole, last):
+        if len(found) == 1:
+            return replace(entry, base=found[0])
+    return replace(entry, base=None)
+
+
+def _of_hub(model: HubModel, downloads: bool) -> Entry:
+    cached = _is_cached(model.hub_id)
+    problem = "" if cached or downloads else (
+        "is not on this machine, and downloads are switched off (hub_downloads)"
+    )  # fmt: skip
+    return Entry(
+        id=model.id,
+        name=model.name,
+        kind="model",
+        source=model.hub_id,
+        hub_id=model.hub_id,
+        size=model.size,
+        architecture=model.architecture,
+        nbytes=model.nbytes,
+        problem=problem,
+    )
+
+
+def _is_cached(hub_id: str) -> bool:
+    """Whether the local cache (HF_HOME) has the weights of a model."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = Path(HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}" / "snapshots"
+    return any(folder.glob("*/*.safetensors")) and any(folder.glob(f"*/{CONFIG}"))
+
+
+def _from_cache(path: Path) -> str:
+    """The Hub's name of a model that lies in a cache's folder; empty for any other."""
+    part = next((part for part in path.parts if part.startswith("models--")), "")
+    return part.removeprefix("models--").replace("--", "/")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:6]
+
+
+def _parameters(count: int) -> str:
+    """A number of parameters, as models are named by it.
+
+    >>> [_parameters(n) for n in (1_100_048_384, 6_738_415_616, 226_112)]
+    ['1.1B', '6.7B', '226K']
+    """
+    for unit, letter in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= unit:
+            number = count / unit
+            return f"{number:.1f}{letter}" if number < 10 else f"{number:.0f}{letter}"
+    return str(count)
+
+
+def _decimal(nbytes: int) -> str:
+    """A size as the listing has it: 13.5GB."""
+    return format_bytes(nbytes).replace(" ", "") if nbytes else ""

@@ -1,0 +1,147 @@
+"""What can be set: by a file, by the environment, on the command line."""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from model_utils import free_memory, parse_size
+
+PREFIX = "LLAMA_MERGE_"
+"""Of environment variables: LLAMA_MERGE_PORT is the port."""
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+LISTS = {"models": os.pathsep, "hub_models": ",", "hosts": ","}
+"""Settings with several values, and what parts them in the environment."""
+
+
+def _data_home() -> Path:
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "llama-merge"
+
+
+class Settings(BaseModel):
+    """How the service runs. Sizes are such as "2GB" or a number of bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(5007, ge=0, le=65535, description="port to listen on; 0 for any free one")
+    hosts: tuple[str, ...] = Field(
+        (), description="names that clients may reach it by, beside the address; as merge.lan"
+    )
+    token: str | None = Field(
+        None,
+        min_length=16,
+        description="what clients must send as `Authorization: Bearer`; beyond loopback one is "
+        "made where none is given",
+    )
+    data: Path = Field(
+        default_factory=_data_home, description="folder for jobs and results; made if need be"
+    )
+    models: tuple[Path, ...] = Field((), description="folders in which there are models")
+    hub_models: tuple[str, ...] = Field((), description="more models of the Hub to offer, by id")
+    hub_downloads: bool = Field(False, description="download models of the Hub when asked for")
+    tiny_models: bool = Field(True, description="offer the tiny LLaMAs, to try things out")
+    workers: int = Field(1, ge=1, le=64, description="jobs that run at once")
+    threads: int | None = Field(None, ge=1, description="of a merge; by default one per core")
+    device: str = Field("cpu", description="where merges are computed: cpu or cuda")
+    max_memory: int | str | None = Field(
+        None, description="of a job; by default three quarters of what is free at the start"
+    )
+    queue: int = Field(100, ge=1, description="experiments that wait or run, at most")
+    disk_reserve: int | str = Field("1GB", description="room on the disk that is left free")
+    keep_days: float = Field(30.0, ge=0, description="results are removed after so long; 0: never")
+    max_results: int | str | None = Field(
+        None, description="of all results; the oldest are removed for a new one"
+    )
+    job_hours: float = Field(24.0, gt=0, description="a job that takes longer is stopped")
+    max_body: int | str = Field("1MB", description="of a request")
+    body_seconds: float = Field(10.0, gt=0, description="in which a request must have arrived")
+    plan_seconds: float = Field(30.0, gt=0, description="that a plan may take")
+    reads_per_second: float = Field(200.0, gt=0, description="requests of one client")
+    changes_per_minute: float = Field(
+        60.0, gt=0, description="requests of one client that start or remove something"
+    )
+    watchers: int = Field(500, ge=1, description="clients that are told of progress at once")
+
+    @field_validator("max_memory", "disk_reserve", "max_results", "max_body")
+    @classmethod
+    def _size(cls, size: int | str | None) -> int | None:
+        return None if size is None else parse_size(size)
+
+    @field_validator("data", "models")
+    @classmethod
+    def _absolute(cls, paths: Any) -> Any:
+        if isinstance(paths, Path):
+            return paths.expanduser().absolute()
+        return tuple(path.expanduser().absolute() for path in paths)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach it."""
+        return self.host in LOOPBACK
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """What a job may take; None if nothing is known of this machine's memory."""
+        if self.max_memory is not None:
+            return int(self.max_memory)
+        free = free_memory()
+        return None if free is None else free * 3 // 4 // self.workers
+
+
+def read_settings(
+    file: Path | None = None,
+    given: Mapping[str, Any] = MappingProxyType({}),
+    environment: Mapping[str, str] = os.environ,
+) -> Settings:
+    """The settings: what is given comes before the environment, and that before the file.
+
+    Args:
+        file: TOML, with the names of `Settings`; by default what LLAMA_MERGE_CONFIG names, if
+            anything.
+        given: from the command line, by the names of settings; None for what is not given.
+        environment: of the process.
+
+    Raises:
+        ValueError: something is wrong with them; one line each.
+        OSError: the file cannot be read.
+    """
+    named = environment.get(f"{PREFIX}CONFIG")
+    path = file or (Path(named) if named else None)
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: is not TOML: {error}") from None
+        origin = dict.fromkeys(values, str(path))
+    for key in Settings.model_fields:
+        name = f"{PREFIX}{key.upper()}"
+        if environment.get(name):
+            text = environment[name]
+            values[key] = text.split(LISTS[key]) if key in LISTS else text
+            origin[key] = name
+    for key, value in given.items():
+        if value is not None:
+            values[key], origin[key] = value, f"--{key.replace('_', '-')}"
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        raise ValueError("\n".join(_problem(each, origin) for each in error.errors())) from None
+
+
+def _problem(error: Any, origin: Mapping[str, str]) -> str:
+    key = str(error["loc"][0])
+    where = origin.get(key, "settings")
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown setting {key!r}; there are: {', '.join(Settings.model_fields)}"
+    shown = "***" if key == "token" else repr(error["input"])
+    text = error["msg"].removeprefix("Value error, ")
+    return f"{where}: {key}: {text[0].lower()}{text[1:]}, got {shown}"

@@ -1,0 +1,330 @@
+"""A process that does one job: a merge, or an evaluation.
+
+The server starts it as `python -m service.worker`, and tells it what to do in a line of JSON on
+its standard input, which stays open: where it ends, the server is gone, and the process stops. What
+is merged by then is on the disk, and the next process goes on with it.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from model_errors import ModelCompatibilityError
+from model_hashes import REPORT_FILE
+from model_utils import format_bytes
+from model_writer import read_manifest
+from service.archive import open_plain, pieces
+from service.planner import public
+from service.processes import this_process, uptime
+from service.requests import model_ids, stages_of
+from service.store import Job, Progress, Store
+
+LEASE = 30.0
+BEAT = 0.5
+"""Seconds between two words to the server."""
+
+GRACE = 20.0
+"""Seconds in which a process that is to stop brings its work to the disk."""
+
+STOPPED = 75
+"""Exit status of a process that was told to stop."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the server tells a process.
+
+    Attributes:
+        store, folder, models: paths: the database, that of the job's results, and that of the
+            links to models.
+        job, holder: its number, and what the process calls itself.
+        recipe: as `requests.recipe_text` has it.
+        references: what models are called, by ids.
+        settings: of `merge.merge_recipe`: device, threads, max_memory, findings.
+        download_bytes: of weights that are on the Hub only.
+    """
+
+    store: str
+    folder: str
+    models: str
+    job: int
+    holder: str
+    recipe: str
+    references: Mapping[str, str]
+    settings: Mapping[str, Any]
+    download_bytes: int
+
+
+STARTING = Progress("starting")
+
+
+@dataclass
+class Watch:
+    """Says how far the job is, and that the process is still there."""
+
+    store: Store
+    order: Order
+    progress: Progress = STARTING
+    over: threading.Event = field(default_factory=threading.Event)
+    _first: tuple[float, int] | None = None
+
+    def tell(self, step: str, done: int, total: int) -> None:
+        """For `progress` of a merge."""
+        now = uptime()
+        if self.progress.step != step or done < self.progress.done:
+            self._first = None
+        if self._first is None and done:
+            self._first = now, done  # until now, loops may have been compiled
+        speed = None
+        if self._first is not None and now - self._first[0] > BEAT:
+            speed = (done - self._first[1]) / (now - self._first[0])
+        self.progress = Progress(step, done, total, speed)
+
+    def say(self, step: str) -> None:
+        """What is being done, where there is nothing to count."""
+        self.progress = Progress(step)
+
+    def run(self) -> None:
+        """Until it is over, or the job is another process's."""
+        while not self.over.wait(BEAT):
+            if not self.store.beat(self.order.job, self.order.holder, LEASE, self.progress):
+                stop_this_process()
+                return
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Watch in a thread of its own."""
+        thread = threading.Thread(target=self.run, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self.over.set()
+            thread.join()
+
+
+def main() -> int:
+    """The process; returns its exit status."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's, which stops its workers
+    order = Order(**json.loads(sys.stdin.buffer.readline()))
+    threading.Thread(target=_leave_with_the_server, daemon=True).start()
+    os.chdir(order.models)
+    warnings.simplefilter("ignore")
+    with Store(Path(order.store)) as store, Store(Path(order.store), durable=False) as beats:
+        job = store.claim(order.job, order.holder, this_process(), LEASE)
+        if job is None:
+            return 0
+        watch = Watch(beats, order)
+        try:
+            with watch.running():
+                outcome = WORK[job.kind](order, job, watch)
+        except KeyboardInterrupt:
+            return STOPPED
+        except Exception as error:
+            problems = explained(error, str(Path(order.folder) / "model"))
+            store.finish(order.job, order.holder, "failed", problems=problems)
+            return 1
+        store.finish(order.job, order.holder, "completed", outcome=outcome)
+    return 0
+
+
+def explained(error: Exception, output: str) -> list[str]:
+    """What went wrong, in lines that tell nothing of this machine's folders."""
+    if isinstance(error, MemoryError):
+        lines = ["there is too little memory. Allow the service more, or merge smaller models"]
+    elif isinstance(error, ValueError | ModelCompatibilityError | OSError):
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        lines = text.splitlines()
+    else:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        lines = [
+            f"an error of the program itself ({type(error).__name__}); the server's log has it"
+        ]
+    return [public(line, output) for line in lines] or [type(error).__name__]
+
+
+def stop_this_process() -> None:
+    """Have the work stop where it can go on later; at the latest after `GRACE`."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE)
+    os._exit(STOPPED)
+
+
+def _interrupt(number: int, _: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt(number)
+
+
+def _leave_with_the_server() -> None:
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    stop_this_process()
+
+
+# A merge
+
+
+def merge(order: Order, job: Job, watch: Watch) -> dict[str, Any]:
+    """Merge by a recipe, or go on with what another process has left."""
+    from merge_chain import merge_stages
+
+    folder = Path(order.folder)
+    model = folder / "model"
+    folder.mkdir(parents=True, exist_ok=True)
+    stages = stages_of(order.recipe, order.references)
+    with downloads_shown(order, watch):
+        report = merge_stages(stages, model, resume=True, progress=watch.tell, **order.settings)
+    watch.say("checksums")
+    return {
+        "bytes": report.bytes_written,
+        "seconds": report.seconds,
+        "peak_memory": report.peak_memory,
+        "notes": [public(note, str(model)) for note in report.notes],
+        "files": sealed(model),
+        "findings": write_findings(folder),
+    }
+
+
+def sealed(model: Path) -> list[dict[str, Any]]:
+    """The files of a model, with what a download needs to know of them."""
+    manifest = read_manifest(model)
+    known = {} if manifest is None else manifest["files"]
+    found = []
+    for path in sorted(model.iterdir()):
+        with open_plain(path) as file:
+            size, crc = os.fstat(file.fileno()).st_size, 0
+            for piece in pieces(file, 0, size):
+                crc = zlib.crc32(piece, crc)
+        sha256 = known.get(path.name, {}).get("sha256", "")
+        found.append({"name": path.name, "bytes": size, "crc32": crc, "sha256": sha256})
+    return found
+
+
+def write_findings(folder: Path) -> bool:
+    """The page with heat maps, if the report has what it needs."""
+    from merge_analysis import analysis_page, saved_analysis
+
+    saved = json.loads((folder / "model" / REPORT_FILE).read_text(encoding="utf-8"))
+    analysis = saved_analysis(saved)
+    if analysis is None:
+        return False
+    (folder / "findings.html").write_text(analysis_page(analysis), encoding="utf-8")
+    return True
+
+
+@contextlib.contextmanager
+def downloads_shown(order: Order, watch: Watch) -> Iterator[None]:
+    """While models are downloaded, the growth of their folders in the cache is the progress."""
+    wanted = order.download_bytes
+    if not wanted:
+        yield
+        return
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    names = {name for name in order.references.values() if "/" in name}
+    folders = [Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" for name in names]
+    before, over = _size(folders), threading.Event()
+
+    def look() -> None:
+        while not over.wait(BEAT):
+            done = min(_size(folders) - before, wanted)
+            if watch.progress.step in (STARTING.step, "download") and done:
+                watch.tell("download", done, wanted)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _size(folders: list[Path]) -> int:
+    sizes = 0
+    for folder in folders:
+        for path in folder.glob("blobs/*"):
+            with contextlib.suppress(OSError):
+                sizes += path.stat().st_size
+    return sizes
+
+
+# An evaluation
+
+
+def evaluate(order: Order, job: Job, watch: Watch) -> dict[str, Any]:
+    """Compare the base, the sources and the merge."""
+    import functools
+
+    from eval_compare import Candidate, Settings, compare
+    from eval_page import comparison_page
+    from merge_load import load_to_run
+    from model_inference import loading_bars
+
+    folder, asked = Path(order.folder), job.request
+    base, models = model_ids(order.recipe)
+    named = [
+        *((base, "base") for base in [base] if base is not None),
+        *((model, "source") for model in models),
+    ]
+    check_memory(order, folder)
+    candidates = [
+        Candidate(
+            name,
+            role,  # type: ignore[arg-type]
+            functools.partial(load_to_run, referred(name, order.references)),
+        )
+        for name, role in named
+    ]
+    merged = functools.partial(load_to_run, folder / "model")
+    candidates.append(Candidate("merged", "merge", merged))
+    with loading_bars(show=False):
+        comparison = compare(
+            candidates,
+            texts=[asked["text"]] if asked.get("text") else [],
+            prompts=asked.get("prompts", []),
+            settings=Settings(
+                max_new_tokens=asked.get("max_new_tokens", 64), chat=asked.get("chat", False)
+            ),
+            tell=watch.say,
+        )
+    (folder / "comparison.html").write_text(comparison_page(comparison), encoding="utf-8")
+    return comparison.to_dict()
+
+
+def referred(name: str, references: Mapping[str, str]) -> str:
+    """What a model, maybe with adapters, is called where it is loaded."""
+    parts = (part.partition(":") for part in name.split("+"))
+    return "+".join(f"{references.get(key, key)}{colon}{by}" for key, colon, by in parts)
+
+
+def check_memory(order: Order, folder: Path) -> None:
+    """Whether one of the models after the other can be loaded; they are about as large."""
+    limit = order.settings.get("max_memory")
+    weights = sum(path.stat().st_size for path in (folder / "model").glob("*.safetensors"))
+    needed = 2 * weights + 10**9  # float32 of what is stored in 16 bits, and the libraries
+    if limit is not None and needed > limit:
+        raise ValueError(
+            f"to run these models takes about {format_bytes(needed)} of memory, and a job may take "
+            f"{format_bytes(limit)} here. Run them on a machine with more, or with a GPU"
+        )
+
+
+WORK: dict[str, Callable[[Order, Job, Watch], dict[str, Any]]] = {
+    "merge": merge,
+    "evaluation": evaluate,
+}
+
+if __name__ == "__main__":
+    raise SystemExit(main())
