@@ -159,8 +159,7 @@ class Service:
         )
         problems = [Problem(*each) for each in found["problems"]]
         if problems:
-            text = problems[0].text if len(problems) == 1 else f"{len(problems)} problems"
-            raise RefusedError(422, text, problems)
+            raise RefusedError(422, "\n".join(problem.text for problem in problems), problems)
         base, models = found["base"], found["models"]
         parts = {
             part.split(":")[0]

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from merge_chain import check_stages
 from merge_document import recipe_document
 from merge_grammar import Stage, read_recipes, recipe_of
-from merge_methods import ALIASES, METHODS
-from merge_recipe import LayerRange, Recipe, Slice, unknown_name
+from merge_methods import ALIASES, METHODS, Method
+from merge_recipe import KEYS, LayerRange, Recipe, Slice, unknown_name
 from merge_yaml import RecipeError, write_recipes
 from model_vocabulary import BY_MODEL
 from service.schemas import ExperimentRequest
@@ -121,6 +121,12 @@ def model_ids(text: str) -> tuple[str | None, list[str]]:
     return base, [name for name in dict.fromkeys(found) if name != base]
 
 
+def referred(name: str, references: Mapping[str, str]) -> str:
+    """What a model, maybe with adapters, is called where it is loaded."""
+    parts = (part.partition(":") for part in name.split("+"))
+    return "+".join(f"{references.get(key, key)}{colon}{by}" for key, colon, by in parts)
+
+
 def problems_of(error: Exception, *, form: bool = False) -> list[Problem]:
     """What an error of a merge or plan says, a problem for each line.
 
@@ -137,11 +143,28 @@ def problems_of(error: Exception, *, form: bool = False) -> list[Problem]:
         path = match["path"] or ""
         if form:
             path = path.replace(".parameters", "").replace(".model", ".id")
+            path = path or _entry_of(line[match.end() :])
         where = path or (f"line {match['line']}" if match["line"] else "")
         if path and match["line"]:
             where = f"line {match['line']}: {path}"
         found.append(Problem(where, line[match.end() :]))
     return found
+
+
+def _entry_of(text: str) -> str:
+    """The entry of a request that a text on the whole recipe is about, by its words."""
+    if "needs a base_model" in text:
+        return "base_model"
+    found = re.match(r"(\w+) must ", text)
+    if found is None or not any(found[1] in _parameter_names(each) for each in METHODS.values()):
+        return ""
+    key = KEYS.get(found[1], found[1])
+    model = re.search(r"\(model (\d+)\)$", text)
+    return f"models[{int(model[1]) - 1}].{key}" if model else f"parameters.{key}"
+
+
+def _parameter_names(method: Method) -> list[str]:
+    return [parameter.name for parameter in method.parameters]
 
 
 def _read(text: str) -> list[Stage]:
@@ -289,11 +312,7 @@ def _renamed(recipe: Recipe, references: Mapping[str, str]) -> Recipe:
     """A recipe with other names for its models, wherever it names them."""
 
     def rename(name: str) -> str:
-        parts = []
-        for part in name.split("+"):
-            key, colon, strength = part.partition(":")
-            parts.append(f"{references.get(key, key)}{colon}{strength}")
-        return "+".join(parts)
+        return referred(name, references)
 
     def maybe(name: str | None) -> str | None:
         return None if name is None else rename(name)

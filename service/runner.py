@@ -12,6 +12,7 @@ import secrets
 import shutil
 import signal
 import sys
+import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from service.worker import GRACE, STOPPED, Order
 
 TICK = 0.25
 """Seconds between two looks at the jobs."""
+
+REST = 5.0
+"""Seconds after which what went wrong is tried again."""
 
 NOT_STARTED = 127
 """As the exit status of a process that could not be started."""
@@ -101,7 +105,11 @@ class Runner:
         """Until it is cancelled; then its processes are stopped, and their jobs wait again."""
         try:
             while True:
-                await self._look()
+                try:
+                    await self._look()
+                except Exception:  # a full disk, say: the queue goes on when it is over
+                    traceback.print_exc()
+                    await asyncio.sleep(REST)
                 await asyncio.sleep(TICK)
         finally:
             await self._stop_all()

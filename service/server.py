@@ -1,6 +1,9 @@
 """Runs the application under uvicorn, with a patience for slow clients that it does not have."""
 
 import asyncio
+import contextlib
+import os
+import socket
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -56,22 +59,16 @@ def serve(create: Callable[..., Any], settings: Settings) -> None:
     """Answer until a signal comes.
 
     Args:
-        create: makes the application of settings.
+        create: makes the application of settings, and has it call a function when it is ready.
         settings: how it runs.
 
     Raises:
         OSError: the address or the data folder cannot be used.
     """
-    server: uvicorn.Server
-
-    def started() -> None:
-        say(settings)
-
-    app = create(settings, started=started)
+    listening = _listening(settings)
+    port = listening.getsockname()[1]
     config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
+        create(settings, started=lambda: say(settings, port)),
         http=Protocol,
         ws="none",
         loop="asyncio",
@@ -80,21 +77,31 @@ def serve(create: Callable[..., Any], settings: Settings) -> None:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        backlog=BACKLOG,
         limit_concurrency=CONNECTIONS,
         timeout_keep_alive=10,
         timeout_graceful_shutdown=2,
         h11_max_incomplete_event_size=32 * 1024,
     )
-    server = uvicorn.Server(config)
-    server.run()
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn passes on what has stopped it
+        uvicorn.Server(config).run(sockets=[listening])
 
 
-def say(settings: Settings) -> None:
+def _listening(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise OSError(
+            f"cannot listen on {settings.host}, port {settings.port}: {reason}. Choose another "
+            "with --port or --host"
+        ) from None
+
+
+def say(settings: Settings, port: int) -> None:
     """Where it can be reached, and with what."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    print(f"llama-merge: http://{host}:{settings.port}/", file=sys.stderr)
-    print(f"results and jobs: {settings.data}", file=sys.stderr)
-    if settings.token is not None and not settings.is_local:
-        print(f"token: {settings.token}", file=sys.stderr)
-    sys.stderr.flush()
+    lines = [f"llama-merge: http://{host}:{port}/", f"results and jobs: {settings.data}"]
+    if settings.token is not None:
+        lines.append(f"token: {settings.token}")
+    print("\n".join(lines), file=sys.stderr, flush=True)

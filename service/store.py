@@ -12,7 +12,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
@@ -196,7 +196,10 @@ class Store:
     """
 
     def __init__(self, path: Path, *, durable: bool = True) -> None:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        # Only where it is new: to close a descriptor of a database drops this process's locks on
+        # it, and then another process may take it for closed, and remove its log.
+        with suppress(FileExistsError):
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         self._lock = threading.RLock()
         self._db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
         self._db.row_factory = sqlite3.Row
@@ -444,16 +447,22 @@ class Store:
         problems: Sequence[str] = (),
         outcome: Mapping[str, Any] = {},
     ) -> bool:
-        """The holder's last word on a job; False if it is not its own any more."""
+        """The holder's last word on a job; False if it is not its own any more.
+
+        A merge of which an evaluation was asked for is followed by it.
+        """
         with self._transaction():
             row = self._db.execute(
-                "SELECT 1 FROM jobs WHERE number = ? AND holder = ? AND state = 'running'",
+                "SELECT * FROM jobs WHERE number = ? AND holder = ? AND state = 'running'",
                 (number, holder),
             ).fetchone()
             if row is None:
                 return False
             text = problems[0] if problems else state
             self._end(number, state, text, problems, outcome)
+            evaluation = json.loads(row["request"]).get("evaluation")
+            if state == "completed" and row["kind"] == "merge" and evaluation:
+                self._add_job(row["experiment"], "evaluation", evaluation)
         return True
 
     def release(self, number: int, holder: str, cause: str, *, died: bool) -> State | None:

@@ -6,6 +6,7 @@ is merged by then is on the disk, and the next process goes on with it.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -26,7 +27,7 @@ from model_writer import read_manifest
 from service.archive import open_plain, pieces
 from service.planner import public
 from service.processes import this_process, uptime
-from service.requests import model_ids, stages_of
+from service.requests import model_ids, referred, stages_of
 from service.store import Job, Progress, Store
 
 LEASE = 30.0
@@ -202,11 +203,15 @@ def sealed(model: Path) -> list[dict[str, Any]]:
     known = {} if manifest is None else manifest["files"]
     found = []
     for path in sorted(model.iterdir()):
+        sha256 = known.get(path.name, {}).get("sha256")
+        digest, crc = hashlib.sha256(), 0
         with open_plain(path) as file:
-            size, crc = os.fstat(file.fileno()).st_size, 0
+            size = os.fstat(file.fileno()).st_size
             for piece in pieces(file, 0, size):
                 crc = zlib.crc32(piece, crc)
-        sha256 = known.get(path.name, {}).get("sha256", "")
+                if sha256 is None:  # of the manifest itself
+                    digest.update(piece)
+        sha256 = sha256 or digest.hexdigest()
         found.append({"name": path.name, "bytes": size, "crc32": crc, "sha256": sha256})
     return found
 
@@ -301,12 +306,6 @@ def evaluate(order: Order, job: Job, watch: Watch) -> dict[str, Any]:
         )
     (folder / "comparison.html").write_text(comparison_page(comparison), encoding="utf-8")
     return comparison.to_dict()
-
-
-def referred(name: str, references: Mapping[str, str]) -> str:
-    """What a model, maybe with adapters, is called where it is loaded."""
-    parts = (part.partition(":") for part in name.split("+"))
-    return "+".join(f"{references.get(key, key)}{colon}{by}" for key, colon, by in parts)
 
 
 def check_memory(order: Order, folder: Path) -> None:
