@@ -6,14 +6,15 @@ llama-merge RECIPE.yml --analyze NAME    say where the models disagree, on a pag
 llama-merge RECIPE.yml --resolve yaml    print the recipe as it was understood
 llama-merge --check FOLDER               look through a finished folder
 llama-merge --schema                     print the JSON Schema of recipes
+llama-merge serve                        merge as a service, with a page; serve --help
 
 A recipe with `merge_method` follows mergekit's conventions, one with `method` ours; `profile`
 chooses others. docs/recipes.md has the grammar.
 """
 
-import functools
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,15 @@ def _stages(recipe: RecipeLike) -> list[Stage]:
     return [Stage(None, recipe, "")] if isinstance(recipe, Recipe) else load_recipes(Path(recipe))
 
 
-main = functools.partial(run_recipe_command, __doc__ or "")
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["serve"]:
+        from service.command import main as serve
+
+        return serve(given[1:])
+    return run_recipe_command(__doc__ or "", argv)
+
 
 if __name__ == "__main__":
     raise SystemExit(main())

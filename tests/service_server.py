@@ -72,6 +72,8 @@ class Server:
             if line.startswith("llama-merge: "):
                 self.port = int(line.rstrip("/\n").rpartition(":")[2])
                 return
+        self.process.wait()
+        self.process.stderr.close()
         raise RuntimeError("".join(self.said))
 
     def stop(self):
