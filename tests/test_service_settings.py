@@ -1,0 +1,70 @@
+"""Settings: file, environment and command line, and what is wrong with them at once."""
+
+import pytest
+
+pytest.importorskip("fastapi")
+
+from service.app import with_token
+from service.settings import Settings, read_settings
+
+
+def test_what_is_given_comes_before_the_environment_and_that_before_the_file(tmp_path):
+    file = tmp_path / "service.toml"
+    file.write_text('port = 1\nworkers = 2\nqueue = 3\nhosts = ["a.lan"]\n')
+    environment = {"LLAMA_MERGE_PORT": "4", "LLAMA_MERGE_WORKERS": "5"}
+    found = read_settings(file, {"port": 6, "host": None}, environment)
+    assert (found.port, found.workers, found.queue, found.hosts) == (6, 5, 3, ("a.lan",))
+    assert found.host == "127.0.0.1"
+
+
+def test_the_environment_names_the_file_and_lists(tmp_path):
+    file = tmp_path / "service.toml"
+    file.write_text('disk_reserve = "2GB"\n')
+    environment = {
+        "LLAMA_MERGE_CONFIG": str(file),
+        "LLAMA_MERGE_MODELS": f"{tmp_path}/a:{tmp_path}/b",
+        "LLAMA_MERGE_HOSTS": "merge.lan,merge",
+        "LLAMA_MERGE_HUB_DOWNLOADS": "true",
+    }
+    found = read_settings(environment=environment)
+    assert found.disk_reserve == 2 * 10**9
+    assert found.models == (tmp_path / "a", tmp_path / "b")
+    assert found.hosts == ("merge.lan", "merge")
+    assert found.hub_downloads
+
+
+def test_all_that_is_wrong_is_said_at_once_and_where(tmp_path):
+    file = tmp_path / "service.toml"
+    file.write_text("port = 70000\nprot = 1\n")
+    environment = {"LLAMA_MERGE_WORKERS": "none", "LLAMA_MERGE_TOKEN": "short"}
+    with pytest.raises(ValueError, match="unknown setting 'prot'") as caught:
+        read_settings(file, {"max_memory": "much"}, environment)
+    lines = str(caught.value).splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        str(file),
+        "LLAMA_MERGE_TOKEN",
+        "LLAMA_MERGE_WORKERS",
+        "--max-memory",
+        str(file),
+    ]
+    assert "short" not in str(caught.value)  # a token is told to nobody
+
+
+def test_a_file_that_is_not_toml_is_named(tmp_path):
+    file = tmp_path / "service.toml"
+    file.write_text("port: 1")
+    with pytest.raises(ValueError, match=r"service\.toml: is not TOML"):
+        read_settings(file, {}, {})
+
+
+def test_a_token_is_made_where_others_can_reach_it():
+    assert with_token(Settings()).token is None
+    assert len(with_token(Settings(host="0.0.0.0")).token) >= 32
+    given = Settings(host="0.0.0.0", token="0123456789abcdef")
+    assert with_token(given).token == "0123456789abcdef"
+
+
+def test_memory_of_jobs_is_shared_by_those_that_run_at_once():
+    assert Settings(max_memory="2GB").memory_bytes == 2 * 10**9
+    one, four = Settings().memory_bytes, Settings(workers=4).memory_bytes
+    assert one is None or four < one / 3
