@@ -91,7 +91,7 @@ class Guard:
         self._names |= {settings.host.lower()} - {"0.0.0.0", "::"}
         self._reads = Bucket(settings.reads_per_second, 2 * settings.reads_per_second)
         per_second = settings.changes_per_minute / 60
-        self._changes = Bucket(per_second, settings.changes_per_minute / 2)
+        self._changes = Bucket(per_second, settings.changes_per_minute)
         self._guesses = Bucket(0.2, 10)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -100,7 +100,8 @@ def kill_something(server, chance, killed):
 def run(place, models, wanted, *, jobs, kills, seed):
     """One round; what went wrong, and what is to be told."""
     chance, killed = random.Random(seed), Counter()
-    with Server(place / "data", "--models", models, "--workers", 2, "--no-tiny-models") as server:
+    options = ("--workers", 2, "--no-tiny-models", "--changes-per-minute", 1000)
+    with Server(place / "data", "--models", models, *options) as server:
         keys = [server.merge(request_of(number)) for number in range(jobs)]
         started = time.monotonic()
         while sum(killed.values()) < kills:
