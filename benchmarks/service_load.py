@@ -27,11 +27,10 @@ from shutil import rmtree
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from service_server import API, Server  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 from benchmarks.compare import prepare_shape, say  # noqa: E402
+from tests.service_server import API, Server  # noqa: E402
 
 SHAPE = "tinyllama-1.1b"
 SECONDS_BETWEEN = 5.0

@@ -1,12 +1,13 @@
 """Serve the merge API and its page.
 
-llama-merge serve                               on this machine, port 5007
-llama-merge serve --models /data/models         offer the models below a folder
-llama-merge serve --host 0.0.0.0 --hosts merge.lan   for others; they need the token it prints
-llama-merge serve --config service.toml         settings from a file
+llama-merge serve                           for this machine alone, on port 5007
+llama-merge serve --models /data/models     with the models below a folder
+llama-merge serve --host 0.0.0.0            for others, who need the token that it prints
+llama-merge serve --config service.toml     with settings from a file
 
-Every setting is also an environment variable, LLAMA_MERGE_ and its name: LLAMA_MERGE_PORT. What is
-given here comes before the environment, and that before the file.
+Every setting is also an environment variable, LLAMA_MERGE_ and its name (LLAMA_MERGE_PORT), and an
+entry of the file (port). What is given here comes before the environment, and that before the file.
+The token is given by the last two alone: a command line can be seen by all on the machine.
 """
 
 import argparse
@@ -36,22 +37,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     return reported(lambda: _serve(arguments))
 
 
+METAVARS = {
+    "data": "FOLDER",
+    "models": "FOLDER",
+    "hub_models": "ID",
+    "hosts": "NAME",
+    "host": "ADDRESS",
+    "device": "DEVICE",
+    **dict.fromkeys(("max_memory", "disk_reserve", "max_results", "max_body"), "SIZE"),
+}
+"""What options take that is not a number."""
+
+NOT_HERE = ("token",)
+"""Settings that everyone on the machine would see on a command line."""
+
+
 def _parser() -> argparse.ArgumentParser:
     from service.settings import Settings
 
-    parser = CommandParser("[--models FOLDER ...]", description=__doc__)
+    name = "start.py" if Path(sys.argv[0]).name == "start.py" else "llama-merge serve"
+    parser = CommandParser("[--models FOLDER ...]", prog=name, description=__doc__)
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings as TOML")
-    for name, field in Settings.model_fields.items():
-        default = field.get_default(call_default_factory=True)
-        shown = "" if default in (None, ()) else f" (default: {str(default).lower()})"
+    for key, field in Settings.model_fields.items():
+        if key in NOT_HERE:
+            continue
+        default = None if field.default_factory else field.default
+        shown = "" if default in (None, ()) else f" (default: {_written(default)})"
         options: dict[str, Any] = {"help": f"{field.description}{shown}"}
         if field.annotation is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options["metavar"] = "FOLDER" if name in ("data", "models") else name.upper()
+            options["metavar"] = METAVARS.get(key, "N")
             options["nargs"] = "+" if default == () else None
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, default=None, **options)
+        parser.add_argument(f"--{key.replace('_', '-')}", dest=key, default=None, **options)
     return parser
+
+
+def _written(default: object) -> str:
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def _serve(arguments: argparse.Namespace) -> str:

@@ -41,7 +41,9 @@ class Settings(BaseModel):
         "made where none is given",
     )
     data: Path = Field(
-        default_factory=_data_home, description="folder for jobs and results; made if need be"
+        default_factory=_data_home,
+        description="folder for jobs and results; by default llama-merge in $XDG_DATA_HOME, or in "
+        "~/.local/share",
     )
     models: tuple[Path, ...] = Field((), description="folders in which there are models")
     hub_models: tuple[str, ...] = Field((), description="more models of the Hub to offer, by id")

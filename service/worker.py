@@ -130,7 +130,8 @@ def main() -> int:
         try:
             with watch.running():
                 outcome = WORK[job.kind](order, job, watch)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # by the server, or because it is gone: not the job's fault
+            store.release(order.job, order.holder, "its process was stopped", died=False)
             return STOPPED
         except Exception as error:
             problems = explained(error, str(Path(order.folder) / "model"))

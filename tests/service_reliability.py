@@ -85,8 +85,13 @@ def worker_of(server, chance):
 
 def kill_something(server, chance, killed):
     """SIGKILL to the server, or to a worker; a server is started again."""
-    pid = worker_of(server, chance)
-    if pid is None or chance.random() < 0.5:
+    pid = None
+    if chance.random() < 0.5:
+        end = time.monotonic() + 3
+        while (pid := worker_of(server, chance)) is None and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.5))
+    if pid is None:
         server.kill()
         killed["server"] += 1
         time.sleep(chance.choice((0, 0.2, 1.5)))

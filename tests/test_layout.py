@@ -16,6 +16,8 @@ OTHER_DRIVERS = (
     "merger_validation",
     "model_merger",
 )
+SCRIPTS = ["start"]  # for a checkout; what is installed has `llama-merge serve`
+SERVICE = sorted((ROOT / "service").glob("*.py"))
 DRIVERS = [n for n in MODULES if n.endswith("_llama") or n in OTHER_DRIVERS]
 EVAL = [n for n in MODULES if n.startswith("eval_") and n not in DRIVERS]
 MERGE = [n for n in MODULES if n.startswith("merge_")]
@@ -54,7 +56,7 @@ def imports_of(module: str, *, top_level: bool = False) -> set[str]:
 
 
 def test_every_module_belongs_to_a_layer():
-    assert set(MODULES) == {*MATH, *MODEL, *MERGE, *EVAL, *DRIVERS}
+    assert set(MODULES) == {*MATH, *MODEL, *MERGE, *EVAL, *DRIVERS, *SCRIPTS}
 
 
 @pytest.mark.parametrize("module", MATH)
@@ -81,6 +83,17 @@ def test_the_stream_knows_no_math():
     assert not imports_of("merge_stream") & set(MATH)
 
 
+def test_the_service_is_imported_by_what_starts_it_alone():
+    assert [n for n in MODULES if "service" in imports_of(n)] == ["merge", "start"]
+    assert "service" not in imports_of("merge", top_level=True)
+
+
+@pytest.mark.parametrize("path", SERVICE, ids=lambda path: path.stem)
+def test_the_service_imports_nothing_that_is_large(path):
+    large = {"torch", "numba", "transformers", "huggingface_hub", *EVAL}
+    assert not imports(path.read_text(), top_level=True) & large
+
+
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_transformers_is_never_imported_at_the_top(module):
     heavy = {"transformers", "huggingface_hub", "tokenizers", "tqdm"}
@@ -89,7 +102,7 @@ def test_transformers_is_never_imported_at_the_top(module):
 
 def test_every_module_is_installed():
     text = (ROOT / "pyproject.toml").read_text()
-    assert [n for n in MODULES if f'"{n}"' not in text] == []
+    assert [n for n in MODULES if f'"{n}"' not in text] == SCRIPTS
 
 
 def test_the_import_finder_sees_imports_inside_functions():

@@ -559,8 +559,8 @@ def test_plans_end_in_time(tmp_path):
 
 
 def test_beyond_loopback_every_request_needs_the_token(tmp_path):
-    options = ("--host", "0.0.0.0", "--token", "0123456789abcdef")
-    with Server(tmp_path / "data", *options) as server:
+    token = {"LLAMA_MERGE_TOKEN": "0123456789abcdef"}
+    with Server(tmp_path / "data", "--host", "0.0.0.0", environment=token) as server:
         assert server.ask("GET", f"{API}/models").status == 401
         for given in (
             "Bearer wrong",

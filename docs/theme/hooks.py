@@ -30,7 +30,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 COMMANDS = {main.split(":")[0]: command for command, main in PROJECT["scripts"].items()}
-VERBS = {"lora-llama": ("fold", "merge", "extract")}
+VERBS = {"lora-llama": ("fold", "merge", "extract"), "llama-merge": ("serve",)}
 REFERENCE = "reference/{}.md"
 LINK = re.compile(r"(?<=\]\()(?!https:)([^)#\s]*)(#[^)\s]*)?(?=\))")
 PLACE = re.compile(r"^\[[^]\n]+\]\(((?:\.\./)+\w+\.md)(?:#([\w-]+))?\)$", re.MULTILINE)
