@@ -31,10 +31,11 @@ def create_app(settings: Settings, *, started: Callable[[], None] = lambda: None
         OSError: the data folder cannot be used.
     """
 
+    service = Service(settings)
+
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with Service(settings) as service:
-            app.state.service = service
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with service:
             started()
             yield
 
@@ -47,6 +48,7 @@ def create_app(settings: Settings, *, started: Callable[[], None] = lambda: None
         redoc_url=None,
         lifespan=lifespan,
     )
+    app.state.service = service
     app.include_router(api.router)
     studio.add(app)
     app.add_exception_handler(RefusedError, _refused)

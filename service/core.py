@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -25,8 +26,11 @@ from service.schemas import EvaluationRequest, ExperimentRequest
 from service.settings import Settings
 from service.store import Experiment, Job, QueueFullError, StateError, Store
 
-FRESH = 15.0
+FRESH = 30.0
 """Seconds for which a scan of the models is believed."""
+
+SCAN_SECONDS = 300.0
+"""That it may take."""
 
 LOOK = 0.5
 """Seconds between two looks at what has changed."""
@@ -83,9 +87,10 @@ class Service:
         environment = {} if settings.hub_downloads else {"HF_HUB_OFFLINE": "1"}
         os.environ.update(environment)  # also of the processes that merge
         self._planner = Planner(self.folders.models, settings.plan_seconds)
+        self._scanner = Planner(self.folders.models, SCAN_SECONDS)
         self._registry = Registry(self.folders.models)
-        self._scanned = -FRESH
-        self._scanning = asyncio.Lock()
+        self._scan: asyncio.Task[None] | None = None
+        self._scanned: float | None = None
         self._changed = asyncio.Condition()
         self._events: dict[str, str] = {}
         self._generation = 0
@@ -107,6 +112,7 @@ class Service:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         self._planner.close()
+        self._scanner.close()
         self.store.close()
         self._changes.close()
         os.close(self._lock)
@@ -114,26 +120,35 @@ class Service:
     # Models
 
     async def models(self) -> list[registry.Entry]:
-        """All models, those that can be merged first."""
-        async with self._scanning:
-            if time.monotonic() > self._scanned + FRESH:
-                tiny = tiny_models() if self.settings.tiny_models else None
-                found = await self._planned(
-                    registry.scan,
-                    [str(root) for root in self.settings.models],
-                    None if tiny is None else str(tiny),
-                    [*self.settings.hub_models],
-                    self.settings.hub_downloads,
-                )
-                await asyncio.to_thread(self._registry.update, found)
-                self._scanned = time.monotonic()
+        """All models, those that can be merged first.
+
+        What is known is told at once; where that is old, they are looked for meanwhile.
+        """
+        if self._scanned is None or time.monotonic() > self._scanned + FRESH:
+            await self._look_for_models(wait=self._scanned is None)
         return sorted(self._registry.entries.values(), key=lambda entry: bool(entry.problem))
 
-    async def _planned(self, *work: Any) -> Any:
+    async def _look_for_models(self, *, wait: bool) -> None:
+        if self._scan is None or self._scan.done():
+            self._scan = asyncio.create_task(self._scan_models())
+        if wait:
+            await asyncio.shield(self._scan)
+
+    async def _scan_models(self) -> None:
+        tiny = tiny_models() if self.settings.tiny_models else None
         try:
-            return await self._planner.run(*work)
+            found = await self._scanner.run(
+                registry.scan,
+                [str(root) for root in self.settings.models],
+                None if tiny is None else str(tiny),
+                [*self.settings.hub_models],
+                self.settings.hub_downloads,
+            )
         except PlanTimeoutError as error:
-            raise RefusedError(422, str(error), [Problem("", str(error))]) from None
+            print(f"models could not be looked for: {error}", file=sys.stderr, flush=True)
+        else:
+            await asyncio.to_thread(self._registry.update, found)
+        self._scanned = time.monotonic()
 
     # Experiments
 
@@ -145,18 +160,11 @@ class Service:
         """
         content = _storable(request)
         await self.models()
+        found = await self._planned(content)
+        if found.get("unknown"):  # it may have come since the last look
+            await self._look_for_models(wait=True)
+            found = await self._planned(content)
         names = self._registry.names
-        found: dict[str, Any] = await self._planned(
-            planner.plan,
-            content,
-            [*names],
-            str(self.folders.results / "new" / "model"),
-            {
-                "max_memory": self.runner.memory_bytes,
-                "threads": self.settings.threads,
-                "device": self.settings.device,
-            },
-        )
         problems = [Problem(*each) for each in found["problems"]]
         if problems:
             raise RefusedError(422, "\n".join(problem.text for problem in problems), problems)
@@ -167,6 +175,22 @@ class Service:
             for part in name.split("+")
         }
         found["references"] = {part: names.references[part] for part in sorted(parts)}
+        return found
+
+    async def _planned(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        settings = {
+            "max_memory": self.runner.memory_bytes,
+            "threads": self.settings.threads,
+            "device": self.settings.device,
+        }
+        output = str(self.folders.results / "new" / "model")
+        names = [*self._registry.names]
+        try:
+            found: dict[str, Any] = await self._planner.run(
+                planner.plan, content, names, output, settings
+            )
+        except PlanTimeoutError as error:
+            raise RefusedError(422, str(error), [Problem("", str(error))]) from None
         return found
 
     async def create(self, request: ExperimentRequest) -> Experiment:

@@ -127,8 +127,8 @@ def plan(
         settings: of `merge.plan_recipe`: device, threads, max_memory.
 
     Returns:
-        "problems"; and if there are none "recipe" (YAML), "plan", "findings" (whether they can be
-        found out), "base" and "models" (ids).
+        "problems" (and "unknown", whether an id is among them); and if there are none "recipe"
+        (YAML), "plan", "findings" (whether they can be found out), "base" and "models" (ids).
     """
     from merge_chain import plan_stages
     from model_errors import ModelCompatibilityError
@@ -138,7 +138,8 @@ def plan(
     try:
         text, notes = recipe_text(asked, Names(*names))
     except RequestError as error:
-        return {"problems": [*map(tuple, error.problems)]}
+        unknown = any(problem.text.startswith("unknown model ") for problem in error.problems)
+        return {"problems": [*map(tuple, error.problems)], "unknown": unknown}
     try:
         stages = stages_of(text, Names(*names).references)
         findings = _can_be_compared(stages) if asked.findings is None else asked.findings

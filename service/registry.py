@@ -51,23 +51,23 @@ class HubModel(NamedTuple):
 HUB_MODELS = (
     HubModel(
         "mistral-7b-instruct", "Mistral 7B Instruct v0.1", "mistralai/Mistral-7B-Instruct-v0.1",
-        "7B", "mistral", 14_483_498_224,
+        "7B", "mistral", 14_483_464_192,
     ),
     HubModel(
         "zephyr-7b-beta", "Zephyr 7B Beta", "HuggingFaceH4/zephyr-7b-beta",
-        "7B", "mistral", 14_483_498_224,
+        "7B", "mistral", 14_483_464_192,
     ),
     HubModel(
         "code-llama-7b", "Code Llama 7B", "codellama/CodeLlama-7b-hf",
-        "7B", "llama", 13_477_073_736,
+        "7B", "llama", 13_477_093_376,
     ),
     HubModel(
         "llama2-7b-chat", "Llama 2 7B Chat", "meta-llama/Llama-2-7b-chat-hf",
-        "7B", "llama", 13_476_868_376,
+        "7B", "llama", 13_476_831_232,
     ),
     HubModel(
         "openchat-7b", "OpenChat 3.5 7B", "openchat/openchat_3.5",
-        "7B", "mistral", 14_483_498_224,
+        "7B", "mistral", 14_483_496_960,
     ),
 )  # fmt: skip
 """Sizes are those of the tensors' shapes in 16 bits; the plan says them exactly."""

@@ -173,6 +173,9 @@ class Runner:
                 self._store.release, child.job, child.holder, cause, died=status != STOPPED
             )
             job = await asyncio.to_thread(self._store.job, child.job)
+            if job is not None:
+                text = f"{job.experiment}: {job.kind} {job.state} ({cause})"
+                print(text, file=sys.stderr, flush=True)
             if job is not None and (state or job.state) in ("cancelled", "failed"):
                 await asyncio.to_thread(self.clear, child.job)
             if status not in (0, 1, STOPPED):
@@ -264,6 +267,8 @@ def _signal(process: asyncio.subprocess.Process, number: int) -> None:
 def _cause(status: int) -> str:
     if status == -signal.SIGKILL:
         return "its process was killed, as the system does where memory runs out"
+    if status in (0, 1):
+        return "its process has ended"
     if status < 0:
         return f"its process was ended by signal {-status}"
     if status == STOPPED:

@@ -114,10 +114,37 @@ class Watch:
             thread.join()
 
 
+class Interrupt:
+    """Turns the signal to stop into `KeyboardInterrupt`, but only while there is work to stop.
+
+    What a process says of a job in the database is said whole.
+    """
+
+    def __init__(self) -> None:
+        self._working = self._asked = False
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which stops us
+
+    def _on_signal(self, *_: object) -> None:
+        again, self._asked = self._asked, True
+        if self._working and not again:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def possible(self) -> Iterator[None]:
+        """Within it, work can be stopped; at its beginning, if that has been asked for by then."""
+        self._working = True
+        try:
+            if self._asked:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._working = False
+
+
 def main() -> int:
     """The process; returns its exit status."""
-    signal.signal(signal.SIGTERM, _interrupt)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's, which stops its workers
+    interrupt = Interrupt()
     order = Order(**json.loads(sys.stdin.buffer.readline()))
     threading.Thread(target=_leave_with_the_server, daemon=True).start()
     os.chdir(order.models)
@@ -128,7 +155,7 @@ def main() -> int:
             return 0
         watch = Watch(beats, order)
         try:
-            with watch.running():
+            with watch.running(), interrupt.possible():
                 outcome = WORK[job.kind](order, job, watch)
         except KeyboardInterrupt:  # by the server, or because it is gone: not the job's fault
             store.release(order.job, order.holder, "its process was stopped", died=False)
@@ -161,11 +188,6 @@ def stop_this_process() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE)
     os._exit(STOPPED)
-
-
-def _interrupt(number: int, _: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt(number)
 
 
 def _leave_with_the_server() -> None:
