@@ -6,6 +6,8 @@ import http.client
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -647,3 +649,45 @@ def test_many_watch_at_once(tmp_path, large):
 def test_the_data_folder_is_its_owners(server):
     for path in (server.data, server.data / "results", server.data / "logs"):
         assert path.stat().st_mode & 0o077 == 0
+
+
+# The page that says how to use it
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_commands_of_the_page_work_as_they_stand(tmp_path, server):
+    """From create to download; but for the port, and the id that the first answer has."""
+    text = (ROOT / "docs/how_to/serve.md").read_text()
+    (block,) = (each for each in re.findall(r"^```bash\n(.*?)^```$", text, re.M | re.S)
+                if "curl" in each)  # fmt: skip
+    commands = [each for each in re.split(r"\n\n", block) if "curl" in each]
+    assert len(commands) == 4
+    key, answers = "", []
+    for command in commands:
+        line = command.replace("localhost:5007", f"localhost:{server.port}").replace("{id}", key)
+        done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        if done.stdout:
+            answers.append(json.loads(done.stdout))
+            assert answers[-1]["success"]
+        if "experiment_id" in answers[-1]:
+            key = answers[-1]["experiment_id"]
+            server.finished(key)
+    assert answers[-1]["experiments"][0]["id"] == key
+    with zipfile.ZipFile(tmp_path / "merged.zip") as archive:
+        assert archive.testzip() is None
+
+
+def test_the_page_lists_every_request_of_the_api(server):
+    text = (ROOT / "docs/how_to/serve.md").read_text()
+    described = server.ask("GET", f"{API}/openapi.json").json["paths"]
+    for path in described:
+        short = path.removeprefix(API).replace("{key}", "{id}")
+        last = short.rpartition("/")[2]
+        assert short in text or f"`/{last}`" in text, path
+
+
+def test_the_page_has_a_recipe_that_is_merged(server):
+    text = (ROOT / "docs/how_to/serve.md").read_text()
+    (content,) = re.findall(r"^```json\n(.*?)^```$", text, re.M | re.S)
+    assert server.finished(server.merge(json.loads(content)))["status"] == "completed"
