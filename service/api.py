@@ -83,15 +83,9 @@ async def list_experiments(
     before: Annotated[
         int | None, Query(ge=0, le=2**53, description="as `next` of a list says it")
     ] = None,
-) -> Any:
+) -> Response:
     """All experiments with status and progress, the newest first."""
-    found = await service.experiments(limit, before)
-    more = f"{API}/experiments?limit={limit}&before={found[-1].number}" if found else None
-    return {
-        "success": True,
-        "experiments": [view(each, service.kept_until(each), whole=False) for each in found],
-        "next": more if len(found) == limit else None,
-    }
+    return Response(await service.listing(limit, before), media_type="application/json")
 
 
 @router.get("/experiments/{key}", response_model=OneExperiment)

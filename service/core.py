@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,9 @@ SCAN_SECONDS = 300.0
 
 LOOK = 0.5
 """Seconds between two looks at what has changed."""
+
+MOST_TEXTS = 1000
+"""That are kept for those who ask for the same."""
 
 HEARTBEAT = 15.0
 """Seconds after which a watcher is told something in any case."""
@@ -92,7 +95,7 @@ class Service:
         self._scan: asyncio.Task[None] | None = None
         self._scanned: float | None = None
         self._changed = asyncio.Condition()
-        self._events: dict[str, str] = {}
+        self._texts: dict[str, str] = {}
         self._generation = 0
         self.watchers = 0
         self._tasks: list[asyncio.Task[None]] = []
@@ -229,6 +232,19 @@ class Service:
         """The newest experiments, or those before one."""
         return await asyncio.to_thread(self.store.experiments, limit, before)
 
+    async def listing(self, limit: int, before: int | None) -> str:
+        """The same as the API's JSON."""
+
+        def listed() -> str:
+            found = self.store.experiments(limit, before)
+            shown = [view(each, self.kept_until(each), whole=False) for each in found]
+            more = None
+            if len(found) == limit:
+                more = f"{API}/experiments?limit={limit}&before={found[-1].number}"
+            return json.dumps({"success": True, "experiments": shown, "next": more})
+
+        return await self._shared(f"list {limit} {before}", listed)
+
     async def cancel(self, key: str) -> Experiment:
         """Stop whatever waits or runs of an experiment.
 
@@ -343,18 +359,26 @@ class Service:
             await self._changed.wait_for(lambda: self._generation != generation)
 
     async def _event(self, key: str) -> str:
-        """What there is to tell of an experiment; all who watch it share the text."""
-        if key in self._events:
-            return self._events[key]
+        """What there is to tell of an experiment."""
+
+        def told() -> str:
+            found = self.store.experiment(key)
+            if found is None:
+                return 'event: end\ndata: {"status": "removed"}\n\n'
+            kind = "progress" if found.is_open else "end"
+            return f"event: {kind}\ndata: {json.dumps(progress_view(found))}\n\n"
+
+        return await self._shared(f"event {key}", told)
+
+    async def _shared(self, key: str, make: Callable[[], str]) -> str:
+        """A text that is made once for all who ask for it, until something changes."""
+        if key in self._texts:
+            return self._texts[key]
         seen = self._generation
-        found = await asyncio.to_thread(self.store.experiment, key)
-        if found is None:
-            return 'event: end\ndata: {"status": "removed"}\n\n'
-        kind = "progress" if found.is_open else "end"
-        event = f"event: {kind}\ndata: {json.dumps(progress_view(found))}\n\n"
-        if seen == self._generation:  # else it may be out of date by now
-            self._events[key] = event
-        return event
+        text = await asyncio.to_thread(make)
+        if seen == self._generation and len(self._texts) < MOST_TEXTS:  # else it may be out of date
+            self._texts[key] = text
+        return text
 
     async def _look_for_changes(self) -> None:
         version = self._changes.version()
@@ -366,7 +390,7 @@ class Service:
 
     async def _tell(self) -> None:
         async with self._changed:
-            self._events.clear()
+            self._texts.clear()
             self._generation += 1
             self._changed.notify_all()
 
@@ -374,16 +398,11 @@ class Service:
 
     async def health(self) -> dict[str, Any]:
         """How it is doing."""
-        waiting = await asyncio.to_thread(self.store.open_experiments)
-        running = sum(
-            job is not None and job.state == "running"
-            for each in waiting
-            for job in (each.merge, each.evaluation)
-        )
+        counts = await asyncio.to_thread(self.store.counts)
         return {
             "version": VERSION,
-            "running": running,
-            "queued": sum(each.place is not None for each in waiting),
+            "running": counts.get("running", 0),
+            "queued": counts.get("queued", 0),
             "free_disk": shutil.disk_usage(self.settings.data).free,
             "memory_for_a_job": self.runner.memory_bytes,
         }

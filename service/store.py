@@ -306,6 +306,12 @@ class Store:
                 "ORDER BY number"
             )
 
+    def counts(self) -> dict[str, int]:
+        """How many jobs there are of each state that they are in."""
+        with self._lock:
+            rows = self._db.execute("SELECT state, count(*) AS many FROM jobs GROUP BY state")
+            return {row["state"]: row["many"] for row in rows}
+
     def finished_experiments(self) -> list[Experiment]:
         """Those with a result that is still there and of which nothing waits or runs, by age."""
         with self._lock:
