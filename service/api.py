@@ -1,7 +1,7 @@
 """The JSON API, under /api/model-merger."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -169,8 +169,10 @@ def _streamed(
     archive: Archive, start: int, stop: int, status: int, headers: dict[str, str]
 ) -> Response:
     async def pieces() -> AsyncIterator[bytes]:
-        parts: Iterator[bytes] = archive.read(start, stop)
-        while (piece := await asyncio.to_thread(next, parts, b"")) != b"":
+        position = start
+        while position < stop:
+            piece = await asyncio.to_thread(archive.piece, position, stop)
+            position += len(piece)
             yield piece
 
     return StreamingResponse(pieces(), status, headers, media_type="application/zip")

@@ -10,6 +10,7 @@ Format: APPNOTE.TXT 6.3.10, sections 4.3.7 (local header), 4.3.12 (central direc
 
 import os
 import struct
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -79,27 +80,35 @@ class Archive:
             self._parts += [_Part(head), _Part(file=entry.name, size=entry.size)]
             position += len(head) + entry.size
         self._parts.append(_Part(directory + _end(len(entries), len(directory), position)))
-        self.length = sum(part.length for part in self._parts)
+        *self._begins, self.length = accumulate((part.length for part in self._parts), initial=0)
 
-    def read(self, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-        """The bytes from `start` up to `stop`, in pieces of `CHUNK` at most.
+    def piece(self, start: int, stop: int) -> bytes:
+        """The bytes from `start` up to `stop`, or the first of them, `CHUNK` at most.
+
+        Nothing stays open between two pieces: a client may go away at any time.
 
         Raises:
             OSError: a file is not there any more, or is not what it was.
         """
-        stop = self.length if stop is None else stop
-        begins = accumulate((part.length for part in self._parts), initial=0)
-        for begin, part in zip(begins, self._parts, strict=False):
-            first, last = max(start - begin, 0), min(stop - begin, part.length)
-            if first >= last:
-                continue
-            if not part.file:
-                yield part.head[first:last]
-                continue
-            with open_plain(self._folder / Path(part.file).name) as file:
-                if os.fstat(file.fileno()).st_size != part.size:
-                    raise OSError(f"{part.file} has changed")
-                yield from pieces(file, first, last)
+        number = bisect_right(self._begins, start) - 1
+        while number < len(self._parts) - 1 and not self._parts[number].length:
+            number += 1  # empty files begin where the next part does
+        part, begin = self._parts[number], self._begins[number]
+        first, last = start - begin, min(stop - begin, part.length, start - begin + CHUNK)
+        if not part.file:
+            return part.head[first:last]
+        with open_plain(self._folder / Path(part.file).name) as file:
+            if os.fstat(file.fileno()).st_size != part.size:
+                raise OSError(f"{part.file} has changed")
+            return next(pieces(file, first, last), b"")
+
+    def read(self, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+        """All pieces from `start` up to `stop`."""
+        stop = self.length if stop is None else min(stop, self.length)
+        while start < stop:
+            piece = self.piece(start, stop)
+            start += len(piece)
+            yield piece
 
 
 def open_plain(path: Path) -> BinaryIO:
