@@ -44,12 +44,12 @@ STATES = {
 }
 
 STEPS = {
-    "": "getting ready",
-    "starting": "getting ready",
-    "download": "downloading the models",
-    "checksums": "checking what was written",
-    "stopping": "stopping",
-    **{name: "merging the weights" for name in METHODS},
+    "": "Getting ready",
+    "starting": "Getting ready",
+    "download": "Downloading the models",
+    "checksums": "Checking what was written",
+    "stopping": "Stopping",
+    **dict.fromkeys(METHODS, "Merging the weights"),
 }
 """What is being done, in words; evaluations say it in words of their own."""
 
@@ -100,6 +100,7 @@ async def studio_page(request: Request) -> Response:
         dtypes=DTYPES,
         start=start,
         memory=service.runner.memory_bytes,
+        newest=NEWEST,
         experiments=[_listed(service, each) for each in found[:NEWEST]],
         older=found[NEWEST - 1].number if len(found) > NEWEST else None,
     )
@@ -289,6 +290,7 @@ def _environment() -> Environment:
         bytes=format_bytes,
         duration=_duration,
         number=_number,
+        plain=lambda value: "" if value is None else f"{value:g}",
         moment=lambda text: f"{text[:16].replace('T', ' ')} UTC",
     )
     found.globals.update(version=VERSION, states=STATES, api=API)

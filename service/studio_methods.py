@@ -33,7 +33,7 @@ WORDS: Mapping[str, Words] = {
     "slerp": Words(
         "Goes from the first model to the second along an arc, which keeps the size of the weights "
         "that an average would shrink.",
-        "For a blend of two models, with or without a base.",
+        "For a blend of two models whose base is not at hand.",
     ),
     "ties": Words(
         "Keeps the largest changes of each fine-tune, settles where they pull in opposite "

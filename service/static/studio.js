@@ -4,8 +4,7 @@
 
 const API = "/api/model-merger";
 const DEBOUNCE = 300; // ms without a change before a plan is asked for
-const AGAIN = 3000; // ms until something that may have changed is looked at again
-const HIDDEN = 10000; // the same, while nobody looks at the page
+const AGAIN = 2000; // ms until something that may have changed is looked at again
 
 const find = (selector, root = document) => root.querySelector(selector);
 const findAll = (selector, root = document) => [...root.querySelectorAll(selector)];
@@ -20,16 +19,15 @@ function make(tag, attributes = {}, ...children) {
 }
 
 /** Ask the service. Gives {ok, status, content}; status 0 where it does not answer. */
-async function ask(path, { method = "GET", body, signal } = {}) {
+async function ask(path, { method = "GET", body } = {}) {
   const headers = { accept: "application/json" };
   if (body !== undefined) headers["content-type"] = "application/json";
   try {
-    const answer = await fetch(path, { method, headers, signal, body: JSON.stringify(body) });
+    const answer = await fetch(path, { method, headers, body: JSON.stringify(body) });
     if (answer.status === 401) location.assign("/login");
     return { ok: answer.ok, status: answer.status, content: await answer.json() };
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    const text = "The service does not answer. Is it still running?";
+  } catch {
+    const text = "The service does not answer at the moment";
     return { ok: false, status: 0, content: { error: text, problems: [] } };
   }
 }
@@ -37,7 +35,7 @@ async function ask(path, { method = "GET", body, signal } = {}) {
 /** What is wrong, as a list of {where, text}. */
 function problemsOf(answer) {
   const { problems, error } = answer.content;
-  return problems && problems.length ? problems : [{ where: "", text: error || "Something is wrong" }];
+  return problems && problems.length ? problems : [{ where: "", text: error }];
 }
 
 // Words
@@ -64,6 +62,7 @@ function duration(seconds) {
   return `${Math.floor(whole / 3600)} h ${Math.floor((whole % 3600) / 60)} min`;
 }
 
+const isOpen = (job) => job && ["queued", "running"].includes(job.status);
 const several = (count, what) => `${count.toLocaleString("en")} ${what}${count === 1 ? "" : "s"}`;
 
 /** Show moments in the time of whoever looks at them. */
@@ -96,6 +95,11 @@ function clearProblems(root) {
   for (const each of findAll("[aria-invalid]", root)) {
     for (const name of ["aria-invalid", "aria-errormessage"]) each.removeAttribute(name);
   }
+}
+
+function showLine(line, text) {
+  line.textContent = text;
+  line.hidden = false;
 }
 
 let places = 0;
@@ -163,8 +167,7 @@ function questionsIn(root) {
 
 function studio(form) {
   const chosen = []; // ids of models, in the order in which they were chosen
-  const weights = new Map();
-  const rows = new Map();
+  const rows = new Map(); // of the chosen, with their weights, by id
   const base = find("#base-model");
   const start = find("#start");
   let baseIsChosen = false; // by the user, not by us
@@ -172,13 +175,12 @@ function studio(form) {
   let wanted = false; // start as soon as there is a plan
   let timer = null;
   let turn = 0;
-  let pending = null;
 
   const way = () => form.elements.way.value;
   const method = () => find("[name=method]:checked", form);
   const settings = () => find(`.settings[data-method="${CSS.escape(method().value)}"]`, form);
   const box = (id) => findAll("[name=model]", form).find((each) => each.value === id);
-  const nameOf = (id) => find(".card-title", box(id).parentElement).textContent;
+  const weightOf = (id) => Number(find("[type=number]", rowOf(id)).value);
 
   // Models and their weights
 
@@ -186,7 +188,6 @@ function studio(form) {
     const at = chosen.indexOf(id);
     if (yes && at < 0) chosen.push(id);
     if (!yes && at >= 0) chosen.splice(at, 1);
-    if (yes && !weights.has(id)) weights.set(id, "1");
     suggestBase();
     drawWeights();
   }
@@ -195,26 +196,17 @@ function studio(form) {
     if (rows.has(id)) return rows.get(id);
     const row = find("#weight-row").content.firstElementChild.cloneNode(true);
     const [slider, number] = findAll("input", row);
-    const name = nameOf(id);
+    const name = find(".card-title", box(id).parentElement).textContent;
     find(".weight-name", row).textContent = name;
-    slider.setAttribute("aria-label", `Weight of ${name}, slider`);
     number.setAttribute("aria-label", `Weight of ${name}`);
-    slider.value = weights.get(id);
-    number.value = weights.get(id);
-    row.addEventListener("input", () => weights.set(id, number.value));
-    find(".up", row).setAttribute("aria-label", `Move ${name} up`);
-    find(".out", row).setAttribute("aria-label", `Remove ${name}`);
-    find(".up", row).addEventListener("click", () => {
+    slider.setAttribute("aria-label", `Weight of ${name}, slider`);
+    const up = find(".up", row);
+    up.setAttribute("aria-label", `Move ${name} up`);
+    up.addEventListener("click", () => {
       const at = chosen.indexOf(id);
       chosen.splice(at - 1, 2, id, chosen[at - 1]);
       drawWeights();
-      find(at > 1 ? ".up" : ".out", row).focus();
-      changed();
-    });
-    find(".out", row).addEventListener("click", () => {
-      box(id).checked = false;
-      choose(id, false);
-      (find("#weights .out") || find("[name=model]:not(:disabled)", form)).focus();
+      (at > 1 ? up : row).focus();
       changed();
     });
     rows.set(id, row);
@@ -239,22 +231,14 @@ function studio(form) {
   function drawShares() {
     const divided = find("[data-key=normalize] [data-value]", settings());
     const shares = method().dataset.shares === "yes" && (!divided || divided.checked);
-    const values = chosen.map((id) => Number(weights.get(id)));
+    const values = chosen.map(weightOf);
     const sum = values.reduce((total, each) => total + each, 0);
     const whole = shares && chosen.length > 1 && sum > 0 && values.every((each) => each >= 0);
-    chosen.forEach((id, at) => {
-      const percent = whole ? `${Math.round((100 * values[at]) / sum)} %` : "";
-      find(".share", rowOf(id)).textContent = percent;
-    });
-    const mix = find("#mix");
-    mix.hidden = !whole;
-    mix.replaceChildren(
-      ...values.map((value, at) => {
-        const part = make("span", { "data-colour": at % 6 });
-        part.style.flexGrow = value;
-        return part;
-      }),
-    );
+    const percent = (value) => (whole ? `${Math.round((100 * value) / sum)} %` : "");
+    chosen.forEach((id, at) => (find(".share", rowOf(id)).textContent = percent(values[at])));
+    find("#mix").hidden = !whole;
+    find("#mix").replaceChildren(...chosen.map((_, at) => make("span", { "data-colour": at % 6 })));
+    findAll("#mix span").forEach((part, at) => (part.style.flexGrow = values[at]));
   }
 
   // Method, base, parameters
@@ -272,9 +256,7 @@ function studio(form) {
     const needs = method().dataset.base;
     find("#base").hidden = needs === "none";
     base.options[0].textContent = needs === "optional" ? "Without a base" : "Choose the base";
-    for (const each of findAll(".settings", form)) {
-      each.hidden = each.dataset.method !== method().value;
-    }
+    for (const each of findAll(".settings", form)) each.hidden = each !== settings();
     suggestBase();
     drawWeights();
     drawParameters();
@@ -282,10 +264,8 @@ function studio(form) {
 
   /** Hide what has no effect beside other settings. */
   function drawParameters() {
-    const fields = findAll("[data-key]", settings());
-    for (const each of fields) {
-      if (!each.dataset.only) continue;
-      const other = fields.find((field) => field.dataset.key === each.dataset.only);
+    for (const each of findAll("[data-only]", settings())) {
+      const other = find(`[data-key="${each.dataset.only}"]`, settings());
       each.hidden = !JSON.parse(each.dataset.values).includes(valueOf(other));
     }
   }
@@ -318,12 +298,12 @@ function studio(form) {
     const evaluation = questionsIn(form);
     const common = { ...(name ? { name } : {}), ...(evaluation ? { evaluation } : {}) };
     if (way() === "recipe") return { recipe: form.elements.recipe.value, ...common };
-    const has = method().dataset.weights === "yes";
+    const weights = method().dataset.weights === "yes";
     const dtype = find("[data-dtype]", settings()).value;
     const basis = method().dataset.base === "none" ? "" : base.value;
     return {
       method: method().value,
-      models: chosen.map((id) => (has ? { id, weight: Number(weights.get(id)) } : { id })),
+      models: chosen.map((id) => (weights ? { id, weight: weightOf(id) } : { id })),
       ...(basis ? { base_model: basis } : {}),
       parameters: parameters(),
       ...(dtype ? { dtype } : {}),
@@ -333,9 +313,8 @@ function studio(form) {
 
   /** What is still to be filled in before it is worth asking; empty if nothing. */
   function missing() {
-    if (way() === "recipe") {
-      return form.elements.recipe.value.trim() ? "" : "Write or paste a recipe to begin.";
-    }
+    const recipe = form.elements.recipe.value.trim();
+    if (way() === "recipe") return recipe ? "" : "Write or paste a recipe to begin.";
     const { title, fewest, base: needs } = method().dataset;
     const short = Number(fewest) - chosen.length;
     if (short > 0) return `Choose ${several(short, chosen.length ? "more model" : "model")} for ${title}.`;
@@ -345,23 +324,16 @@ function studio(form) {
 
   /** Fields in which there is no number. */
   function malformed() {
-    if (way() === "recipe") return [];
-    const numbers = findAll("[type=number]", find("#settings")).filter(
-      (each) => each.closest("[hidden]") === null && each.closest("[data-where]") !== null,
-    );
-    return numbers
-      .filter((each) => each.validity.badInput || (each.value === "" && each.closest(".slide")))
-      .map((each) => {
-        const where = each.closest("[data-where]").dataset.where;
-        return { where, text: "this is not a number" };
-      });
+    const numbers = findAll("#settings [type=number]").filter((each) => !each.closest("[hidden]"));
+    const isWrong = (each) => each.validity.badInput || (each.value === "" && each.closest(".slide"));
+    const where = (each) => each.closest("[data-where]").dataset.where;
+    return numbers.filter(isWrong).map((each) => ({ where: where(each), text: "this is no number" }));
   }
 
   // The plan
 
   function changed() {
     clearTimeout(timer);
-    if (pending) pending.abort();
     turn += 1;
     wanted = false;
     const lacks = missing();
@@ -384,15 +356,8 @@ function studio(form) {
 
   async function plan() {
     const mine = turn;
-    pending = new AbortController();
-    let answer;
-    try {
-      const options = { method: "POST", body: request(), signal: pending.signal };
-      answer = await ask(`${API}/experiments/plan`, options);
-    } catch {
-      return; // another one is on its way
-    }
-    if (mine !== turn) return;
+    const answer = await ask(`${API}/experiments/plan`, { method: "POST", body: request() });
+    if (mine !== turn) return; // something has changed since
     if (answer.ok) {
       clearProblems(form);
       find("#problems").hidden = true;
@@ -415,7 +380,8 @@ function studio(form) {
     list.hidden = others.length === 0;
     if (!problems.length) return;
     const found = several(problems.length, "problem");
-    say(`Cannot start yet: ${found} to solve. ${sentence(problems[0].text)}`, "problem");
+    const first = problems[0].text.length < 200 ? sentence(problems[0].text) : "";
+    say(`Cannot start yet: ${found} to solve. ${first}`, "problem");
   }
 
   /** Problems of a recipe stand below it, with the line that they are about. */
@@ -425,7 +391,11 @@ function studio(form) {
   }
 
   function drawPlan({ plan: found, recipe }) {
-    const memory = Number(form.dataset.memory) || null;
+    const meter = (value, most, what) => {
+      const label = `Share of the ${what} that is free for it`;
+      const limits = { max: most, high: most * 0.8, optimum: 0, "aria-label": label };
+      return most > 0 ? [make("meter", { value, ...limits })] : [];
+    };
     const { rows: vocabulary, tokens, tokenizer_source: source, tokens_added: added } =
       found.vocabulary;
     const moved = Object.keys(found.vocabulary.rows_changed).length;
@@ -435,40 +405,28 @@ function studio(form) {
       ...(added.length ? [`${several(added.length, "token")} added`] : []),
       ...(moved ? [`rows rearranged in ${several(moved, "model")}`] : []),
     ];
+    const parameters = several(found.parameters_count, "parameter");
+    const passes = found.passes > 1 ? `, in ${found.passes} passes` : "";
+    const { memory_bytes: memory, disk_bytes: disk } = found;
     const figures = [
-      ["Memory", `up to ${bytes(found.memory_bytes)}`, meter(found.memory_bytes, memory, "memory")],
-      ["Disk", `up to ${bytes(found.disk_bytes)}`, meter(found.disk_bytes, found.disk_free, "disk")],
-      ["Result", `${bytes(found.write_bytes)}, ${several(found.parameters_count, "parameter")}, ${found.dtype}`],
-      ["Reads", `${bytes(found.read_bytes)}${found.passes > 1 ? `, in ${found.passes} passes` : ""}`],
+      ["Memory", `up to ${bytes(memory)}`, ...meter(memory, Number(form.dataset.memory), "memory")],
+      ["Disk", `up to ${bytes(disk)}`, ...meter(disk, found.disk_free, "disk")],
+      ["Result", `${bytes(found.write_bytes)}, ${parameters}, ${found.dtype}`],
+      ["Reads", `${bytes(found.read_bytes)}${passes}`],
       ...(found.download_bytes ? [["Downloads", bytes(found.download_bytes)]] : []),
       ["Vocabulary", aligned.join(", ")],
-    ];
-    const list = make("dl", { class: "figures" });
-    for (const [name, text, extra] of figures) {
-      list.append(make("div", {}, make("dt", {}, name), make("dd", {}, text, ...(extra ? [extra] : []))));
-    }
+    ].map(([name, ...about]) => make("div", {}, make("dt", {}, name), make("dd", {}, ...about)));
     const notes = found.notes.map((note) => make("p", { class: "note" }, sentence(note)));
-    find("#figures").replaceChildren(list, ...notes);
+    find("#figures").replaceChildren(make("dl", { class: "figures" }, ...figures), ...notes);
     find("#recipe-view").textContent = recipe;
     find("#summary-view").textContent = found.summary;
-    find("#plan-recipe").hidden = false;
-    find("#plan-summary").hidden = false;
+    for (const each of findAll("#plan-recipe, #plan-summary")) each.hidden = false;
     find("#edit-recipe").hidden = way() === "recipe";
-  }
-
-  function meter(value, most, what) {
-    if (!most) return null;
-    const label = `Share of the ${what} that is free for it`;
-    return make("meter", { max: most, high: most * 0.8, optimum: 0, value, "aria-label": label });
   }
 
   async function submit() {
     wanted = form.dataset.state === "planning";
-    if (!ready) {
-      const first = find("[aria-invalid=true]", form);
-      if (first) first.focus();
-      return;
-    }
+    if (!ready) return find("[aria-invalid=true]", form)?.focus();
     say("Starting …");
     const answer = await ask(`${API}/experiments`, { method: "POST", body: request() });
     if (answer.ok) location.assign(`/experiments/${answer.content.experiment_id}`);
@@ -476,8 +434,7 @@ function studio(form) {
   }
 
   function drawWay() {
-    find("#by-form").hidden = way() !== "form";
-    find("#by-recipe").hidden = way() !== "recipe";
+    for (const each of ["form", "recipe"]) find(`#by-${each}`).hidden = way() !== each;
   }
 
   /** Fill in what an earlier experiment was asked for by. */
@@ -491,29 +448,27 @@ function studio(form) {
       form.elements.chat.checked = Boolean(content.evaluation.chat);
     }
     form.elements.way.value = content.way;
-    if (content.way === "recipe") {
-      form.elements.recipe.value = content.recipe;
-      return;
-    }
+    form.elements.recipe.value = content.recipe || "";
+    if (content.way === "recipe") return;
     form.elements.method.value = content.method;
     find("#more-methods").open = find("#more-methods").contains(method());
     const isThere = ({ id }) => box(id) && !box(id).disabled;
     const lost = content.models.filter((each) => !isThere(each)).map(({ id }) => id);
-    if (lost.length) find("#models legend").after(make("p", { class: "notice" }, `Not there any more: ${lost.join(", ")}.`));
+    const notice = make("p", { class: "notice" }, `Not there any more: ${lost.join(", ")}.`);
+    if (lost.length) find("#models .help").after(notice);
     for (const { id, weight } of content.models.filter(isThere)) {
       box(id).checked = true;
-      weights.set(id, String(weight ?? 1));
+      for (const each of findAll("input", rowOf(id))) each.value = weight ?? 1;
       choose(id, true);
     }
     baseIsChosen = Boolean(content.base_model);
     if (content.base_model) base.value = content.base_model;
     for (const [key, value] of Object.entries(content.parameters)) {
       const field = find(`[data-key="${CSS.escape(key)}"]`, settings());
-      const control = find("[data-value]", field);
-      if (field.dataset.kind === "switch") control.checked = value;
-      else control.value = String(value);
-      const slider = find("[type=range]", field);
-      if (slider) slider.value = value;
+      for (const each of findAll("input, select", field)) {
+        if (each.type === "checkbox") each.checked = value;
+        else each.value = String(value);
+      }
       if (field.dataset.main === "no") field.closest("details").open = true;
     }
     find("[data-dtype]", settings()).value = content.dtype || "";
@@ -528,7 +483,11 @@ function studio(form) {
     true, // before anyone looks at them
   );
   form.addEventListener("input", ({ target }) => {
-    if (target.id === "filter") filterModels(target.value);
+    if (target.id === "filter") {
+      const text = target.value.trim().toLowerCase();
+      const cards = findAll(".card.model", form);
+      for (const card of cards) card.hidden = !card.textContent.toLowerCase().includes(text);
+    }
     if (target.id === "filter" || (ready && target.closest("#last"))) return; // the plan is the same
     if (target === base) baseIsChosen = true;
     if (target.name === "way") drawWay();
@@ -538,12 +497,6 @@ function studio(form) {
     if (target.closest("#settings")) drawShares();
     changed();
   });
-
-  function filterModels(text) {
-    for (const card of findAll(".card.model", form)) {
-      card.hidden = !card.textContent.toLowerCase().includes(text.trim().toLowerCase());
-    }
-  }
 
   form.addEventListener("submit", (event) => {
     event.preventDefault();
@@ -569,8 +522,6 @@ function studio(form) {
 
 function experiments(list) {
   const template = find("#row").content.firstElementChild;
-  const isOpen = (each) => each && ["queued", "running"].includes(each.status);
-
   function fill(row, each) {
     row.dataset.id = each.id;
     row.dataset.open = isOpen(each) || isOpen(each.evaluation) ? "yes" : "no";
@@ -609,7 +560,7 @@ function experiments(list) {
 
   async function follow() {
     for (;;) {
-      await wait(document.hidden ? HIDDEN : AGAIN);
+      await wait(AGAIN);
       if (find("[data-open=yes]", list)) await look();
     }
   }
@@ -623,13 +574,7 @@ function experiment(page) {
   const path = `${API}/experiments/${page.dataset.id}`;
   const steps = JSON.parse(find("#steps").textContent);
   const title = document.title;
-  let said = "";
   let states = null;
-
-  function announce(text) {
-    if (text !== said) find("#announcement").textContent = text;
-    said = text;
-  }
 
   function draw(panel, job, place) {
     const bar = find("progress", panel);
@@ -637,17 +582,17 @@ function experiment(page) {
     const counts = job.total_bytes > 0;
     if (waits || counts) bar.value = job.progress;
     else bar.removeAttribute("value");
-    find(".percent", panel).textContent = counts ? `${Math.round(job.progress)} %` : "";
-    const step = steps[job.step] ?? job.step;
+    find(".percent", panel).textContent = counts ? `${Math.floor(job.progress)} %` : "";
     const queue = place ? `Waiting, number ${place} in the queue` : "Waiting";
-    find(".doing", panel).textContent = waits ? queue : step.charAt(0).toUpperCase() + step.slice(1);
+    find(".doing", panel).textContent = waits ? queue : (steps[job.step] ?? job.step);
     const speed = job.bytes_per_second ? `${bytes(job.bytes_per_second)} per second` : "";
     const left = job.seconds_left ? `${duration(job.seconds_left)} left` : "";
     find(".speed", panel).textContent = [speed, left].filter(Boolean).join(", ");
     find(".connection", panel).hidden = true;
-    document.title = counts ? `${Math.round(job.progress)} % ${title}` : title;
-    const quarter = Math.floor(job.progress / 25) * 25;
-    announce(waits ? queue : counts ? `${quarter} percent done` : "Running");
+    document.title = counts ? `${Math.floor(job.progress)} % ${title}` : title;
+    const said = find("#announcement"); // now and then, not at each step
+    const running = counts ? `${Math.floor(job.progress / 25) * 25} percent done` : "Running";
+    if (said.textContent !== (waits ? queue : running)) said.textContent = waits ? queue : running;
   }
 
   /** Show how far it is; true if something has begun or ended that the page has no place for. */
@@ -656,12 +601,9 @@ function experiment(page) {
     if (states !== null && now !== states) drawHistory();
     states = now;
     const jobs = { merge: found, evaluation: found.evaluation };
-    const open = Object.entries(jobs).filter(
-      ([, job]) => job && ["queued", "running"].includes(job.status),
-    );
-    const panels = open.map(([kind]) => find(`#now-${kind}`));
-    if (!open.length || panels.includes(null)) return true;
-    open.forEach(([, job], at) => draw(panels[at], job, found.queue_place));
+    const open = Object.entries(jobs).filter(([, job]) => isOpen(job));
+    if (!open.length || open.some(([kind]) => !find(`#now-${kind}`))) return true;
+    for (const [kind, job] of open) draw(find(`#now-${kind}`), job, found.queue_place);
     return false;
   }
 
@@ -682,10 +624,7 @@ function experiment(page) {
     const answer = await ask(path);
     if (answer.ok) return show(answer.content.experiment);
     if (answer.status === 404) return true;
-    for (const line of findAll(".connection")) {
-      line.textContent = "The service does not answer at the moment. This page tries again.";
-      line.hidden = false;
-    }
+    for (const line of findAll(".connection")) showLine(line, sentence(answer.content.error));
     return false;
   }
 
@@ -710,33 +649,23 @@ function experiment(page) {
     for (;;) {
       if (!document.hidden && (await stream())) break;
       if (await look()) break;
-      await wait(document.hidden ? HIDDEN : AGAIN);
+      await wait(AGAIN);
     }
     location.reload();
   }
 
   // What can be done with it
 
-  const actions = {
-    cancel: () => ask(`${path}/cancel`, { method: "POST" }),
-    delete: () => ask(path, { method: "DELETE" }),
-  };
-
   async function act(button) {
-    const dialog = button.closest("dialog");
-    const answer = await actions[button.dataset.action]();
-    if (answer.ok && button.dataset.action === "delete") location.replace("/");
-    else if (answer.ok) dialog.close();
-    else {
-      const line = find(".problem", dialog);
-      line.textContent = sentence(answer.content.error);
-      line.hidden = false;
-    }
+    const deletes = button.dataset.action === "delete";
+    const how = deletes ? ["", { method: "DELETE" }] : ["/cancel", { method: "POST" }];
+    const answer = await ask(path + how[0], how[1]);
+    if (answer.ok && deletes) location.replace("/");
+    else if (answer.ok) button.closest("dialog").close();
+    else showLine(find(".problem", button.closest("dialog")), sentence(answer.content.error));
   }
 
-  for (const button of findAll("[data-action]", page)) {
-    button.addEventListener("click", () => act(button));
-  }
+  for (const button of findAll("[data-action]")) button.addEventListener("click", () => act(button));
 
   const form = find("#evaluation");
   if (form) {
@@ -745,12 +674,9 @@ function experiment(page) {
       clearProblems(form);
       const body = questionsIn(form) || {};
       const answer = await ask(`${path}/evaluation`, { method: "POST", body });
-      if (answer.ok) location.reload();
-      else {
-        for (const { where, text } of problemsOf(answer)) {
-          const inside = where.startsWith("evaluation") ? where : `evaluation.${where}`;
-          showAt({ where: inside, text }, page);
-        }
+      if (answer.ok) return location.reload();
+      for (const { where, text } of problemsOf(answer)) {
+        showAt({ where: `evaluation.${where.replace(/^evaluation\.?/, "")}`, text }, page);
       }
     });
   }
