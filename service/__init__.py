@@ -4,7 +4,7 @@ command   starts it: `python start.py`, or `llama-merge serve`
 app       puts the parts together: `create_app(settings)`
 settings  what can be set, by file, environment and command line
 api       the JSON API; `schemas` says what goes in and out, `safety` who may ask, and how often
-studio    the page, from `templates/` and `static/`
+studio    the pages, from `templates/` and `static/`; `studio_methods` has the methods' words
 store     experiments and their jobs, in SQLite
 runner    starts a worker process for each job, and takes care of those that died
 worker    what such a process does: a merge, or an evaluation

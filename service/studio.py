@@ -4,6 +4,7 @@ The pages hold what the service knows when they are asked for; `static/studio.js
 date by the API. They load nothing from elsewhere, and run no script but that file.
 """
 
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from pathlib import Path
@@ -278,6 +279,16 @@ def _number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+def _sentence(text: str) -> str:
+    """A text as a sentence; names that it begins with stay as they are.
+
+    >>> _sentence("the queue is full"), _sentence("capitals: is not there")
+    ('The queue is full.', 'capitals: is not there.')
+    """
+    whole = text[0].upper() + text[1:] if re.match("[a-z]+[ ,]", text) else text
+    return whole if whole.endswith((".", "?", "!", ":")) else f"{whole}."
+
+
 def _environment() -> Environment:
     found = Environment(
         loader=FileSystemLoader(HERE / "templates"),
@@ -291,6 +302,7 @@ def _environment() -> Environment:
         duration=_duration,
         number=_number,
         plain=lambda value: "" if value is None else f"{value:g}",
+        sentence=_sentence,
         moment=lambda text: f"{text[:16].replace('T', ' ')} UTC",
     )
     found.globals.update(version=VERSION, states=STATES, api=API)

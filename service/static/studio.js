@@ -40,8 +40,9 @@ function problemsOf(answer) {
 
 // Words
 
+/** A text as a sentence; names that it begins with stay as they are. */
 function sentence(text) {
-  const whole = text.charAt(0).toUpperCase() + text.slice(1);
+  const whole = /^[a-z]+[ ,]/.test(text) ? text.charAt(0).toUpperCase() + text.slice(1) : text;
   return /[.?!:]$/.test(whole) ? whole : `${whole}.`;
 }
 
@@ -74,6 +75,11 @@ function localTimes(root = document) {
       each.title = moment.toLocaleString();
     }
   }
+}
+
+function drawState(badge, status) {
+  badge.dataset.state = status;
+  badge.textContent = { queued: "waiting", completed: "done" }[status] || status;
 }
 
 // Problems in their places
@@ -387,7 +393,7 @@ function studio(form) {
   /** Problems of a recipe stand below it, with the line that they are about. */
   function placed({ where, text }) {
     if (way() !== "recipe" || /^(name|evaluation)/.test(where)) return { where, text };
-    return { where: "recipe", text: where ? `${where}: ${text}` : text };
+    return { where: "recipe", text: where ? `${where}: ${text}` : sentence(text) };
   }
 
   function drawPlan({ plan: found, recipe }) {
@@ -528,9 +534,7 @@ function experiments(list) {
     const link = find(".row-name", row);
     link.href = `/experiments/${each.id}`;
     link.textContent = each.name;
-    const state = find(".state", row);
-    state.dataset.state = each.status;
-    state.textContent = each.status === "completed" ? "done" : each.status.replace("queued", "waiting");
+    drawState(find(".state", row), each.status);
     find(".row-models", row).textContent = each.models.map((model) => model.id).join(", ");
     find("time", row).dateTime = each.created_at;
     const progress = find("progress", row);
@@ -600,6 +604,7 @@ function experiment(page) {
     const now = `${found.status} ${found.evaluation ? found.evaluation.status : ""}`;
     if (states !== null && now !== states) drawHistory();
     states = now;
+    drawState(find(".facts .state"), found.status);
     const jobs = { merge: found, evaluation: found.evaluation };
     const open = Object.entries(jobs).filter(([, job]) => isOpen(job));
     if (!open.length || open.some(([kind]) => !find(`#now-${kind}`))) return true;
