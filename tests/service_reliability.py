@@ -122,10 +122,13 @@ def run(place, models, wanted, *, jobs, kills, seed):
             for number, key in enumerate(keys)
             for problem in wrong(server, key, wanted[number % len(REQUESTS)])
         ]
-        states = Counter(server.experiment(key)["status"] for key in keys)
+        every = [server.experiment(key) for key in keys]
+        states = Counter(found["status"] for found in every)
+        for found in every:
+            if found["status"] == "failed":
+                print("\n  ".join(["failed:", *(step["text"] for step in found["history"])]))
         again = sum(
-            sum(step["state"] == "running" for step in server.experiment(key)["history"]) - 1
-            for key in keys
+            sum(step["state"] == "running" for step in found["history"]) - 1 for found in every
         )
         seconds = time.monotonic() - started
     left = (place / "data" / "results").rglob("*.partial")

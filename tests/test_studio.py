@@ -659,8 +659,11 @@ def test_without_scripts_the_pages_can_be_read(browser: Any, server: Server, jud
     visit.page.context.close()
 
 
-def test_a_token_is_asked_for(browser: Any, tmp_path: Path) -> None:
-    server = Server(tmp_path / "data", "--token", TOKEN)
+def test_a_token_is_asked_for(
+    browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMA_MERGE_TOKEN", TOKEN)
+    server = Server(tmp_path / "data")
     try:
         visit = Visit(browser, server)
         visit.allow("401")
