@@ -22,6 +22,7 @@ from model_checks import HEAD, is_tied
 from model_errors import ModelCompatibilityError
 from model_files import has_file, read_text
 from model_locate import ADAPTER_CONFIG, CONFIG
+from model_text import printable
 from model_utils import format_bytes, open_model_folder
 from service.requests import Names
 
@@ -217,7 +218,7 @@ def _model_folders(root: Path) -> Iterator[Path]:
 
 
 def _entry(path: Path, relative: str) -> Entry:
-    name = _from_cache(path) or relative
+    name = shown(_from_cache(path) or relative)
     key = (
         re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip(".-") or f"model-{_digest(str(path))}"
     )
@@ -234,24 +235,29 @@ def _entry(path: Path, relative: str) -> Entry:
             return replace(
                 entry,
                 size=_parameters(count),
-                architecture=str(model.config.get("model_type", "")),
+                architecture=shown(str(model.config.get("model_type", ""))),
                 nbytes=sum(info.nbytes for info in model.tensors.values()),
             )
-    except (ModelCompatibilityError, OSError, ValueError) as error:
-        text = str(error).splitlines()[0].replace(str(path), "its folder")
-        return replace(entry, problem=text.removeprefix("its folder: "))
+    except (ModelCompatibilityError, OSError, ValueError, RecursionError) as error:
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        for written in (str(path), printable(str(path))):
+            text = text.replace(written, "its folder").removeprefix("its folder: ")
+        return replace(entry, problem=shown(text.split("\n")[0] or type(error).__name__, 1000))
 
 
 def _adapter(path: Path, entry: Entry) -> Entry:
     config = json.loads(read_text(path, ADAPTER_CONFIG, entry.name))
+    if not isinstance(config, dict):
+        raise ValueError(f"{ADAPTER_CONFIG} is no JSON object")
+    rank = config.get("r")
     weights = path / "adapter_model.safetensors"
     base = config.get("base_model_name_or_path")
     problem = "" if weights.is_file() else "has no adapter_model.safetensors"
     return replace(
         entry,
         kind="adapter",
-        size=f"rank {config.get('r', '?')}",
-        architecture=str(config.get("peft_type", "LORA")).lower(),
+        size=f"rank {rank if isinstance(rank, int) and 0 < rank < 10**6 else '?'}",
+        architecture=shown(str(config.get("peft_type", "LORA")).lower()),
         nbytes=weights.stat().st_size if not problem else 0,
         base=base if isinstance(base, str) else None,
         problem=problem,
@@ -264,7 +270,8 @@ def _with_base(entry: Entry, entries: Mapping[str, Entry]) -> Entry:
         return replace(entry, base=None)
     models = [each for each in entries.values() if each.kind == "model"]
     whole = [each.id for each in models if entry.base in (each.hub_id, each.source)]
-    last = [each.id for each in models if Path(each.source).name == Path(entry.base).name]
+    name = Path(entry.base).name
+    last = [each.id for each in models if name and Path(each.source).name == name]
     for found in (whole, last):
         if len(found) == 1:
             return replace(entry, base=found[0])
@@ -295,6 +302,15 @@ def _is_cached(hub_id: str) -> bool:
 
     folder = Path(HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}" / "snapshots"
     return any(folder.glob("*/*.safetensors")) and any(folder.glob(f"*/{CONFIG}"))
+
+
+def shown(text: str, most: int = 200) -> str:
+    """A text of a stranger's folder, as it can be sent and shown: no lone surrogates, no lines.
+
+    >>> shown("a\\udcff\\n"), shown("abc", 2)
+    ('a\\\\udcff\\\\n', 'ab')
+    """
+    return printable(text)[:most]
 
 
 def _from_cache(path: Path) -> str:
