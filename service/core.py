@@ -44,6 +44,9 @@ HEARTBEAT = 15.0
 TIDY = 60.0
 """Seconds between two looks for results that are to be removed."""
 
+DEEPEST = 50
+"""Levels of a request's entries; recipes have less."""
+
 API = "/api/model-merger"
 
 
@@ -509,12 +512,32 @@ def _bytes(folder: Path) -> int:
 def _storable(request: ExperimentRequest | EvaluationRequest) -> dict[str, Any]:
     """A request as JSON that everyone can read: no lone surrogates, no infinite numbers."""
     content = request.model_dump(exclude_unset=True)
+    if _depth(content) > DEEPEST:
+        text = f"entries lie in one another more than {DEEPEST} deep"
+        raise RefusedError(422, text, [Problem("", text)])
     try:
         json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError):
+    except ValueError:
         text = "a number that is not finite, or a text that is not Unicode. Expected JSON's"
         raise RefusedError(422, text, [Problem("", text)]) from None
     return content
+
+
+def _depth(value: Any) -> int:
+    """How deep entries lie in one another; without recursion, of which Python has little.
+
+    >>> _depth({"a": [1, {"b": 2}]}), _depth(1)
+    (3, 0)
+    """
+    depth, level = 0, [value]
+    while level := [
+        entry
+        for each in level
+        if isinstance(each, dict | list)
+        for entry in (each.values() if isinstance(each, dict) else each)
+    ]:
+        depth += 1
+    return depth
 
 
 def check_evaluation(request: EvaluationRequest) -> None:

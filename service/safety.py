@@ -9,12 +9,13 @@ import asyncio
 import hashlib
 import ipaddress
 import json
+import re
 import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from http import HTTPStatus
-from urllib.parse import urlsplit
+from types import MappingProxyType
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,12 +23,23 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.settings import LOOPBACK, Settings
 
 COOKIE = "llama_merge"
-OPEN_PATHS = ("/login", "/static/")
+LOGIN, STATIC = "/login", "/static/"
 """What needs no token."""
 
 SAFE = ("GET", "HEAD", "OPTIONS")
 MOST_CLIENTS = 10_000
 MOST_HEADERS = 100
+MOST_BODIES = 4
+"""Of the largest size, that are held at once; what comes besides must be small."""
+SMALL = 2**14
+MOST_VALUES = 20_000
+"""Of a body. JSON of a megabyte can come to many megabytes of empty lists."""
+VERSIONS = ("1.0", "1.1")
+
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
+"""Of JSON; where its end is missing, all that follows."""
+
+_HOST = re.compile(r"(?:\[([0-9A-Fa-f.]*:[0-9A-Fa-f:.]*)\]|([\w.-]+))(?::\d{1,5})?", re.ASCII)
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -44,6 +56,9 @@ HEADERS = {
     "cache-control": "no-store",
 }
 """Of every answer that does not say otherwise."""
+
+CLOSE = {"connection": "close"}
+"""Of an answer after which the rest of the request is not read."""
 
 
 class Bucket:
@@ -93,6 +108,7 @@ class Guard:
         per_second = settings.changes_per_minute / 60
         self._changes = Bucket(per_second, settings.changes_per_minute)
         self._guesses = Bucket(0.2, 10)
+        self._held = 0  # bytes of bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """An ASGI application."""
@@ -102,23 +118,26 @@ class Guard:
             else:
                 await self._app(scope, receive, send)
             return
+        body = bytearray()
         try:
             headers = Headers(scope=scope)
+            _check_framing(scope, headers)
             self._check_host(headers)
             self._check_origin(scope, headers)
             self._check_rate(scope)
             self._check_token(scope, headers)
-            body = await self._body(scope, headers, receive)
-        except RefusalError as refusal:
-            await _refuse(refusal, scope, send)
-            return
-        await self._app(scope, _replayed(body, receive), _with_headers(send))
+            await self._read_body(scope, headers, receive, body)
+            await self._app(scope, _replayed(body, receive), _with_headers(send))
+        except RefusalError as error:
+            await _refuse(error, scope, send)
+        finally:
+            self._held -= len(body)
 
     def _check_host(self, headers: Headers) -> None:
         """A name that we are known by: others lead here by DNS rebinding alone."""
         hosts = headers.getlist("host")
-        if len(hosts) != 1 or len(headers.raw) > MOST_HEADERS:
-            raise RefusalError(400, "expected one Host header, and no flood of others")
+        if len(hosts) != 1:
+            raise RefusalError(400, "expected one Host header")
         name = _host_name(hosts[0])
         if name not in self._names and not (_is_address(name) and not self._settings.is_local):
             raise RefusalError(
@@ -128,11 +147,9 @@ class Guard:
 
     def _check_origin(self, scope: Scope, headers: Headers) -> None:
         """No page of another site may ask through its visitor's browser."""
-        origins = headers.getlist("origin")
-        host = headers.get("host", "")
-        for origin in origins:
-            parts = urlsplit(origin)
-            if parts.scheme not in ("http", "https") or parts.netloc.lower() != host.lower():
+        host = headers.get("host", "").lower()
+        for origin in headers.getlist("origin"):
+            if origin.lower() not in (f"http://{host}", f"https://{host}"):
                 raise RefusalError(403, "requests from pages of other sites are not answered")
         site = headers.get("sec-fetch-site", "none")
         navigates = headers.get("sec-fetch-mode") == "navigate" and scope["method"] == "GET"
@@ -148,7 +165,8 @@ class Guard:
             raise RefusalError(429, text, {"retry-after": str(int(wait) + 1)})
 
     def _check_token(self, scope: Scope, headers: Headers) -> None:
-        if self._token is None or scope["path"].startswith(OPEN_PATHS):
+        path = scope["path"]
+        if self._token is None or path == LOGIN or path.startswith(STATIC):
             return
         if self.knows(_given_token(headers)):
             return
@@ -169,32 +187,70 @@ class Guard:
         known = (self._token, cookie_of(self._token))
         return any(secrets.compare_digest(given.encode(), each.encode()) for each in known)
 
-    async def _body(self, scope: Scope, headers: Headers, receive: Receive) -> bytes:
-        """The whole body, if it is small enough and arrives in time."""
+    async def _read_body(
+        self, scope: Scope, headers: Headers, receive: Receive, body: bytearray
+    ) -> None:
+        """Read a body that is small enough, arrives in time, and is of a kind that is read.
+
+        The rest of one that is too large is passed over: to close the connection at once could
+        take the answer from who still sends.
+        """
         most = int(self._settings.max_body)
         too_large = f"the request has more than {most:,} bytes"
         length = headers.get("content-length")
         if length is not None and (not length.isdecimal() or int(length[:18]) > most):
-            raise RefusalError(413, too_large, {"connection": "close"})
-        body = b""
+            raise RefusalError(413, too_large)
         try:
             async with asyncio.timeout(self._settings.body_seconds):
                 while True:
                     message = await receive()
                     if message["type"] != "http.request":
                         raise RefusalError(400, "the request broke off")
-                    body += bytes(message.get("body", b""))
+                    piece = message.get("body", b"")
+                    self._held += len(piece)
+                    body += piece
                     if len(body) > most:
-                        raise RefusalError(413, too_large, {"connection": "close"})
+                        raise RefusalError(413, too_large)
+                    if self._held > MOST_BODIES * most and len(body) > SMALL:
+                        text = "too many large requests at once. Try again later"
+                        raise RefusalError(429, text, {"retry-after": "1"})
                     if not message.get("more_body"):
                         break
         except TimeoutError:
-            raise RefusalError(408, "the request took too long", {"connection": "close"}) from None
-        if scope["method"] not in SAFE and scope["path"] != "/login":
+            raise RefusalError(408, "the request took too long", CLOSE) from None
+        if scope["method"] not in SAFE and scope["path"] != LOGIN:
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json" and (body or kind):
                 raise RefusalError(415, "expected JSON: Content-Type: application/json")
-        return body
+            if b"\0" in body:  # UTF-16 and UTF-32, which are no JSON any more (RFC 8259, 8.1)
+                raise RefusalError(400, "expected JSON in UTF-8")
+            if values_in(body) > MOST_VALUES:
+                raise RefusalError(413, f"the request has more than {MOST_VALUES:,} values")
+
+
+def _check_framing(scope: Scope, headers: Headers) -> None:
+    """A request whose end others could see elsewhere is none (RFC 9112, 6.3)."""
+    if scope["http_version"] not in VERSIONS:
+        raise RefusalError(400, "expected HTTP/1.1", CLOSE)
+    if len(headers.raw) > MOST_HEADERS:
+        raise RefusalError(400, f"more than {MOST_HEADERS} headers", CLOSE)
+    if "transfer-encoding" in headers and "content-length" in headers:
+        raise RefusalError(400, "Content-Length and Transfer-Encoding do not go together", CLOSE)
+
+
+def values_in(body: bytes | bytearray) -> int:
+    """At most how many values JSON holds, without reading it.
+
+    Where there are many, those are left out that only seem to be some, within texts.
+
+    >>> values_in(b'{"a": [1, 2], "b": {}}'), values_in(b'["' + b"," * 30_000 + b'"]')
+    (5, 1)
+    """
+    most = sum(body.count(each) for each in b",[{")
+    if most <= MOST_VALUES:
+        return most
+    rest = _STRING.sub(b"", body)
+    return sum(rest.count(each) for each in b",[{")
 
 
 def cookie_of(token: str) -> str:
@@ -214,11 +270,13 @@ def _given_token(headers: Headers) -> str:
 
 
 def _host_name(host: str) -> str:
-    """A Host header without its port."""
-    name = host.strip().lower()
-    if name.startswith("["):
-        return name[1:].partition("]")[0]
-    return name.rpartition(":")[0] if name.count(":") == 1 else name
+    """A Host header without its port; empty if it is none.
+
+    >>> [_host_name(each) for each in ("merge.LAN:80", "[::1]", "[::1]x", "a:b", "a/b")]
+    ['merge.lan', '::1', '', '', '']
+    """
+    found = _HOST.fullmatch(host)
+    return "" if found is None else (found[1] or found[2]).lower()
 
 
 def _is_address(name: str) -> bool:
@@ -229,7 +287,7 @@ def _is_address(name: str) -> bool:
     return True
 
 
-def _replayed(body: bytes, receive: Receive) -> Receive:
+def _replayed(body: bytearray, receive: Receive) -> Receive:
     """The body once more; then what else there is to hear of the client."""
     sent = False
 
@@ -238,7 +296,7 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         if sent:
             return await receive()
         sent = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        return {"type": "http.request", "body": bytes(body), "more_body": False}
 
     return replay
 
@@ -255,17 +313,22 @@ def _with_headers(send: Send) -> Send:
     return guarded
 
 
-async def _refuse(refusal: RefusalError, scope: Scope, send: Send) -> None:
-    content = {"success": False, "error": str(refusal), "problems": []}
-    body = b"" if refusal.status == HTTPStatus.SEE_OTHER else json.dumps(content).encode()
+def refusal(
+    status: int, error: str, more: Mapping[str, str] = MappingProxyType({})
+) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """Headers and body of an error, in the form that all errors have."""
+    content = {"success": False, "error": error, "problems": []}
+    body = b"" if status == HTTPStatus.SEE_OTHER else json.dumps(content).encode()
     headers = {
         "content-type": "application/json",
         "content-length": str(len(body)),
-        **refusal.headers,
+        **HEADERS,
+        **more,
     }
-    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    await _with_headers(send)(
-        {"type": "http.response.start", "status": refusal.status, "headers": raw}
-    )
-    body = b"" if scope["method"] == "HEAD" else body
-    await send({"type": "http.response.body", "body": body})
+    return [(name.encode(), value.encode()) for name, value in headers.items()], body
+
+
+async def _refuse(error: RefusalError, scope: Scope, send: Send) -> None:
+    headers, body = refusal(error.status, str(error), error.headers)
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})

@@ -2,13 +2,27 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Id = Annotated[str, Field(min_length=1, max_length=300, examples=["capitals"])]
 """A model's id; with adapters on top BASE+ADAPTER, or BASE+ADAPTER:0.5."""
 
 
-class ModelEntry(BaseModel):
+MOST_ENTRIES = 100
+
+
+class Request(BaseModel):
+    """Entries by name, of which not each may need a message of its own."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MOST_ENTRIES:
+            raise ValueError(f"{len(value)} entries, expected at most {MOST_ENTRIES}")
+        return value
+
+
+class ModelEntry(Request):
     """A model of a merge, with its weight, or other parameters that it alone has."""
 
     model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": True})
@@ -21,7 +35,7 @@ class ModelEntry(BaseModel):
         return self.model_extra or {}
 
 
-class EvaluationRequest(BaseModel):
+class EvaluationRequest(Request):
     """What the base, the sources and the merge are compared by."""
 
     model_config = ConfigDict(extra="forbid")
@@ -34,7 +48,7 @@ class EvaluationRequest(BaseModel):
     chat: bool = Field(False, description="put prompts into the models' chat templates")
 
 
-class ExperimentRequest(BaseModel):
+class ExperimentRequest(Request):
     """A merge: a method with models, or a whole recipe.
 
     Whatever else a recipe file can say at its top (dtype, profile, vocabulary, include, ...) can be
