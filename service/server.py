@@ -2,47 +2,111 @@
 
 import asyncio
 import contextlib
+import functools
 import os
+import resource
 import socket
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from service.safety import CLOSE, refusal
 from service.settings import Settings
-
-HEADER_SECONDS = 15.0
-"""In which the first line and the headers of a request must have arrived."""
 
 BACKLOG = 512
 CONNECTIONS = 2000
 """That are answered at once; others are told to come again (503)."""
 
 
-class Protocol(H11Protocol):
-    """HTTP/1.1 for clients of whom some never finish their headers."""
+KEEP_ALIVE = 10
+"""Seconds in which another request may come on a connection."""
 
-    _patience: asyncio.TimerHandle | None = None
+SPARE_FILES = 200
+"""That the server opens beside connections."""
+
+
+class Protocol(H11Protocol):
+    """HTTP/1.1 for clients of whom some never finish their headers, or never read an answer.
+
+    Args:
+        settings: of the service.
+        most: connections that are answered at once.
+        given: by uvicorn.
+    """
+
+    def __init__(self, settings: Settings, most: int, **given: Any) -> None:
+        super().__init__(**given)
+        self._settings = settings
+        self._most = most
+        self._app, self.app = self.app, self._answer
+        self._patience: asyncio.TimerHandle | None = None
+        self._stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """A client is there; it has so long for its first request."""
         super().connection_made(transport)
-        self._patience = self.loop.call_later(HEADER_SECONDS, self._give_up)
+        transport.set_write_buffer_limits(0)  # what is not taken at once is waited for
+        self._be_patient()
 
     def data_received(self, data: bytes) -> None:
         """Something of a request, or of several, has arrived."""
         if self._patience is None and self.cycle is not None and self.cycle.response_complete:
-            self._patience = self.loop.call_later(HEADER_SECONDS, self._give_up)
+            self._be_patient()
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._calm()
 
+    def pause_writing(self) -> None:
+        """The client does not take what it has asked for; it has so long to go on."""
+        super().pause_writing()
+        if self._stalled is None:
+            self._stalled = self.loop.call_later(
+                self._settings.stalled_seconds, self.transport.abort
+            )
+
+    def resume_writing(self) -> None:
+        """The client has taken something."""
+        super().resume_writing()
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
+
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has gone."""
         self._calm()
+        self.resume_writing()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """What came is no HTTP; said in the form of all errors, if there is still a way to say it.
+
+        uvicorn's own answer is a plain text without the headers that all others have.
+        """
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            head, body = refusal(400, "this is no request of HTTP/1.1", CLOSE)
+            for event in (
+                h11.Response(status_code=400, headers=head, reason=b"Bad Request"),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
+        """The application, unless there are too many to be answered."""
+        if len(self.connections) <= self._most:
+            await self._app(scope, receive, send)
+            return
+        head, body = refusal(503, "too many connections. Try again later", CLOSE)
+        await send({"type": "http.response.start", "status": 503, "headers": head})
+        await send({"type": "http.response.body", "body": body})
+
+    def _be_patient(self) -> None:
+        self._patience = self.loop.call_later(self._settings.header_seconds, self._give_up)
 
     def _calm(self) -> None:
         if self._patience is not None:
@@ -69,21 +133,30 @@ def serve(create: Callable[..., Any], settings: Settings) -> None:
     port = listening.getsockname()[1]
     config = uvicorn.Config(
         create(settings, started=lambda: say(settings, port)),
-        http=Protocol,
+        http=functools.partial(Protocol, settings, _connections()),  # type: ignore[arg-type]
         ws="none",
         loop="asyncio",
         lifespan="on",
-        log_level="warning",
+        log_level="error",  # a warning for each broken request would fill a disk
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=CONNECTIONS,
-        timeout_keep_alive=10,
+        timeout_keep_alive=min(KEEP_ALIVE, int(settings.header_seconds) or 1),
         timeout_graceful_shutdown=2,
         h11_max_incomplete_event_size=32 * 1024,
     )
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn passes on what has stopped it
         uvicorn.Server(config).run(sockets=[listening])
+
+
+def _connections() -> int:
+    """How many can be answered at once, with as many open files as the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = CONNECTIONS + SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return CONNECTIONS if soft == resource.RLIM_INFINITY else min(CONNECTIONS, soft - SPARE_FILES)
 
 
 def _listening(settings: Settings) -> socket.socket:

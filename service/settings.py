@@ -64,6 +64,12 @@ class Settings(BaseModel):
     job_hours: float = Field(24.0, gt=0, description="a job that takes longer is stopped")
     max_body: int | str = Field("1MB", description="of a request")
     body_seconds: float = Field(10.0, gt=0, description="in which a request must have arrived")
+    header_seconds: float = Field(
+        15.0, gt=0, description="in which the first line and the headers must have arrived"
+    )
+    stalled_seconds: float = Field(
+        120.0, gt=0, description="in which a client must take something of an answer"
+    )
     plan_seconds: float = Field(30.0, gt=0, description="that a plan may take")
     reads_per_second: float = Field(200.0, gt=0, description="requests of one client")
     changes_per_minute: float = Field(
