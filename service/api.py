@@ -1,15 +1,20 @@
 """The JSON API, under /api/model-merger."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from types import MappingProxyType
 from typing import Annotated, Any
+from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi import Path as PathParameter
-from fastapi.responses import FileResponse, HTMLResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
+from starlette.routing import Match
+from starlette.types import Receive, Scope, Send
 
 from model_hashes import REPORT_FILE
-from service.archive import Archive
+from service.archive import Archive, File
 from service.core import API, RefusedError, Service, entries_view, view
 from service.schemas import (
     EvaluationRequest,
@@ -31,6 +36,10 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; sandbox; frame-ancestors 'self'"
 """Of pages that hold texts of models: no script runs in them."""
 
+PAGE: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/html": {"schema": {"type": "string"}}}}
+}
+
 router = APIRouter(prefix=API, responses=ERRORS, tags=["model-merger"])
 
 
@@ -47,6 +56,13 @@ Key = Annotated[
         description="of an experiment", max_length=100, examples=["exp-0123456789abcdef"]
     ),
 ]
+
+
+def methods_at(scope: Scope) -> list[str]:
+    """What can be done at an address; an address may have several routes."""
+    routes = [route for route in router.routes if isinstance(route, APIRoute)]
+    path = next((each.path for each in routes if each.matches(scope)[0] is not Match.NONE), None)
+    return sorted({method for each in routes if each.path == path for method in each.methods or ()})
 
 
 def one(service: Service, found: Experiment) -> dict[str, Any]:
@@ -123,59 +139,77 @@ async def watch_experiment(service: Here, key: Key) -> StreamingResponse:
     await service.experiment(key)
     if service.watchers >= service.settings.watchers:
         raise RefusedError(429, "as many clients watch as may. Ask for the experiment now and then")
+    service.watchers += 1
+    return Watching(service, key)
 
-    async def events() -> AsyncIterator[str]:
-        service.watchers += 1
+
+class Watching(StreamingResponse):
+    """Events of an experiment for a watcher, who is counted until this has ended."""
+
+    def __init__(self, service: Service, key: str) -> None:
+        headers = {"x-accel-buffering": "no"}
+        super().__init__(service.watch(key), media_type="text/event-stream", headers=headers)
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """An ASGI application."""
         try:
-            async for event in service.watch(key):
-                yield event
+            await super().__call__(scope, receive, send)
         finally:
-            service.watchers -= 1
-
-    return StreamingResponse(
-        events(), media_type="text/event-stream", headers={"x-accel-buffering": "no"}
-    )
+            self._service.watchers -= 1
 
 
 @router.get(
     "/experiments/{key}/download",
     response_class=StreamingResponse,
-    responses={200: {"content": {"application/zip": {}}}, 206: {"description": "a part of it"}},
+    responses={
+        200: {"content": {"application/zip": {}}},
+        206: {"description": "a part of it", "content": {"application/zip": {}}},
+    },
 )
 async def download_experiment(service: Here, key: Key, request: Request) -> Response:
     """The merged model as a ZIP; a download that broke off can go on (Range)."""
     name, archive = await service.archive(key)
-    tag = f'"{key}"'  # a result never changes
-    headers = {
-        "content-disposition": f'attachment; filename="{name}"',
-        "accept-ranges": "bytes",
-        "etag": tag,
-    }
-    wanted = request.headers.get("range") if request.headers.get("if-range", tag) == tag else None
-    span = byte_range(wanted, archive.length)
-    if span is None:
-        headers["content-length"] = str(archive.length)
-        return _streamed(archive, 0, archive.length, 200, headers)
-    start, stop = span
-    if start >= stop:
-        content_range = {"content-range": f"bytes */{archive.length}"}
-        raise RefusedError(416, "the ZIP has no such part", headers=content_range)
-    headers["content-range"] = f"bytes {start}-{stop - 1}/{archive.length}"
-    headers["content-length"] = str(stop - start)
-    return _streamed(archive, start, stop, 206, headers)
+    headers = {"content-disposition": f'attachment; filename="{name}"'}
+    return _part(request, archive, key, "application/zip", headers)
 
 
-def _streamed(
-    archive: Archive, start: int, stop: int, status: int, headers: dict[str, str]
+def _part(
+    request: Request,
+    source: Archive | File,
+    tag: str,
+    kind: str,
+    more: Mapping[str, str] = MappingProxyType({}),
 ) -> Response:
+    """What is asked for of some bytes: all of them, or a range.
+
+    Args:
+        request: with Range and If-Range, or without.
+        source: the bytes.
+        tag: changes with the bytes.
+        kind: their media type.
+        more: headers.
+    """
+    etag, length = f'"{tag}"', source.length
+    headers = {**more, "accept-ranges": "bytes", "etag": etag}
+    wanted = request.headers.get("range") if request.headers.get("if-range", etag) == etag else None
+    span = byte_range(wanted, length)
+    start, stop = span or (0, length)
+    if span is not None and start >= stop:
+        content_range = {"content-range": f"bytes */{length}"}
+        raise RefusedError(416, "there is no such part of it", headers=content_range)
+    if span is not None:
+        headers["content-range"] = f"bytes {start}-{stop - 1}/{length}"
+    headers["content-length"] = str(stop - start)
+
     async def pieces() -> AsyncIterator[bytes]:
         position = start
         while position < stop:
-            piece = await asyncio.to_thread(archive.piece, position, stop)
+            piece = await asyncio.to_thread(source.piece, position, stop)
             position += len(piece)
             yield piece
 
-    return StreamingResponse(pieces(), status, headers, media_type="application/zip")
+    return StreamingResponse(pieces(), 200 if span is None else 206, headers, media_type=kind)
 
 
 def byte_range(header: str | None, length: int) -> tuple[int, int] | None:
@@ -203,30 +237,42 @@ def byte_range(header: str | None, length: int) -> tuple[int, int] | None:
     return min(int(first), length), min(int(last) + 1 if last else length, length)
 
 
-@router.get("/experiments/{key}/files/{name}", response_class=FileResponse)
+@router.get(
+    "/experiments/{key}/files/{name}",
+    response_class=StreamingResponse,
+    responses={
+        200: {"content": {"application/octet-stream": {}}},
+        206: {"description": "a part of it", "content": {"application/octet-stream": {}}},
+    },
+)
 async def get_file(
-    service: Here, key: Key, name: Annotated[str, PathParameter(max_length=300)]
-) -> FileResponse:
+    service: Here, key: Key, name: Annotated[str, PathParameter(max_length=300)], request: Request
+) -> Response:
     """A file of the merged model; parts of it can be asked for (Range)."""
-    path, sha256 = await service.file(key, name)
-    headers = {"etag": f'"{sha256 or key}"'}
-    return FileResponse(path, media_type="application/octet-stream", filename=name, headers=headers)
+    file = await service.file(key, name)
+    headers = {"content-disposition": f'attachment; filename="{quote(name)}"'}
+    kind = "application/octet-stream"
+    return _part(request, file, file.sha256 or key, kind, headers)
 
 
-@router.get("/experiments/{key}/report")
-async def get_report(service: Here, key: Key) -> FileResponse:
+@router.get(
+    "/experiments/{key}/report",
+    response_model=dict[str, Any],
+    responses={206: {"description": "a part of it", "content": {"application/json": {}}}},
+)
+async def get_report(service: Here, key: Key, request: Request) -> Response:
     """The report of a finished merge, as it lies beside the weights (JSON)."""
-    path, _ = await service.file(key, REPORT_FILE)
-    return FileResponse(path, media_type="application/json")
+    file = await service.file(key, REPORT_FILE)
+    return _part(request, file, file.sha256 or key, "application/json")
 
 
-@router.get("/experiments/{key}/findings", response_class=HTMLResponse)
+@router.get("/experiments/{key}/findings", response_class=Response, responses=PAGE)
 async def get_findings(service: Here, key: Key) -> HTMLResponse:
     """Where the models disagree: a page with heat maps."""
     return await _page(service, key, "findings.html")
 
 
-@router.get("/experiments/{key}/comparison", response_class=HTMLResponse)
+@router.get("/experiments/{key}/comparison", response_class=Response, responses=PAGE)
 async def get_comparison(service: Here, key: Key) -> HTMLResponse:
     """What was found out by an evaluation: a page with charts and answers."""
     return await _page(service, key, "comparison.html")

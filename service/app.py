@@ -46,6 +46,7 @@ def create_app(settings: Settings, *, started: Callable[[], None] = lambda: None
         openapi_url=f"{API}/openapi.json",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
         lifespan=lifespan,
     )
     app.state.service = service
@@ -102,6 +103,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
     if studio.wants_page(request):
         return studio.error_page(request, error.status_code, text)
     headers = dict(error.headers or {})
+    if error.status_code == 405 and (methods := api.methods_at(request.scope)):
+        headers["allow"] = ", ".join(methods)
     return JSONResponse(_failure(error.status_code, text, []), error.status_code, headers)
 
 

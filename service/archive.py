@@ -97,10 +97,7 @@ class Archive:
         first, last = start - begin, min(stop - begin, part.length, start - begin + CHUNK)
         if not part.file:
             return part.head[first:last]
-        with open_plain(self._folder / Path(part.file).name) as file:
-            if os.fstat(file.fileno()).st_size != part.size:
-                raise OSError(f"{part.file} has changed")
-            return next(pieces(file, first, last), b"")
+        return File(self._folder / Path(part.file).name, part.size).piece(first, last)
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
         """All pieces from `start` up to `stop`."""
@@ -109,6 +106,32 @@ class Archive:
             piece = self.piece(start, stop)
             start += len(piece)
             yield piece
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a folder, by itself.
+
+    Attributes:
+        path: where it is.
+        length: in bytes, as it was when the folder was finished.
+        sha256: of its content; empty if it is not known.
+    """
+
+    path: Path
+    length: int
+    sha256: str = ""
+
+    def piece(self, start: int, stop: int) -> bytes:
+        """Bytes from `start` up to `stop` at most, and `CHUNK` at most.
+
+        Raises:
+            OSError: it is not there any more, or is not what it was.
+        """
+        with open_plain(self.path) as file:
+            if os.fstat(file.fileno()).st_size != self.length:
+                raise OSError(f"{self.path.name} has changed")
+            return next(pieces(file, start, stop), b"")
 
 
 def open_plain(path: Path) -> BinaryIO:

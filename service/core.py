@@ -17,7 +17,7 @@ from merge_card import VERSION
 from model_files import sync_folder
 from model_utils import format_bytes
 from service import planner, registry
-from service.archive import Archive, Entry
+from service.archive import Archive, Entry, File
 from service.planner import Planner, PlanTimeoutError
 from service.registry import Registry, tiny_models
 from service.requests import Problem
@@ -317,12 +317,17 @@ class Service:
         ]
         return f"{name}.zip", Archive(self.folders.of(key) / "model", entries)
 
-    async def file(self, key: str, name: str) -> tuple[Path, str]:
-        """A file of a result, and its SHA-256."""
+    async def file(self, key: str, name: str) -> File:
+        """A file of a result.
+
+        Raises:
+            RefusedError: there is no result, or no such file in it.
+        """
         found = await self.result(key)
         for file in found.merge.outcome["files"]:
             if file["name"] == name:
-                return self.folders.of(key) / "model" / file["name"], file["sha256"]
+                path = self.folders.of(key) / "model" / file["name"]
+                return File(path, file["bytes"], file["sha256"])
         raise RefusedError(404, "the merged model has no such file")
 
     async def page(self, key: str, name: str) -> str:
