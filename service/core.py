@@ -18,7 +18,7 @@ from model_files import sync_folder
 from model_utils import format_bytes
 from service import planner, registry
 from service.archive import Archive, Entry, File
-from service.planner import Planner, PlanTimeoutError
+from service.planner import BusyError, Planner, PlanTimeoutError
 from service.registry import Registry, tiny_models
 from service.requests import Problem
 from service.runner import Folders, Runner
@@ -35,8 +35,8 @@ SCAN_SECONDS = 300.0
 LOOK = 0.5
 """Seconds between two looks at what has changed."""
 
-MOST_TEXTS = 1000
-"""That are kept for those who ask for the same."""
+MOST_TEXT = 8 * 2**20
+"""Characters that are kept for those who ask for the same."""
 
 HEARTBEAT = 15.0
 """Seconds after which a watcher is told something in any case."""
@@ -99,6 +99,7 @@ class Service:
         self._scanned: float | None = None
         self._changed = asyncio.Condition()
         self._texts: dict[str, str] = {}
+        self._length = 0  # characters of them
         self._generation = 0
         self.watchers = 0
         self._tasks: list[asyncio.Task[None]] = []
@@ -197,6 +198,9 @@ class Service:
             )
         except PlanTimeoutError as error:
             raise RefusedError(422, str(error), [Problem("", str(error))]) from None
+        except BusyError as error:
+            text = f"{error}. Try again later"
+            raise RefusedError(429, text, headers={"retry-after": "5"}) from None
         return found
 
     async def create(self, request: ExperimentRequest) -> Experiment:
@@ -384,8 +388,10 @@ class Service:
             return self._texts[key]
         seen = self._generation
         text = await asyncio.to_thread(make)
-        if seen == self._generation and len(self._texts) < MOST_TEXTS:  # else it may be out of date
+        is_new = seen == self._generation and key not in self._texts  # else it may be out of date
+        if is_new and self._length + len(text) <= MOST_TEXT:
             self._texts[key] = text
+            self._length += len(text)
         return text
 
     async def _look_for_changes(self) -> None:
@@ -399,6 +405,7 @@ class Service:
     async def _tell(self) -> None:
         async with self._changed:
             self._texts.clear()
+            self._length = 0
             self._generation += 1
             self._changed.notify_all()
 

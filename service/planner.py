@@ -25,12 +25,19 @@ from service.schemas import ExperimentRequest
 MEMORY = 3 * 2**30
 """Bytes that the process may take; a tokenizer of 128,000 tokens takes some hundred megabytes."""
 
+WAITING = 50
+"""Calls that wait or run, at most."""
+
 PLANS = 200
 """After which the process makes way for a new one."""
 
 
 class PlanTimeoutError(Exception):
     """A plan took too long."""
+
+
+class BusyError(Exception):
+    """As many plans wait as may."""
 
 
 class Planner:
@@ -48,13 +55,24 @@ class Planner:
         self._environment = dict(environment)
         self._pool: ProcessPoolExecutor | None = None
         self._turn = asyncio.Lock()
+        self._waiting = 0
 
     async def run(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """Have a function of a module called in the process; what it returns.
 
         Raises:
             PlanTimeoutError: it took too long, or more memory than it may.
+            BusyError: too many wait for it already.
         """
+        if self._waiting >= WAITING:
+            raise BusyError(f"{WAITING} plans wait already")
+        self._waiting += 1
+        try:
+            return await self._run(work, *arguments)
+        finally:
+            self._waiting -= 1
+
+    async def _run(self, work: Callable[..., Any], *arguments: Any) -> Any:
         async with self._turn:
             if self._pool is None:
                 self._pool = self._start()

@@ -163,8 +163,8 @@ class JobView(BaseModel):
 class EvaluationView(JobView):
     """A comparison of the models of an experiment with its result."""
 
-    request: EvaluationRequest
-    result: dict[str, Any] | None
+    request: EvaluationRequest = Field(description="without its text in lists")
+    result: dict[str, Any] | None = Field(description="null in lists")
 
 
 class ModelUse(BaseModel):
@@ -200,10 +200,10 @@ class Experiment(JobView):
     name: str
     method: str
     models: list[ModelUse]
-    recipe: str = Field(description="as it was understood, in YAML")
+    recipe: str = Field(description="as it was understood, in YAML; empty in lists")
     queue_place: int | None
     kept_until: str | None = Field(description="when its result will be removed")
-    plan: dict[str, Any]
+    plan: dict[str, Any] = Field(description="empty in lists")
     result: Result | None
     evaluation: EvaluationView | None
     links: dict[str, str]

@@ -77,6 +77,26 @@ CREATE TABLE history (
 CREATE INDEX history_of_job ON history (job);
 """
 
+SHORT = """
+    number, id, created, name, '{}' AS request, '' AS recipe, removed,
+    json_object(
+        'plan', json_object(
+            'method', json_extract(plan, '$.plan.method'),
+            'disk_bytes', json_extract(plan, '$.plan.disk_bytes')
+        ),
+        'base', json_extract(plan, '$.base'),
+        'models', json_extract(plan, '$.models')
+    ) AS plan
+"""
+"""Columns of `experiments` without what can be long: a hundred of them must fit in memory."""
+
+SHORT_JOB = """
+    number, experiment, kind, state, created, started, finished, stop, attempts, step, done,
+    total, speed, problems,
+    CASE WHEN kind = 'evaluation' THEN json_remove(request, '$.text') ELSE '{}' END AS request,
+    CASE WHEN kind = 'merge' THEN outcome ELSE '{}' END AS outcome
+"""
+
 
 class QueueFullError(Exception):
     """As many experiments wait or run as may."""
@@ -140,7 +160,8 @@ class Experiment:
         id: by which clients know it; nobody can guess it.
         created: seconds since 1970.
         name: its client's.
-        request: as its client sent it.
+        request: as its client sent it. This, the recipe and most of the plan are left out where
+            there are several.
         recipe: what is merged, as YAML, with ids as the names of models.
         plan: as it was made before.
         removed: when its result was removed; None while it is there, or yet to come.
@@ -323,12 +344,14 @@ class Store:
     def _experiments(
         self, which: str, values: Sequence[Any] = (), *, history: bool = False
     ) -> list[Experiment]:
-        rows = self._db.execute(f"SELECT * FROM experiments {which}", values).fetchall()
+        """Some experiments; with their histories, all of what requests and plans say."""
+        columns, of_jobs = ("*", "*") if history else (SHORT, SHORT_JOB)
+        rows = self._db.execute(f"SELECT {columns} FROM experiments {which}", values).fetchall()
         keys = [row["id"] for row in rows]
         jobs: dict[tuple[str, str], Job] = {}
         for key in keys:
             for row in self._db.execute(
-                "SELECT * FROM jobs WHERE experiment = ? ORDER BY number", (key,)
+                f"SELECT {of_jobs} FROM jobs WHERE experiment = ? ORDER BY number", (key,)
             ):
                 jobs[key, row["kind"]] = _job(row, self._history(row) if history else ())
         places = {
