@@ -188,7 +188,7 @@ def scan(
         if each not in known
     )
     found: list[Entry] = []
-    for root in [tiny, *roots]:
+    for root in [*roots, tiny]:  # the plain ids are for the user's own
         if root is not None:
             found += _below(Path(root))
     entries: dict[str, Entry] = {}
@@ -272,10 +272,15 @@ def _with_base(entry: Entry, entries: Mapping[str, Entry]) -> Entry:
     whole = [each.id for each in models if entry.base in (each.hub_id, each.source)]
     name = Path(entry.base).name
     last = [each.id for each in models if name and Path(each.source).name == name]
-    for found in (whole, last):
+    beside = [key for key in last if _folder_of(entries[key]) == _folder_of(entry)]
+    for found in (whole, beside, last):
         if len(found) == 1:
             return replace(entry, base=found[0])
     return replace(entry, base=None)
+
+
+def _folder_of(entry: Entry) -> Path:
+    return Path(entry.source).parent
 
 
 def _of_hub(model: HubModel, downloads: bool) -> Entry:

@@ -150,6 +150,15 @@ def test_two_models_of_one_name_have_ids_of_their_own(tmp_path):
         assert len(chats) == len(set(chats)) == 2
 
 
+def test_own_models_have_the_plain_ids_and_adapters_the_base_beside_them(tmp_path):
+    make_llama(tmp_path / "models" / "base", seed=1)
+    with Server(tmp_path / "data", "--models", tmp_path / "models") as server:
+        models = {each["id"]: each for each in server.get("/models")["models"]}
+        tiny = models["capitals-lora"]["base_model"]
+        assert tiny.startswith("base-")
+        assert models["base"]["bytes"] != models[tiny]["bytes"] == models["capitals"]["bytes"]
+
+
 def test_a_model_of_the_hub_is_downloaded_when_it_is_asked_for(tmp_path):
     make_llama(tmp_path / "hub" / "team" / "chat", seed=1)
     make_llama(tmp_path / "models" / "code", seed=2)
