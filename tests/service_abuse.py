@@ -29,7 +29,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -528,17 +528,16 @@ def _one_answer(answer: Answer) -> str:
 
 def methods(key: str) -> Iterator[Case]:
     """Methods that a route does not have."""
-    for right, path in dict.fromkeys(ROUTES):
-        others = {"GET", "POST", "DELETE"} - {each for each, other in ROUTES if other == path}
-        if path.endswith("experiments/KEY"):
-            others -= {"GET", "DELETE"}
+    for path in dict.fromkeys(path for _, path in ROUTES):
+        right = {method for method, other in ROUTES if other == path}
+        if path.endswith("openapi.json"):
+            right.add("HEAD")
+        others = {"GET", "POST", "DELETE", "HEAD"} - right
         if path.endswith("experiments/plan"):
             others -= {"GET", "DELETE"}  # an experiment that is called so
-        if not path.endswith("openapi.json"):
-            others.add("HEAD")
         for method in (*sorted(others), "PUT", "PATCH", "OPTIONS", "TRACE", "CONNECT", "get", "X"):
             sent = request(method, path.replace("KEY", key))
-            yield case("methods", f"{method} {path} ({right})", sent, 405, 400, check=_no_body)
+            yield case("methods", f"{method} {path}", sent, 405, 400, check=_allows(right))
     for path in ("*", "x", "http://127.0.0.1", "//", "/.", "/api", f"{API}", f"{API}/"):
         yield case("methods", f"OPTIONS {path}", request("OPTIONS", path), 404, 405, 400)
     for path in ("/health/", "/models/", "/experiments/", "/experiments/plan/", "//health"):
@@ -548,8 +547,13 @@ def methods(key: str) -> Iterator[Case]:
         yield case("methods", f"{where} elsewhere", evil, 404, check=_no_location)
 
 
-def _no_body(answer: Answer) -> str:
-    return "" if answer.status != 405 or "allow" in answer.headers else "405 without Allow"
+def _allows(methods: Set[str]) -> Callable[[Answer], str]:
+    def check(answer: Answer) -> str:
+        said = answer.headers.get("allow", "")
+        right = answer.status != 405 or {*said.split(", ")} == methods
+        return "" if right else f"Allow: {said}, expected {sorted(methods)}"
+
+    return check
 
 
 def _no_location(answer: Answer) -> str:
@@ -773,8 +777,9 @@ def ranges(paths: Sequence[tuple[str, bytes]]) -> Iterator[Case]:
             "bytes=" + ",".join(["0-"] * 5000),
         ):
             sent = request("GET", path, headers=[("Range", wanted)])
-            check = _part_of(whole)
-            yield case("ranges", f"{path} {wanted[:40]!r}", sent, 200, 206, 416, check=check)
+            check = _part_of(whole, _span(wanted, length))
+            allowed = (200, 206, 416) if wanted.lower().startswith("bytes=") else (200,)
+            yield case("ranges", f"{path} {wanted[:40]!r}", sent, *allowed, check=check)
         for validator in ('"x"', "*", 'W/"x"', "Thu, 01 Jan 1970 00:00:00 GMT", "\xff", ""):
             headers = [("Range", "bytes=0-3"), ("If-Range", validator)]
             sent = request("GET", path, headers=headers)
@@ -784,16 +789,41 @@ def ranges(paths: Sequence[tuple[str, bytes]]) -> Iterator[Case]:
         yield case("ranges", "two headers", sent, 200, 206, 416, check=_part_of(whole))
 
 
-def _part_of(whole: bytes) -> Callable[[Answer], str]:
+def _span(wanted: str, length: int) -> tuple[int, int] | None:
+    """What a Range asks for as RFC 9110 (14.1.2) has it, empty if there is no such part.
+
+    None for what is no single range, or is none at all.
+    """
+    found = re.fullmatch(r"bytes=(\d{0,19})-(\d{0,19})", wanted, re.ASCII)
+    if found is None or not any(found.groups()):
+        return None
+    first, last = found.groups()
+    if not first:
+        return max(0, length - int(last)), length
+    if last and int(last) < int(first):
+        return None
+    stop = min(int(last) + 1, length) if last else length
+    return min(int(first), length), stop
+
+
+def _part_of(whole: bytes, span: tuple[int, int] | None = None) -> Callable[[Answer], str]:
+    """Whether an answer is what it says, and the part that was asked for, if that is known."""
+    status = 0 if span is None else 206 if span[0] < span[1] else 416
+
     def check(answer: Answer) -> str:
         expected, said = whole, answer.headers.get("content-range")
+        if status and answer.status != status:
+            return f"{answer.status}, expected {status}"
         if answer.status == 416:
             return "" if said == f"bytes */{len(whole)}" else f"Content-Range: {said}"
         if answer.status == 206:
             found = re.fullmatch(rf"bytes (\d+)-(\d+)/{len(whole)}", said or "")
             if found is None:
                 return f"Content-Range: {said}"
-            expected = whole[int(found[1]) : int(found[2]) + 1]
+            part = int(found[1]), int(found[2]) + 1
+            if span is not None and part != span:
+                return f"{part}, expected {span}"
+            expected = whole[slice(*part)]
         return "" if answer.body == expected else f"{len(answer.body)} other bytes"
 
     return check

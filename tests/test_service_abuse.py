@@ -74,6 +74,9 @@ def test_parts_of_downloads_are_compared():
     assert check(service_abuse.parsed(part + b"234")) == ""
     assert check(service_abuse.parsed(part + b"235")) == "3 other bytes"
     assert check(service_abuse.parsed(part.replace(b"/10", b"/11") + b"234")).startswith("Content-")
+    assert service_abuse._part_of(b"0123456789", (2, 5))(service_abuse.parsed(part + b"234")) == ""
+    other = service_abuse._part_of(b"0123456789", (2, 6))(service_abuse.parsed(part + b"234"))
+    assert other == "(2, 5), expected (2, 6)"
 
 
 def test_texts_that_are_kept_for_others_have_a_limit(tmp_path):
