@@ -96,7 +96,6 @@ class Clients:
     async def watch(self) -> None:
         """Watch the merge that runs; when it is over, the next one."""
         while True:
-            started = time.monotonic()
             _, reader, writer, _ = await self._open("/experiments?limit=1")
             body = await reader.read(-1)
             writer.close()
@@ -107,7 +106,7 @@ class Clients:
             while line := await reader.readline():
                 self.events += line.startswith(b"event:")
             writer.close()
-            await asyncio.sleep(1)
+            await asyncio.sleep(SECONDS_BETWEEN)  # until the next merge has begun
 
     async def download(self) -> None:
         """Download at the pace of a line of 2 MB/s."""
