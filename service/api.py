@@ -40,6 +40,9 @@ PAGE: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/html": {"schema": {"type": "string"}}}}
 }
 
+MANY, SMALL_PIECE = 32, 2**17
+"""Where more than so many download at once, their pieces are so small that memory stays so, too."""
+
 router = APIRouter(prefix=API, responses=ERRORS, tags=["model-merger"])
 
 
@@ -203,11 +206,16 @@ def _part(
     headers["content-length"] = str(stop - start)
 
     async def pieces() -> AsyncIterator[bytes]:
-        position = start
-        while position < stop:
-            piece = await asyncio.to_thread(source.piece, position, stop)
-            position += len(piece)
-            yield piece
+        service, position = service_of(request), start
+        service.downloads += 1
+        try:
+            while position < stop:
+                most = SMALL_PIECE if service.downloads > MANY else stop - position
+                piece = await asyncio.to_thread(source.piece, position, min(stop, position + most))
+                position += len(piece)
+                yield piece
+        finally:
+            service.downloads -= 1
 
     return StreamingResponse(pieces(), 200 if span is None else 206, headers, media_type=kind)
 

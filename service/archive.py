@@ -17,7 +17,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-CHUNK = 2**17
+CHUNK = 2**19
+"""Bytes of a piece, at most; each costs a way through the server."""
 
 UTF8, STORED, UNIX = 0x0800, 0, 3
 VERSION, VERSION_64 = 20, 45

@@ -32,7 +32,7 @@ FRESH = 30.0
 SCAN_SECONDS = 300.0
 """That it may take."""
 
-LOOK = 0.5
+LOOK = 1.0
 """Seconds between two looks at what has changed."""
 
 MOST_TEXT = 8 * 2**20
@@ -102,6 +102,7 @@ class Service:
         self._length = 0  # characters of them
         self._generation = 0
         self.watchers = 0
+        self.downloads = 0
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> "Service":
