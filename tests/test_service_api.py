@@ -166,6 +166,7 @@ def test_a_model_of_the_hub_is_downloaded_when_it_is_asked_for(tmp_path):
     with hub as url:
         environment = {
             "HF_ENDPOINT": url,
+            "HF_HUB_OFFLINE": "0",  # whatever other tests have set
             "HF_HOME": str(tmp_path / "cache"),
             "LLAMA_MERGE_HUB_MODELS": "team/chat",
             "LLAMA_MERGE_HUB_DOWNLOADS": "true",
