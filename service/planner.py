@@ -46,13 +46,11 @@ class Planner:
     Args:
         folder: with links to the models; the process works in it.
         seconds: that a plan may take.
-        environment: variables for it, beside those of this process.
     """
 
-    def __init__(self, folder: Path, seconds: float, environment: Mapping[str, str] = {}) -> None:
+    def __init__(self, folder: Path, seconds: float) -> None:
         self._folder = folder
         self._seconds = seconds
-        self._environment = dict(environment)
         self._pool: ProcessPoolExecutor | None = None
         self._turn = asyncio.Lock()
         self._waiting = 0
@@ -101,7 +99,7 @@ class Planner:
             1,
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_begin,
-            initargs=(str(self._folder), self._environment),
+            initargs=(str(self._folder),),
             max_tasks_per_child=PLANS,
         )
 
@@ -117,10 +115,9 @@ class Planner:
 # In that process
 
 
-def _begin(folder: str, environment: Mapping[str, str]) -> None:
+def _begin(folder: str) -> None:
     """Work among the models, within limits, and only as long as the server is there."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server ends this process itself
-    os.environ.update(environment)
     os.chdir(folder)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     server = multiprocessing.parent_process()
@@ -163,9 +160,8 @@ def plan(
         findings = _can_be_compared(stages) if asked.findings is None else asked.findings
         report = plan_stages(stages, Path(output), **settings, findings=findings)
     except (ValueError, ModelCompatibilityError, OSError) as error:
-        clean = type("_", (Exception,), {})(public(str(error), output))
-        form = asked.recipe is None
-        return {"problems": [*map(tuple, problems_of(clean, form=form))]}
+        problems = problems_of(ValueError(public(str(error), output)), form=asked.recipe is None)
+        return {"problems": [*map(tuple, problems)]}
     base, models = model_ids(text)
     return {
         "problems": [],

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -176,10 +177,8 @@ def explained(error: Exception, output: str) -> list[str]:
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         lines = text.splitlines()
     else:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        lines = [
-            f"an error of the program itself ({type(error).__name__}); the server's log has it"
-        ]
+        traceback.print_exception(error)
+        lines = [f"an error of the program itself ({type(error).__name__}), which its log has"]
     return [public(line, output) for line in lines] or [type(error).__name__]
 
 
