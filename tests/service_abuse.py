@@ -13,14 +13,12 @@ status 1 if something went wrong.
 
 import argparse
 import base64
-import contextlib
 import functools
 import itertools
 import json
 import os
 import re
 import shutil
-import signal
 import socket
 import struct
 import subprocess
@@ -899,7 +897,7 @@ class Times:
 
 
 class Target(Server):
-    """A server with a log that does not fill a pipe, and no place to write to but its data."""
+    """A server that has no place to write to but its data."""
 
     def __init__(self, place: Path, name: str, *options: str, token: str = "") -> None:
         (place / name).mkdir()
@@ -907,15 +905,6 @@ class Target(Server):
         environment = {"PYTHONPATH": str(ROOT), "TMPDIR": str(place / "tmp")}
         environment["LLAMA_MERGE_TOKEN"] = token
         super().__init__(place / name / "data", *options, environment=environment)
-
-    def start(self) -> None:
-        super().start()
-        threading.Thread(target=lambda: self.said.extend(self.process.stderr), daemon=True).start()
-
-    def stop(self) -> int:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
-        return int(self.process.wait(60))
 
     def memory(self) -> int:
         """Bytes that it has held at most."""
@@ -1052,11 +1041,9 @@ def error_problems(answer: Answer) -> Iterator[str]:
 def watchers(campaign: Campaign, server: Target, most: int, place: str = "watchers") -> None:
     """As many watch as may, and when they have gone, others can."""
     key = server.merge()
-    worker = _worker(server)
-    os.kill(worker, signal.SIGSTOP)
     sent = request("GET", f"{API}/experiments/{key}/events")
     before = server.descriptors()
-    try:
+    with server.frozen(key):
         for round_ in range(2):
             open_, statuses = [], Counter()  # type: ignore[var-annotated]
             for _ in range(most + 20):
@@ -1073,27 +1060,7 @@ def watchers(campaign: Campaign, server: Target, most: int, place: str = "watche
                 connection.close()
             until(lambda: server.descriptors() <= before + 2)
         campaign.expect(place, server.descriptors() <= before + 2, "connections stay open")
-    finally:
-        os.kill(worker, signal.SIGCONT)
     server.finished(key)
-
-
-def _worker(server: Target) -> int:
-    """The process that merges."""
-    found: list[int] = []
-
-    def look() -> bool:
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                parent = int(path.read_text().rpartition(")")[2].split()[1])
-                line = (path.parent / "cmdline").read_bytes()
-                if parent == server.process.pid and b"service.worker" in line:
-                    found.append(int(path.parent.name))
-        return bool(found)
-
-    if not until(look):
-        raise RuntimeError("no process merges")
-    return found[0]
 
 
 def until(holds: Callable[[], bool], seconds: float = 20) -> bool:
@@ -1112,15 +1079,12 @@ def queue(campaign: Campaign, server: Target, most: int) -> None:
     sent = [
         post(f"{API}/experiments", {**TWO, "name": f"{n}", "evaluation": long}) for n in range(60)
     ]
-    worker: list[int] = []
 
     def send(part: bytes) -> Answer:
         return exchange(server.port, [part])
 
     first = send(sent[0])
-    worker.append(_worker(server))
-    os.kill(worker[0], signal.SIGSTOP)
-    try:
+    with server.frozen(json.loads(first.body)["experiment_id"]):
         with ThreadPoolExecutor(4) as pool:  # of such large ones, more are refused as that
             answers = [first, *pool.map(send, sent[1:])]
         statuses = Counter(answer.status for answer in answers)
@@ -1133,9 +1097,7 @@ def queue(campaign: Campaign, server: Target, most: int) -> None:
         listed = server.ask("GET", f"{API}/experiments?limit=200")
         campaign.expect("queue", listed.status == 200 and len(listed.body) < 10**6, "a long list")
         for key in accepted[::-1]:
-            server.post(f"/experiments/{key}/cancel")
-    finally:
-        os.kill(worker[0], signal.SIGCONT)
+            server.cancel(key)
     closed = until(lambda: server.get("/health")["running"] == 0)
     campaign.expect("queue", closed, "what was cancelled runs on")
 

@@ -17,7 +17,6 @@ import http.client
 import os
 import random
 import signal
-import sqlite3
 import sys
 import tempfile
 import time
@@ -76,20 +75,14 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def worker_of(server, chance):
-    """The process of one of the jobs that run; None if there is none."""
-    with contextlib.closing(sqlite3.connect(server.data / "jobs.sqlite3", timeout=30)) as db:
-        pids = [pid for (pid,) in db.execute("SELECT pid FROM jobs WHERE state = 'running'")]
-    return chance.choice(pids) if pids else None
-
-
 def kill_something(server, chance, killed):
     """SIGKILL to the server, or to a worker; a server is started again."""
     pid = None
     if chance.random() < 0.5:
         end = time.monotonic() + 3
-        while (pid := worker_of(server, chance)) is None and time.monotonic() < end:
+        while not (pids := server.workers()) and time.monotonic() < end:
             time.sleep(0.01)
+        pid = chance.choice([*pids.values()]) if pids else None
         time.sleep(chance.uniform(0, 0.5))
     if pid is None:
         server.kill()

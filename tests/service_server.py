@@ -5,14 +5,18 @@ with Server(tmp_path / "data") as server:
     server.finished(key)
 """
 
+import contextlib
 import http.client
 import json
 import os
+import queue
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -44,6 +48,10 @@ class Server:
         data: its data folder.
         options: of the command line.
         environment: variables, beside those of this process.
+
+    Attributes:
+        process: the server, as it was last started.
+        said: the lines that it has written since.
     """
 
     def __init__(
@@ -74,33 +82,45 @@ class Server:
             env=self.environment,
         )
         self.said = []
+        address: queue.Queue[str] = queue.Queue()
+        self._listener = threading.Thread(target=self._listen, args=(address,), daemon=True)
+        self._listener.start()
+        line = address.get()
+        if not line:
+            self._ended()
+            raise RuntimeError("".join(self.said))
+        self.port = int(line.rstrip("/\n").rpartition(":")[2])
+
+    def _listen(self, address: queue.Queue[str]) -> None:
+        """Take what it writes, so that the pipe is never full; the address, or "" at the end."""
         assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.said.append(line)
-            if line.startswith("llama-merge: "):
-                self.port = int(line.rstrip("/\n").rpartition(":")[2])
-                return
-        self.process.wait()
-        self._close()
-        raise RuntimeError("".join(self.said))
+        with self.process.stderr as lines:
+            for line in lines:
+                self.said.append(line)
+                if line.startswith("llama-merge: "):
+                    address.put(line)
+        address.put("")
 
     def stop(self) -> int:
         """Stop it as Ctrl-C does; its exit status."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
-        status = self.process.wait(60)
-        self._close()
-        return status
+        return self._ended()
 
     def kill(self) -> None:
         """SIGKILL."""
         self.process.kill()
-        self.process.wait()
-        self._close()
+        self._ended()
 
-    def _close(self) -> None:
-        assert self.process.stderr is not None
-        self.process.stderr.close()
+    def _ended(self) -> int:
+        status = self.process.wait(60)
+        self._listener.join(60)
+        return status
+
+    @property
+    def url(self) -> str:
+        """Its address."""
+        return f"http://127.0.0.1:{self.port}"
 
     def ask(
         self,
@@ -134,6 +154,10 @@ class Server:
         """Ask for a merge; the id of the experiment."""
         return str(self.post("/experiments", {**(request or TWO), **more})["experiment_id"])
 
+    def cancel(self, key: str) -> None:
+        """Cancel an experiment."""
+        self.post(f"/experiments/{key}/cancel")
+
     def experiment(self, key: str) -> Any:
         """An experiment as it is now."""
         return self.get(f"/experiments/{key}")["experiment"]
@@ -143,12 +167,38 @@ class Server:
         end = time.monotonic() + seconds
         while not holds(found := self.experiment(key)):
             assert time.monotonic() < end, found
-            time.sleep(0.05)
+            time.sleep(0.02)
         return found
 
     def finished(self, key: str, seconds: float = 60) -> Any:
         """An experiment when it neither waits nor runs."""
         return self.until(key, lambda found: found["status"] not in ("queued", "running"), seconds)
+
+    def workers(self) -> dict[str, int]:
+        """The processes that work on experiments, by their ids, as the database has it."""
+        path = self.data / "jobs.sqlite3"
+        with contextlib.closing(sqlite3.connect(path, timeout=30)) as database:
+            held = "SELECT experiment, pid FROM jobs WHERE state = 'running'"
+            return dict(database.execute(held).fetchall())
+
+    def worker(self, key: str, seconds: float = 60) -> int:
+        """The process that works on an experiment, as soon as one does."""
+        end = time.monotonic() + seconds
+        while key not in (found := self.workers()):
+            assert time.monotonic() < end, self.experiment(key)
+            time.sleep(0.005)
+        return found[key]
+
+    @contextlib.contextmanager
+    def frozen(self, key: str) -> Iterator[int]:
+        """The process that works on an experiment, which stands still meanwhile."""
+        worker = self.worker(key)
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            yield worker
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGCONT)
 
 
 def _well(answer: Answer) -> Any:

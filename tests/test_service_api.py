@@ -88,21 +88,6 @@ def weights_of(found):
     return file["sha256"]
 
 
-def workers(server):
-    """The processes that hold a job, by what the database says."""
-    with contextlib.closing(sqlite3.connect(server.data / "jobs.sqlite3")) as db:
-        return [pid for (pid,) in db.execute("SELECT pid FROM jobs WHERE state = 'running'")]
-
-
-def worker(server, seconds=30):
-    """The one process that holds a job, when there is one."""
-    end = time.monotonic() + seconds
-    while not (found := workers(server)):
-        assert time.monotonic() < end
-        time.sleep(0.005)
-    return found[0]
-
-
 # Models
 
 
@@ -404,12 +389,10 @@ def test_what_waits_can_be_cancelled_and_removed(server):
 def test_a_merge_that_runs_is_cancelled_and_leaves_nothing(tmp_path, large):
     with Server(tmp_path / "data", "--models", large) as server:
         key = server.merge(LARGE)
-        process = worker(server)
-        os.kill(process, signal.SIGSTOP)  # so that it is not done too early
-        assert server.ask("DELETE", f"{API}/experiments/{key}").status == 409
-        server.post(f"/experiments/{key}/cancel")
-        time.sleep(0.5)
-        os.kill(process, signal.SIGCONT)
+        with server.frozen(key):  # so that it is not done too early
+            assert server.ask("DELETE", f"{API}/experiments/{key}").status == 409
+            server.cancel(key)
+            time.sleep(0.5)
         assert server.finished(key)["status"] == "cancelled"
         end = time.monotonic() + 10
         while (server.data / "results" / key).exists() and time.monotonic() < end:
@@ -421,7 +404,7 @@ def test_a_merge_that_runs_is_cancelled_and_leaves_nothing(tmp_path, large):
 def test_a_killed_worker_is_followed_by_another(tmp_path, large):
     with Server(tmp_path / "data", "--models", large) as server:
         key = server.merge(LARGE)
-        os.kill(worker(server), signal.SIGKILL)
+        os.kill(server.worker(key), signal.SIGKILL)
         found = server.finished(key)
         assert found["status"] == "completed", found
         assert weights_of(found) == expected(tmp_path, LARGE, large)
@@ -432,7 +415,7 @@ def test_a_merge_survives_the_server(tmp_path, large):
     server = Server(tmp_path / "data", "--models", large)
     server.start()
     key, waiting = server.merge(LARGE), server.merge(LARGE)
-    process = worker(server)
+    process = server.worker(key)
     server.kill()
     server.start()
     for each in (key, waiting):
@@ -450,9 +433,9 @@ def test_a_server_that_is_stopped_has_its_jobs_wait(tmp_path, large):
     server = Server(tmp_path / "data", "--models", large)
     server.start()
     key = server.merge(LARGE)
-    worker(server)
+    server.worker(key)
     assert server.stop() == 0
-    assert workers(server) == []
+    assert server.workers() == {}
     with server:
         assert server.finished(key)["status"] == "completed"
 
@@ -493,13 +476,11 @@ def test_a_port_that_is_taken_is_said(tmp_path, server):
 def test_the_queue_has_an_end(tmp_path, large):
     with Server(tmp_path / "data", "--queue", 2, "--models", large) as server:
         first = server.merge(LARGE)
-        process = worker(server)
-        os.kill(process, signal.SIGSTOP)
-        server.merge()
-        answer = server.ask("POST", f"{API}/experiments", TWO)
-        assert answer.status == 429
-        assert "the queue is full" in answer.json["error"]
-        os.kill(process, signal.SIGCONT)
+        with server.frozen(first):
+            server.merge()
+            answer = server.ask("POST", f"{API}/experiments", TWO)
+            assert answer.status == 429
+            assert "the queue is full" in answer.json["error"]
         server.finished(first)
 
 
@@ -597,8 +578,9 @@ def test_beyond_loopback_every_request_needs_the_token(tmp_path):
 
 def test_beyond_loopback_a_token_is_made(tmp_path):
     with Server(tmp_path / "data", "--host", "0.0.0.0") as server:
-        lines = [next(server.process.stderr) for _ in range(2)]
-        token = lines[-1].removeprefix("token: ").strip()
+        while not server.said[-1].startswith("token: "):
+            time.sleep(0.01)
+        token = server.said[-1].removeprefix("token: ").strip()
         assert len(token) >= 32
         right = {"Authorization": f"Bearer {token}"}
         assert server.ask("GET", f"{API}/models", headers=right).status == 200
@@ -627,8 +609,6 @@ def test_the_command_of_merges_serves_too(tmp_path):
 def test_many_watch_at_once(tmp_path, large):
     with Server(tmp_path / "data", "--models", large, "--watchers", 20) as server:
         key = server.merge(LARGE)
-        process = worker(server)
-        os.kill(process, signal.SIGSTOP)
         ends = []
 
         def watch():
@@ -636,21 +616,21 @@ def test_many_watch_at_once(tmp_path, large):
             ends.append(body.rstrip().rpartition("event: ")[2].split("\n")[0])
 
         threads = [threading.Thread(target=watch) for _ in range(20)]
-        for thread in threads:
-            thread.start()
-        end = time.monotonic() + 20
-        while True:  # until all have come, one more is sent away
-            answer = server.ask("GET", f"{API}/models")
-            assert answer.status == 200
-            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
-            connection.request("GET", f"{API}/experiments/{key}/events")
-            status = connection.getresponse().status
-            connection.close()
-            if status == 429:
-                break
-            assert time.monotonic() < end
-            time.sleep(0.1)
-        os.kill(process, signal.SIGCONT)
+        with server.frozen(key):
+            for thread in threads:
+                thread.start()
+            end = time.monotonic() + 20
+            while True:  # until all have come, one more is sent away
+                answer = server.ask("GET", f"{API}/models")
+                assert answer.status == 200
+                connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+                connection.request("GET", f"{API}/experiments/{key}/events")
+                status = connection.getresponse().status
+                connection.close()
+                if status == 429:
+                    break
+                assert time.monotonic() < end
+                time.sleep(0.1)
         for thread in threads:
             thread.join(60)
         assert set(ends) <= {"end", "progress"}

@@ -1,26 +1,20 @@
 """The studio, in a browser, against a service in a process of its own."""
 
 import contextlib
-import json
 import os
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors import safe_open
+from service_server import Server
 from tiny_checkpoints import make_llama
 
-ROOT = Path(__file__).resolve().parent.parent
 BROWSER = os.environ.get("CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
@@ -48,100 +42,6 @@ addEventListener("securitypolicyviolation", (event) => told(`CSP: ${event.violat
 """
 
 
-class Server:
-    """A service in a process of its own.
-
-    Args:
-        folder: for its data and what it prints.
-        options: of its command.
-    """
-
-    def __init__(self, folder: Path, *options: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        folder.mkdir(parents=True)
-        self.log = folder / "log"
-        program = [sys.executable, "start.py", "--port", str(self.port), "--data", str(folder)]
-        self.command = [*program, *options]
-        self.begin()
-
-    def begin(self) -> None:
-        """Start it, until it answers."""
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(self.command, cwd=ROOT, stdout=log, stderr=log)
-        for _ in range(600):
-            with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", self.port), 1).close()
-                return
-            assert self.process.poll() is None, self.log.read_text()
-            time.sleep(0.1)
-        raise AssertionError(self.log.read_text())
-
-    def stop(self) -> None:
-        """End it and its workers."""
-        for worker in self.workers():
-            os.kill(worker, signal.SIGCONT)
-        self.process.terminate()
-        self.process.wait(40)
-
-    def ask(self, path: str, body: Any = None, method: str | None = None) -> Any:
-        """What the API answers."""
-        request = urllib.request.Request(
-            f"{self.url}/api/model-merger/{path}",
-            None if body is None else json.dumps(body).encode(),
-            {"content-type": "application/json"} if body is not None else {},
-            method=method,
-        )
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)
-
-    def start(self, **request: Any) -> str:
-        """Ask for a merge; its id."""
-        return self.ask("experiments", request)["experiment_id"]
-
-    def wait_for(self, key: str, is_so: Callable[[Any], bool]) -> Any:
-        """An experiment, as soon as it is so."""
-        for _ in range(9000):
-            found = self.ask(f"experiments/{key}")["experiment"]
-            if is_so(found):
-                return found
-            time.sleep(0.01)
-        raise AssertionError(found)
-
-    def workers(self) -> list[int]:
-        """The processes that merge."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                parent = path.joinpath("stat").read_text().rpartition(")")[2].split()[1]
-                ours = int(parent) == self.process.pid
-                if ours and b"service.worker" in path.joinpath("cmdline").read_bytes():
-                    found.append(int(path.name))
-        return found
-
-    @contextlib.contextmanager
-    def frozen(self, key: str, is_so: Callable[[Any], bool]) -> Iterator[Any]:
-        """An experiment that stands still once it is so; slow until then, so as not to miss it."""
-        self.wait_for(key, lambda found: found["status"] == "running")
-        (worker,) = self.workers()
-        os.kill(worker, signal.SIGSTOP)
-        while True:
-            found = self.ask(f"experiments/{key}")["experiment"]
-            if is_so(found):
-                break
-            assert found["status"] == "running", "the merge was too fast"
-            os.kill(worker, signal.SIGCONT)
-            time.sleep(0.005)
-            os.kill(worker, signal.SIGSTOP)
-        try:
-            yield found
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(worker, signal.SIGCONT)
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     roots = tmp_path_factory.mktemp("models")
@@ -149,12 +49,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     size = {"vocab_size": 2000, "hidden_size": 384, "intermediate_size": 1024, "layers": 6}
     for seed, name in enumerate(("one", "two")):
         make_llama(roots / "large" / name, seed=seed, tokenizer=True, **size)
-    options = ("--models", str(roots), "--changes-per-minute", "6000")
-    found = Server(tmp_path_factory.mktemp("server") / "data", *options)
-    try:
+    options = ("--models", roots, "--changes-per-minute", 6000)
+    with Server(tmp_path_factory.mktemp("server") / "data", *options) as found:
         yield found
-    finally:
-        found.stop()
 
 
 @pytest.fixture(scope="module")
@@ -252,17 +149,26 @@ def judged(server: Server) -> str:
     """A merge with a name and a prompt that are hard to show, and with answers."""
     models = [{"id": "capitals", "weight": 0.5}, {"id": "elements", "weight": 0.5}]
     asked = {"prompts": [EVIL, "y" * 40], "text": "symbol: gold = Au", "max_new_tokens": 8}
-    key = server.start(name=LONG, method="linear", models=models, evaluation=asked)
-    found = server.wait_for(
-        key, lambda found: found["evaluation"] and found["evaluation"]["finished_at"]
+    key = server.merge(name=LONG, method="linear", models=models, evaluation=asked)
+    found = server.until(
+        key, lambda found: found["evaluation"] and found["evaluation"]["finished_at"], 90
     )
     assert found["evaluation"]["status"] == "completed"
     return key
 
 
 def a_long_merge(server: Server, name: str = "Large") -> str:
-    models = [{"id": "large-two", "weight": 1}] * 2
-    return server.start(name=name, method="della", base_model="large-one", models=models)
+    """Asked for; it takes seconds, and says several times how far it is."""
+    models = [{"id": "large-two", "weight": 1}] * 20
+    return server.merge(name=name, method="della", base_model="large-one", models=models)
+
+
+@contextlib.contextmanager
+def frozen_on_the_way(server: Server, key: str) -> Iterator[Any]:
+    """An experiment that stands still when a part of it is done."""
+    server.until(key, lambda found: found["progress"] > 0, 90)
+    with server.frozen(key):
+        yield server.experiment(key)
 
 
 def test_a_newcomers_first_merge_takes_four_clicks(visit: Visit, tmp_path: Path) -> None:
@@ -414,10 +320,10 @@ def test_the_form_can_be_filled_in_by_an_earlier_merge(visit: Visit, server: Ser
     models = [{"id": "elements", "weight": 0.25}, {"id": "capitals", "weight": 0.5}]
     request = {"method": "dare", "base_model": "base", "models": models, "dtype": "float16"}
     parameters = {"drop_rate": 0.3, "seed": 7, "variant": "ties", "elect_method": "count"}
-    key = server.start(name="Again", **request, parameters=parameters)
+    key = server.merge(name="Again", **request, parameters=parameters)
     visit.page.goto(f"/?from={key}")
     visit.wait_until_ready()
-    first = server.ask(f"experiments/{key}")["experiment"]["recipe"]
+    first = server.experiment(key)["recipe"]
     second = visit.page.text_content("#recipe-view")
     assert second == first.replace("parameters: {seed", "parameters: {lambda: 1.0, seed")
     assert visit.page.input_value("#name") == "Again"
@@ -426,7 +332,7 @@ def test_the_form_can_be_filled_in_by_an_earlier_merge(visit: Visit, server: Ser
 def test_a_merge_can_be_cancelled(visit: Visit, server: Server) -> None:
     page = visit.page
     key = a_long_merge(server)
-    with server.frozen(key, lambda _: True):
+    with server.frozen(key):
         page.goto(f"/experiments/{key}")
         page.get_by_role("button", name="Cancel").click()
         page.get_by_role("button", name="Go on").click()
@@ -449,7 +355,7 @@ def test_progress_goes_on_after_a_reload_and_after_a_crash(visit: Visit, server:
     visit.allow("ERR_CONNECTION_REFUSED|ERR_INCOMPLETE_CHUNKED_ENCODING|ERR_CONNECTION_RESET")
     key = a_long_merge(server)
     page.goto(f"/experiments/{key}")
-    with server.frozen(key, lambda found: found["progress"] > 0) as found:
+    with frozen_on_the_way(server, key) as found:
         assert 0 < found["progress"] < 100
         shown = f"{int(found['progress'])} %"
         page.get_by_text("Merging the weights").wait_for()
@@ -461,10 +367,9 @@ def test_progress_goes_on_after_a_reload_and_after_a_crash(visit: Visit, server:
         assert page.inner_text(".percent") == shown
         page.wait_for_function("document.title.startsWith(find('.percent').textContent)")
         assert page.evaluate("find('progress').value") == found["progress"]
-        server.process.kill()
-        server.process.wait()
+        server.kill()
         page.get_by_text("The service does not answer").wait_for()
-    server.begin()
+    server.start()
     visit.wait_until_merged()
     history = page.locator("#history li span").all_inner_texts()
     assert history[-1] == "completed"
@@ -503,7 +408,7 @@ def test_the_keyboard_alone_suffices(visit: Visit, server: Server) -> None:
     page.wait_for_url("**/experiments/exp-*")
     assert page.inner_text("h1") == "By hand"
     assert visit.clicks == 0
-    server.ask(f"experiments/{page.url.rpartition('/')[2]}/cancel", {})
+    server.cancel(page.url.rpartition("/")[2])
 
 
 def test_models_can_be_asked_with_the_merge_and_later(visit: Visit) -> None:
@@ -563,7 +468,7 @@ def test_names_are_shown_as_text(visit: Visit, judged: str) -> None:
 def test_the_list_is_live_and_has_pages(visit: Visit, server: Server) -> None:
     page = visit.page
     first = a_long_merge(server)
-    with server.frozen(first, lambda _: True):
+    with server.frozen(first):
         keys = [a_long_merge(server, f"Waiting {number}") for number in range(9)]
         page.goto("/")
         names = page.locator("#experiments .row-name")
@@ -572,7 +477,7 @@ def test_the_list_is_live_and_has_pages(visit: Visit, server: Server) -> None:
         late = a_long_merge(server, "Late")
         names.get_by_text("Late").wait_for()
         assert names.count() == 8
-        server.ask(f"experiments/{late}/cancel", {})
+        server.cancel(late)
         page.locator(f"[data-id={late}] [data-state=cancelled]").wait_for()
         page.get_by_role("link", name="Older experiments").click()
         assert names.first.inner_text() in ("Waiting 1", "Waiting 0")
@@ -581,21 +486,16 @@ def test_the_list_is_live_and_has_pages(visit: Visit, server: Server) -> None:
         page.get_by_role("link", name="Newest").click()
         assert names.first.inner_text() == "Late"
         for key in [*keys, first]:
-            server.ask(f"experiments/{key}/cancel", {})
+            server.cancel(key)
         page.locator(f"[data-id={keys[0]}] [data-state=cancelled]").wait_for()
     page.locator(f"[data-id={first}] [data-state=cancelled]").wait_for()
 
 
 def test_a_failed_merge_says_why(visit: Visit, server: Server, tmp_path: Path) -> None:
     key = a_long_merge(server)
-    with server.frozen(key, lambda _: True):
-        for _ in range(3):
-            (worker,) = server.workers()
-            os.kill(worker, signal.SIGKILL)
-            server.wait_for(key, lambda found: found["status"] != "running")
-            if server.ask(f"experiments/{key}")["experiment"]["status"] == "failed":
-                break
-            server.wait_for(key, lambda found: found["status"] == "running")
+    while server.experiment(key)["status"] != "failed":
+        os.kill(server.worker(key), signal.SIGKILL)
+        server.until(key, lambda found: found["status"] != "running")
     page = visit.page
     page.goto(f"/experiments/{key}")
     assert "Its process was killed" in page.inner_text(".panel.bad")
@@ -663,8 +563,7 @@ def test_a_token_is_asked_for(
     browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LLAMA_MERGE_TOKEN", TOKEN)
-    server = Server(tmp_path / "data")
-    try:
+    with Server(tmp_path / "data") as server:
         visit = Visit(browser, server)
         visit.allow("401")
         page = visit.page
@@ -686,8 +585,6 @@ def test_a_token_is_asked_for(
         visit.wait_until_ready()
         page.context.close()
         assert visit.wrong == []
-    finally:
-        server.stop()
 
 
 def test_every_method_has_words_of_its_own() -> None:
