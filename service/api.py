@@ -1,8 +1,5 @@
 """The JSON API, under /api/model-merger."""
 
-import asyncio
-from collections.abc import AsyncIterator, Mapping
-from types import MappingProxyType
 from typing import Annotated, Any
 from urllib.parse import quote
 
@@ -14,8 +11,8 @@ from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from model_hashes import REPORT_FILE
-from service.archive import Archive, File
 from service.core import API, RefusedError, Service, entries_view, view
+from service.downloads import part_of
 from service.schemas import (
     EvaluationRequest,
     ExperimentRequest,
@@ -39,9 +36,6 @@ PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; sandbox; frame-anc
 PAGE: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/html": {"schema": {"type": "string"}}}}
 }
-
-MANY, SMALL_PIECE = 32, 2**17
-"""Where more than so many download at once, their pieces are so small that memory stays so, too."""
 
 router = APIRouter(prefix=API, responses=ERRORS, tags=["model-merger"])
 
@@ -174,75 +168,7 @@ async def download_experiment(service: Here, key: Key, request: Request) -> Resp
     """The merged model as a ZIP; a download that broke off can go on (Range)."""
     name, archive = await service.archive(key)
     headers = {"content-disposition": f'attachment; filename="{name}"'}
-    return _part(request, archive, key, "application/zip", headers)
-
-
-def _part(
-    request: Request,
-    source: Archive | File,
-    tag: str,
-    kind: str,
-    more: Mapping[str, str] = MappingProxyType({}),
-) -> Response:
-    """What is asked for of some bytes: all of them, or a range.
-
-    Args:
-        request: with Range and If-Range, or without.
-        source: the bytes.
-        tag: changes with the bytes.
-        kind: their media type.
-        more: headers.
-    """
-    etag, length = f'"{tag}"', source.length
-    headers = {**more, "accept-ranges": "bytes", "etag": etag}
-    wanted = request.headers.get("range") if request.headers.get("if-range", etag) == etag else None
-    span = byte_range(wanted, length)
-    start, stop = span or (0, length)
-    if span is not None and start >= stop:
-        content_range = {"content-range": f"bytes */{length}"}
-        raise RefusedError(416, "there is no such part of it", headers=content_range)
-    if span is not None:
-        headers["content-range"] = f"bytes {start}-{stop - 1}/{length}"
-    headers["content-length"] = str(stop - start)
-
-    async def pieces() -> AsyncIterator[bytes]:
-        service, position = service_of(request), start
-        service.downloads += 1
-        try:
-            while position < stop:
-                most = SMALL_PIECE if service.downloads > MANY else stop - position
-                piece = await asyncio.to_thread(source.piece, position, min(stop, position + most))
-                position += len(piece)
-                yield piece
-        finally:
-            service.downloads -= 1
-
-    return StreamingResponse(pieces(), 200 if span is None else 206, headers, media_type=kind)
-
-
-def byte_range(header: str | None, length: int) -> tuple[int, int] | None:
-    """What a Range header asks for: first byte, and the one after the last.
-
-    None for all of it: also where several ranges are asked for, or it cannot be understood, as
-    RFC 9110 (14.2) allows. A range that does not exist is empty.
-
-    >>> byte_range("bytes=2-3", 10), byte_range("bytes=8-", 10), byte_range("bytes=-4", 10)
-    ((2, 4), (8, 10), (6, 10))
-    >>> byte_range("bytes=10-", 10), byte_range("bytes=1-2,4-5", 10), byte_range("lines=1-2", 10)
-    ((10, 10), None, None)
-    """
-    unit, _, wanted = (header or "").partition("=")
-    first, dash, last = wanted.strip().partition("-")
-    numbers = [each for each in (first, last) if each]
-    if unit.strip() != "bytes" or not dash or not numbers:
-        return None
-    if not all(each.isascii() and each.isdecimal() and len(each) < 20 for each in numbers):
-        return None
-    if not first:
-        return max(0, length - int(last)), length
-    if last and int(last) < int(first):
-        return None
-    return min(int(first), length), min(int(last) + 1 if last else length, length)
+    return part_of(request, archive, key, "application/zip", headers)
 
 
 @router.get(
@@ -260,7 +186,7 @@ async def get_file(
     file = await service.file(key, name)
     headers = {"content-disposition": f'attachment; filename="{quote(name)}"'}
     kind = "application/octet-stream"
-    return _part(request, file, file.sha256 or key, kind, headers)
+    return part_of(request, file, file.sha256 or key, kind, headers)
 
 
 @router.get(
@@ -271,7 +197,7 @@ async def get_file(
 async def get_report(service: Here, key: Key, request: Request) -> Response:
     """The report of a finished merge, as it lies beside the weights (JSON)."""
     file = await service.file(key, REPORT_FILE)
-    return _part(request, file, file.sha256 or key, "application/json")
+    return part_of(request, file, file.sha256 or key, "application/json")
 
 
 @router.get("/experiments/{key}/findings", response_class=Response, responses=PAGE)

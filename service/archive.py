@@ -17,9 +17,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-CHUNK = 2**19
-"""Bytes of a piece, at most; each costs a way through the server."""
-
 UTF8, STORED, UNIX = 0x0800, 0, 3
 VERSION, VERSION_64 = 20, 45
 ZIP64 = 0x0001
@@ -48,16 +45,41 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Bytes of the archive that are known, or those of a file."""
+class Span:
+    """Bytes of a file.
 
-    head: bytes = b""
-    file: str = ""
-    size: int = 0
+    Attributes:
+        path: of the file.
+        size: of all of it, when the folder was finished.
+        start: the first byte.
+        stop: the byte after the last.
+    """
+
+    path: Path
+    size: int
+    start: int
+    stop: int
+
+    def open(self) -> BinaryIO:
+        """The file, unbuffered.
+
+        Raises:
+            OSError: it is not there any more, or is not what it was.
+        """
+        file = open_plain(self.path)
+        if os.fstat(file.fileno()).st_size != self.size:
+            file.close()
+            raise OSError(f"{self.path.name} has changed")
+        return file
 
     @property
     def length(self) -> int:
-        return self.size if self.file else len(self.head)
+        """How many bytes they are."""
+        return self.stop - self.start
+
+    def part(self, start: int, stop: int) -> "Span":
+        """Some of them, counted from the first."""
+        return Span(self.path, self.size, self.start + start, self.start + stop)
 
 
 class Archive:
@@ -72,41 +94,23 @@ class Archive:
     """
 
     def __init__(self, folder: Path, entries: Sequence[Entry]) -> None:
-        self._folder = folder
-        self._parts: list[_Part] = []
+        self._parts: list[bytes | Span] = []
         directory, position = b"", 0
         for entry in entries:
             head = _local_header(entry)
             directory += _directory_entry(entry, position)
-            self._parts += [_Part(head), _Part(file=entry.name, size=entry.size)]
+            self._parts += [head, Span(folder / Path(entry.name).name, entry.size, 0, entry.size)]
             position += len(head) + entry.size
-        self._parts.append(_Part(directory + _end(len(entries), len(directory), position)))
-        *self._begins, self.length = accumulate((part.length for part in self._parts), initial=0)
+        self._parts.append(directory + _end(len(entries), len(directory), position))
+        *self._begins, self.length = accumulate(map(_length, self._parts), initial=0)
 
-    def piece(self, start: int, stop: int) -> bytes:
-        """The bytes from `start` up to `stop`, or the first of them, `CHUNK` at most.
-
-        Nothing stays open between two pieces: a client may go away at any time.
-
-        Raises:
-            OSError: a file is not there any more, or is not what it was.
-        """
-        number = bisect_right(self._begins, start) - 1
-        while number < len(self._parts) - 1 and not self._parts[number].length:
-            number += 1  # empty files begin where the next part does
-        part, begin = self._parts[number], self._begins[number]
-        first, last = start - begin, min(stop - begin, part.length, start - begin + CHUNK)
-        if not part.file:
-            return part.head[first:last]
-        return File(self._folder / Path(part.file).name, part.size).piece(first, last)
-
-    def read(self, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-        """All pieces from `start` up to `stop`."""
-        stop = self.length if stop is None else min(stop, self.length)
-        while start < stop:
-            piece = self.piece(start, stop)
-            start += len(piece)
-            yield piece
+    def parts(self, start: int, stop: int) -> Iterator[bytes | Span]:
+        """What the archive consists of from byte `start` up to `stop`."""
+        first = max(0, bisect_right(self._begins, start) - 1)
+        for part, begin in zip(self._parts[first:], self._begins[first:], strict=True):
+            low, high = max(0, start - begin), min(_length(part), stop - begin)
+            if low < high:
+                yield part.part(low, high) if isinstance(part, Span) else part[low:high]
 
 
 @dataclass(frozen=True)
@@ -123,33 +127,19 @@ class File:
     length: int
     sha256: str = ""
 
-    def piece(self, start: int, stop: int) -> bytes:
-        """Bytes from `start` up to `stop` at most, and `CHUNK` at most.
-
-        Raises:
-            OSError: it is not there any more, or is not what it was.
-        """
-        with open_plain(self.path) as file:
-            if os.fstat(file.fileno()).st_size != self.length:
-                raise OSError(f"{self.path.name} has changed")
-            return next(pieces(file, start, stop), b"")
+    def parts(self, start: int, stop: int) -> Iterator[bytes | Span]:
+        """Its bytes from `start` up to `stop`."""
+        yield Span(self.path, self.length, start, stop)
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """Open a regular file, and nothing that a link leads to."""
+    """Open a regular file, and nothing that a link leads to; unbuffered."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     return os.fdopen(descriptor, "rb", buffering=0)
 
 
-def pieces(file: BinaryIO, first: int, last: int) -> Iterator[bytes]:
-    """The bytes of a file from `first` up to `last`."""
-    position = first
-    while position < last:
-        piece = os.pread(file.fileno(), min(CHUNK, last - position), position)
-        if not piece:
-            raise OSError("a file became shorter while it was read")
-        position += len(piece)
-        yield piece
+def _length(part: bytes | Span) -> int:
+    return part.length if isinstance(part, Span) else len(part)
 
 
 def _local_header(entry: Entry) -> bytes:

@@ -102,7 +102,6 @@ class Service:
         self._length = 0  # characters of them
         self._generation = 0
         self.watchers = 0
-        self.downloads = 0
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> "Service":

@@ -8,13 +8,14 @@ import resource
 import socket
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, BinaryIO
 
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from service.safety import CLOSE, refusal
+from service.sendfile import send_file
 from service.settings import Settings
 
 BACKLOG = 512
@@ -45,6 +46,7 @@ class Protocol(H11Protocol):
         self._app, self.app = self.app, self._answer
         self._patience: asyncio.TimerHandle | None = None
         self._stalled: asyncio.TimerHandle | None = None
+        self._second: socket.socket | None = None
 
     def connection_made(self, transport: Any) -> None:
         """A client is there; it has so long for its first request."""
@@ -79,6 +81,9 @@ class Protocol(H11Protocol):
         """The client has gone."""
         self._calm()
         self.resume_writing()
+        if self._second is not None:
+            with contextlib.suppress(OSError):
+                self._second.shutdown(socket.SHUT_RDWR)  # what sends a file is told so
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
@@ -99,11 +104,40 @@ class Protocol(H11Protocol):
     async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
         """The application, unless there are too many to be answered."""
         if len(self.connections) <= self._most:
-            await self._app(scope, receive, send)
+
+            async def send_also_files(message: Any) -> None:
+                if message["type"] == "http.response.zerocopysend":
+                    await self._send_file(message["file"], message["offset"], message["count"])
+                else:
+                    await send(message)
+
+            await self._app(scope, receive, send_also_files)
             return
         head, body = refusal(503, "too many connections. Try again later", CLOSE)
         await send({"type": "http.response.start", "status": 503, "headers": head})
         await send({"type": "http.response.body", "body": body})
+
+    async def _send_file(self, file: BinaryIO, start: int, count: int) -> None:
+        """Have the system send a part of a file, as part of the body.
+
+        The connection is given a second descriptor: the loop keeps the first for itself.
+        """
+        cycle = self.cycle
+        if self.flow.write_paused:
+            await self.flow.drain()
+        if cycle.disconnected:
+            return
+        counted = h11.Data(data=range(count))  # type: ignore[arg-type]  # of which it takes the length
+        self.conn.send_with_data_passthrough(counted)
+        patience = self._settings.stalled_seconds
+        with self.transport.get_extra_info("socket").dup() as self._second:
+            try:
+                await send_file(self._second, file, start, count, patience)
+            except (ConnectionError, TimeoutError):
+                cycle.disconnected = True  # nothing more is sent
+                self.transport.abort()
+            finally:
+                self._second = None
 
     def _be_patient(self) -> None:
         self._patience = self.loop.call_later(self._settings.header_seconds, self._give_up)

@@ -25,7 +25,7 @@ from model_errors import ModelCompatibilityError
 from model_hashes import REPORT_FILE
 from model_utils import format_bytes
 from model_writer import read_manifest
-from service.archive import open_plain, pieces
+from service.archive import open_plain
 from service.planner import public
 from service.processes import this_process, uptime
 from service.requests import model_ids, referred, stages_of
@@ -66,6 +66,8 @@ class Order:
     settings: Mapping[str, Any]
     download_bytes: int
 
+
+CHUNK = 2**20
 
 STARTING = Progress("starting")
 
@@ -226,11 +228,10 @@ def sealed(model: Path) -> list[dict[str, Any]]:
     found = []
     for path in sorted(model.iterdir()):
         sha256 = known.get(path.name, {}).get("sha256")
-        digest, crc = hashlib.sha256(), 0
+        digest, size, crc = hashlib.sha256(), 0, 0
         with open_plain(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            for piece in pieces(file, 0, size):
-                crc = zlib.crc32(piece, crc)
+            while piece := file.read(CHUNK):
+                size, crc = size + len(piece), zlib.crc32(piece, crc)
                 if sha256 is None:  # of the manifest itself
                     digest.update(piece)
         sha256 = sha256 or digest.hexdigest()

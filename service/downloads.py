@@ -1,0 +1,113 @@
+"""Answers that are files, or archives of files: whole, or the part that a client asks for.
+
+The bytes of files do not pass through this program: the server has the system send them
+("http.response.zerocopysend", an extension of ASGI).
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from fastapi import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from service.archive import Archive, File
+from service.core import RefusedError
+
+
+class Parts(Response):
+    """Bytes of a source.
+
+    Args:
+        source: of which they are.
+        start, stop: the first byte, and the one after the last.
+        status, headers: of the answer.
+        kind: their media type.
+    """
+
+    def __init__(
+        self,
+        source: Archive | File,
+        start: int,
+        stop: int,
+        status: int,
+        headers: Mapping[str, str],
+        kind: str,
+    ) -> None:
+        headers = {**headers, "content-length": str(stop - start)}
+        super().__init__(None, status, headers, media_type=kind)
+        self._parts = source.parts(start, stop)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """An ASGI application."""
+        start = {"type": "http.response.start", "status": self.status_code}
+        await send({**start, "headers": self.raw_headers})
+        for part in self._parts:
+            if isinstance(part, bytes):
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+                continue
+            with part.open() as file:
+                await send(
+                    {
+                        "type": "http.response.zerocopysend",
+                        "file": file,
+                        "offset": part.start,
+                        "count": part.length,
+                        "more_body": True,
+                    }
+                )
+        await send({"type": "http.response.body"})
+
+
+def part_of(
+    request: Request,
+    source: Archive | File,
+    tag: str,
+    kind: str,
+    more: Mapping[str, str] = MappingProxyType({}),
+) -> Response:
+    """What is asked for of some bytes: all of them, or a range.
+
+    Args:
+        request: with Range and If-Range, or without.
+        source: the bytes.
+        tag: changes with the bytes.
+        kind: their media type.
+        more: headers.
+    """
+    etag, length = f'"{tag}"', source.length
+    headers = {**more, "accept-ranges": "bytes", "etag": etag}
+    wanted = request.headers.get("range") if request.headers.get("if-range", etag) == etag else None
+    span = byte_range(wanted, length)
+    start, stop = span or (0, length)
+    if span is not None and start >= stop:
+        content_range = {"content-range": f"bytes */{length}"}
+        raise RefusedError(416, "there is no such part of it", headers=content_range)
+    if span is not None:
+        headers["content-range"] = f"bytes {start}-{stop - 1}/{length}"
+    return Parts(source, start, stop, 200 if span is None else 206, headers, kind)
+
+
+def byte_range(header: str | None, length: int) -> tuple[int, int] | None:
+    """What a Range header asks for: first byte, and the one after the last.
+
+    None for all of it: also where several ranges are asked for, or it cannot be understood, as
+    RFC 9110 (14.2) allows. A range that does not exist is empty.
+
+    >>> byte_range("bytes=2-3", 10), byte_range("bytes=8-", 10), byte_range("bytes=-4", 10)
+    ((2, 4), (8, 10), (6, 10))
+    >>> byte_range("bytes=10-", 10), byte_range("bytes=1-2,4-5", 10), byte_range("lines=1-2", 10)
+    ((10, 10), None, None)
+    """
+    unit, _, wanted = (header or "").partition("=")
+    first, dash, last = wanted.strip().partition("-")
+    numbers = [each for each in (first, last) if each]
+    if unit.strip() != "bytes" or not dash or not numbers:
+        return None
+    if not all(each.isascii() and each.isdecimal() and len(each) < 20 for each in numbers):
+        return None
+    if not first:
+        return max(0, length - int(last)), length
+    if last and int(last) < int(first):
+        return None
+    return min(int(first), length), min(int(last) + 1 if last else length, length)
