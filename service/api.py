@@ -11,7 +11,7 @@ from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from model_hashes import REPORT_FILE
-from service.core import API, RefusedError, Service, entries_view, view
+from service.core import API, RefusedError, Service, entries_view
 from service.downloads import part_of
 from service.schemas import (
     EvaluationRequest,
@@ -24,7 +24,6 @@ from service.schemas import (
     PlanResult,
     Success,
 )
-from service.store import Experiment
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": Failure, "description": "what is wrong, and what to do"}
@@ -40,8 +39,8 @@ PAGE: dict[int | str, dict[str, Any]] = {
 router = APIRouter(prefix=API, responses=ERRORS, tags=["model-merger"])
 
 
-def service_of(request: Request) -> Service:
-    """The service that a request is for."""
+async def service_of(request: Request) -> Service:
+    """The service that a request is for. (What is not `async` would be called in a thread.)"""
     service: Service = request.app.state.service
     return service
 
@@ -62,12 +61,6 @@ def methods_at(scope: Scope) -> list[str]:
     return sorted({method for each in routes if each.path == path for method in each.methods or ()})
 
 
-def one(service: Service, found: Experiment) -> dict[str, Any]:
-    """An experiment as the body of an answer."""
-    shown = view(found, service.kept_until(found), whole=True)
-    return {"success": True, "experiment_id": found.id, "experiment": shown}
-
-
 @router.get("/models", response_model=Models)
 async def list_models(service: Here) -> Any:
     """The models that can be merged."""
@@ -79,7 +72,7 @@ async def create_experiment(service: Here, request: ExperimentRequest, response:
     """Start a merge. What is wrong with it is said at once, before anything is begun."""
     found = await service.create(request)
     response.headers["location"] = f"{API}/experiments/{found.id}"
-    return one(service, found)
+    return service.described(found)
 
 
 @router.post("/experiments/plan", response_model=PlanResult)
@@ -102,9 +95,9 @@ async def list_experiments(
 
 
 @router.get("/experiments/{key}", response_model=OneExperiment)
-async def get_experiment(service: Here, key: Key) -> Any:
+async def get_experiment(service: Here, key: Key) -> Response:
     """An experiment: how far it is, what it will do or has done, what went wrong."""
-    return one(service, await service.experiment(key))
+    return Response(await service.description(key), media_type="application/json")
 
 
 @router.delete("/experiments/{key}", response_model=Success)
@@ -117,13 +110,13 @@ async def delete_experiment(service: Here, key: Key) -> Any:
 @router.post("/experiments/{key}/cancel", response_model=OneExperiment)
 async def cancel_experiment(service: Here, key: Key) -> Any:
     """Stop what waits or runs of an experiment."""
-    return one(service, await service.cancel(key))
+    return service.described(await service.cancel(key))
 
 
 @router.post("/experiments/{key}/evaluation", response_model=OneExperiment, status_code=202)
 async def evaluate_experiment(service: Here, key: Key, request: EvaluationRequest) -> Any:
     """Have base, sources and merge answer prompts and read a text."""
-    return one(service, await service.evaluate(key, request))
+    return service.described(await service.evaluate(key, request))
 
 
 @router.get(

@@ -48,6 +48,7 @@ DEEPEST = 50
 """Levels of a request's entries; recipes have less."""
 
 API = "/api/model-merger"
+NO_EXPERIMENT = "there is no experiment of this id"
 
 
 class RefusedError(Exception):
@@ -97,10 +98,9 @@ class Service:
         self._registry = Registry(self.folders.models)
         self._scan: asyncio.Task[None] | None = None
         self._scanned: float | None = None
-        self._changed = asyncio.Condition()
+        self._changed = asyncio.Event()  # another one after each change
         self._texts: dict[str, str] = {}
         self._length = 0  # characters of them
-        self._generation = 0
         self.watchers = 0
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -221,7 +221,7 @@ class Service:
             )
         except QueueFullError as error:
             raise RefusedError(429, f"the queue is full: {error}. Try again later") from None
-        await self._tell()
+        self._tell()
         return await self.experiment(key)
 
     async def experiment(self, key: str) -> Experiment:
@@ -232,8 +232,28 @@ class Service:
         """
         found = await asyncio.to_thread(self.store.experiment, key)
         if found is None:
-            raise RefusedError(404, "there is no experiment of this id")
+            raise RefusedError(404, NO_EXPERIMENT)
         return found
+
+    async def description(self, key: str) -> str:
+        """The same as the API's JSON.
+
+        Raises:
+            RefusedError: there is none.
+        """
+
+        def told() -> str:
+            found = self.store.experiment(key)
+            if found is None:
+                raise RefusedError(404, NO_EXPERIMENT)
+            return json.dumps(self.described(found))
+
+        return await asyncio.to_thread(told)
+
+    def described(self, found: Experiment) -> dict[str, Any]:
+        """An experiment as the body of an answer."""
+        shown = view(found, self.kept_until(found), whole=True)
+        return {"success": True, "experiment_id": found.id, "experiment": shown}
 
     async def experiments(self, limit: int, before: int | None) -> list[Experiment]:
         """The newest experiments, or those before one."""
@@ -264,7 +284,7 @@ class Service:
         found = await self.experiment(key)
         if found.merge.state == "cancelled":
             await asyncio.to_thread(self.runner.clear, found.merge.number)
-        await self._tell()
+        self._tell()
         return found
 
     async def remove(self, key: str) -> None:
@@ -278,7 +298,7 @@ class Service:
             raise RefusedError(409, "something of this experiment waits or runs. Cancel it first")
         await asyncio.to_thread(self._remove_files, key)
         await asyncio.to_thread(self.store.remove, key)
-        await self._tell()
+        self._tell()
 
     async def evaluate(self, key: str, request: EvaluationRequest) -> Experiment:
         """Have the base, the sources and the merge compared.
@@ -293,7 +313,7 @@ class Service:
             await asyncio.to_thread(self.store.add_evaluation, key, content)
         except StateError as error:
             raise RefusedError(409, str(error)) from None
-        await self._tell()
+        self._tell()
         return await self.experiment(key)
 
     # Results
@@ -352,7 +372,7 @@ class Service:
         """
         last = ""
         while True:
-            seen = self._generation
+            changed = self._changed
             event = await self._event(key)
             if event != last:
                 yield event
@@ -361,14 +381,9 @@ class Service:
                 return
             try:
                 async with asyncio.timeout(HEARTBEAT):
-                    await self._change_after(seen)
+                    await changed.wait()
             except TimeoutError:
                 yield ": still there\n\n"
-
-    async def _change_after(self, generation: int) -> None:
-        """Wait until something has changed since."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._generation != generation)
 
     async def _event(self, key: str) -> str:
         """What there is to tell of an experiment."""
@@ -386,9 +401,9 @@ class Service:
         """A text that is made once for all who ask for it, until something changes."""
         if key in self._texts:
             return self._texts[key]
-        seen = self._generation
+        changed = self._changed
         text = await asyncio.to_thread(make)
-        is_new = seen == self._generation and key not in self._texts  # else it may be out of date
+        is_new = changed is self._changed and key not in self._texts  # else it may be out of date
         if is_new and self._length + len(text) <= MOST_TEXT:
             self._texts[key] = text
             self._length += len(text)
@@ -400,14 +415,14 @@ class Service:
             await asyncio.sleep(LOOK)
             if (now := await asyncio.to_thread(self._changes.version)) != version:
                 version = now
-                await self._tell()
+                self._tell()
 
-    async def _tell(self) -> None:
-        async with self._changed:
-            self._texts.clear()
-            self._length = 0
-            self._generation += 1
-            self._changed.notify_all()
+    def _tell(self) -> None:
+        """Something has changed."""
+        self._texts.clear()
+        self._length = 0
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     # Room
 
