@@ -6,7 +6,8 @@ Makes a base and three models of TinyLlama-1.1B's shape in FOLDER (random weight
 starts a server. TIES of the three is merged again and again: alone, then under load, then alone.
 Of the clients, three in five watch the running merge (server-sent events), three in ten ask for a
 list or an experiment every 5 seconds, and one in ten downloads a ZIP at 2 MB/s, again and again.
-They run in a process of their own at the lowest priority, as they would on machines of their own.
+They run in a process of their own that gets what others leave (SCHED_IDLE), as clients would run on
+machines of their own.
 Prints what answers took, what they were, the server's memory, and the merges' times.
 """
 
@@ -149,7 +150,7 @@ class Clients:
 
 def run_clients(pipe: Connection, port: int, key: str, count: int, seconds: float) -> None:
     """The process of the clients."""
-    os.nice(19)
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     clients = Clients(port, key)
     asyncio.run(clients.run(count, seconds))
     pipe.send((clients.times, dict(clients.statuses), clients.received, clients.events))
