@@ -3,7 +3,8 @@
     python benchmarks/service_load.py FOLDER [--minutes 5] [--clients 200]
 
 Makes a base and three models of TinyLlama-1.1B's shape in FOLDER (random weights, bfloat16) and
-starts a server. TIES of the three is merged again and again: alone, then under load, then alone.
+starts a server. TIES of the three is merged again and again, in turn alone and under load, until
+the load has lasted so long: machines have slow and fast minutes, and neighbours share them.
 Of the clients, three in five watch the running merge (server-sent events), three in ten ask for a
 list or an experiment every 5 seconds, and one in ten downloads a ZIP at 2 MB/s, again and again.
 They run in a process of their own that gets what others leave (SCHED_IDLE), as clients would run on
@@ -21,7 +22,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from shutil import rmtree
@@ -35,6 +36,9 @@ from tests.service_server import API, Server  # noqa: E402
 
 SHAPE = "tinyllama-1.1b"
 SECONDS_BETWEEN = 5.0
+COMING = 3.0
+"""Seconds in which they come, one after the other."""
+
 BYTES_A_SECOND = 2 * 10**6
 PIECE = 2**16
 MERGE = {
@@ -54,7 +58,7 @@ class Clients:
         key: of a finished experiment, for downloads and single answers.
 
     Attributes:
-        times: seconds until an answer was there, by kind; of streams and downloads, its beginning.
+        times: seconds until an answer began, by kind.
         statuses: how often each came.
         received: bytes of downloads.
     """
@@ -67,92 +71,82 @@ class Clients:
         self.statuses: Counter[int] = Counter()
         self.received = self.events = 0
 
-    async def _open(
-        self, path: str
-    ) -> tuple[int, asyncio.StreamReader, asyncio.StreamWriter, int | None]:
-        """Ask for something: status, connection, length of the body."""
+    @contextlib.asynccontextmanager
+    async def _asked(self, kind: str, path: str) -> AsyncIterator[asyncio.StreamReader]:
+        """Ask for something; what follows the head of its answer."""
+        started = time.monotonic()
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=PIECE)
-        writer.write(
-            f"GET {API}{path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
-        )
-        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-        length = next(
-            (int(line[15:]) for line in head.splitlines() if line.startswith("content-length:")),
-            None,
-        )
-        status = int(head.split()[1])
-        self.statuses[status] += 1
-        return status, reader, writer, length
+        try:
+            lines = f"GET {API}{path} HTTP/1.1", "Host: localhost", "Connection: close"
+            writer.write("\r\n".join([*lines, "", ""]).encode())
+            head = await reader.readuntil(b"\r\n\r\n")
+            self.statuses[int(head.split()[1])] += 1
+            self.times[kind].append(time.monotonic() - started)
+            yield reader
+        finally:
+            writer.close()
 
     async def ask(self, kind: str, path: str) -> None:
         """Ask every few seconds."""
         while True:
-            started = time.monotonic()
-            _, reader, writer, _ = await self._open(path)
-            await reader.read(-1)
-            self.times[kind].append(time.monotonic() - started)
-            writer.close()
+            async with self._asked(kind, path) as reader:
+                await reader.read(-1)
             await asyncio.sleep(SECONDS_BETWEEN)
 
     async def watch(self) -> None:
         """Watch the merge that runs; when it is over, the next one."""
         while True:
-            _, reader, writer, _ = await self._open("/experiments?limit=1")
-            body = await reader.read(-1)
-            writer.close()
-            newest = json.loads(body)["experiments"][0]["id"]
-            started = time.monotonic()
-            _, reader, writer, _ = await self._open(f"/experiments/{newest}/events")
-            self.times["watch"].append(time.monotonic() - started)
-            while line := await reader.readline():
-                self.events += line.startswith(b"event:")
-            writer.close()
+            async with self._asked("list", "/experiments?limit=1") as reader:
+                newest = json.loads(await reader.read(-1))["experiments"][0]["id"]
+            async with self._asked("watch", f"/experiments/{newest}/events") as reader:
+                while line := await reader.readline():
+                    self.events += line.startswith(b"event:")
             await asyncio.sleep(SECONDS_BETWEEN)  # until the next merge has begun
 
     async def download(self) -> None:
         """Download at the pace of a line of 2 MB/s."""
         while True:
-            started = time.monotonic()
-            _, reader, writer, _ = await self._open(f"/experiments/{self.key}/download")
-            self.times["download"].append(time.monotonic() - started)
-            begun, got = time.monotonic(), 0
-            while piece := await reader.read(PIECE):
-                got += len(piece)
-                self.received += len(piece)
-                ahead = got / BYTES_A_SECOND - (time.monotonic() - begun)
-                if ahead > 0.25:
-                    await asyncio.sleep(ahead)
-            writer.close()
+            async with self._asked("download", f"/experiments/{self.key}/download") as reader:
+                begun, got = time.monotonic(), 0
+                while piece := await reader.read(PIECE):
+                    got += len(piece)
+                    self.received += len(piece)
+                    ahead = got / BYTES_A_SECOND - (time.monotonic() - begun)
+                    if ahead > 0.25:
+                        await asyncio.sleep(ahead)
 
-    async def run(self, count: int, seconds: float) -> None:
-        """All of them, for so long."""
-        tasks = []
-        for number in range(count):
-            await asyncio.sleep(min(5.0, seconds / 10) / count)  # they come one after the other
-            if number % 10 < 6:
-                work = self.watch()
-            elif number % 10 < 9:
-                kind, path = (
-                    ("list", "/experiments")
-                    if number % 2
-                    else ("experiment", f"/experiments/{self.key}")
-                )
-                work = self.ask(kind, path)
-            else:
-                work = self.download()
-            tasks.append(asyncio.create_task(work))
-        done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
-        for task in tasks:
-            task.cancel()
-        for task in done:
-            task.result()
+    def _work(self, number: int) -> Coroutine[Any, Any, None]:
+        """What a client does."""
+        if number % 10 < 6:
+            return self.watch()
+        if number % 10 == 9:
+            return self.download()
+        if number % 2:
+            return self.ask("list", "/experiments")
+        return self.ask("experiment", f"/experiments/{self.key}")
+
+    async def obey(self, pipe: Connection, count: int) -> None:
+        """Come and go as the other end of a pipe says, until it says no more."""
+        tasks: list[asyncio.Task[None]] = []
+        while (said := await asyncio.to_thread(pipe.recv)) is not None:
+            if said == "come":
+                for number in range(count):
+                    tasks.append(asyncio.create_task(self._work(number)))
+                    await asyncio.sleep(COMING / count)
+                continue
+            for task in tasks:
+                task.cancel()
+            for result in await asyncio.gather(*tasks, return_exceptions=True):
+                if not isinstance(result, asyncio.CancelledError):
+                    raise RuntimeError("a client failed") from result
+            tasks.clear()
 
 
-def run_clients(pipe: Connection, port: int, key: str, count: int, seconds: float) -> None:
+def run_clients(pipe: Connection, port: int, key: str, count: int) -> None:
     """The process of the clients."""
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     clients = Clients(port, key)
-    asyncio.run(clients.run(count, seconds))
+    asyncio.run(clients.obey(pipe, count))
     pipe.send((clients.times, dict(clients.statuses), clients.received, clients.events))
 
 
@@ -189,7 +183,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--clients", type=int, default=200)
-    parser.add_argument("--alone", type=int, default=3, help="merges before and after the load")
     arguments = parser.parse_args(argv)
     prepare_shape(arguments.folder, SHAPE, 3)
     data = arguments.folder / "service-data"
@@ -201,27 +194,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         kept = server.merge(MERGE)  # what is downloaded; also brings the inputs into the cache
         server.finished(kept, 600)
         pid = server.process.pid
-        before = [merge_once(server) for _ in range(arguments.alone)]
-        mine, other = multiprocessing.get_context("spawn").Pipe()
-        seconds = arguments.minutes * 60
-        clients = multiprocessing.get_context("spawn").Process(
-            target=run_clients, args=(other, server.port, kept, arguments.clients, seconds)
+        spawning = multiprocessing.get_context("spawn")
+        mine, other = spawning.Pipe()
+        clients = spawning.Process(
+            target=run_clients, args=(other, server.port, kept, arguments.clients)
         )
-        computed, started = cpu_seconds(pid), time.monotonic()
         clients.start()
-        during: list[float] = []
+        computed = lasted = 0.0
         most = {"all": 0, "own": 0}
-        while time.monotonic() < started + seconds - 20:
+        during, alone = [], [merge_once(server)]
+        while lasted < arguments.minutes * 60:
+            mine.send("come")
+            started, before = time.monotonic(), cpu_seconds(pid)
+            time.sleep(COMING)
             during.append(merge_once(server))
             now = memory(pid)
             most = {name: max(most[name], now[name]) for name in most}
+            lasted += time.monotonic() - started
+            computed += cpu_seconds(pid) - before
+            mine.send("go")
+            time.sleep(1)
+            alone.append(merge_once(server))
+        mine.send(None)
         times, statuses, received, events = mine.recv()
         clients.join()
-        computed = (cpu_seconds(pid) - computed) / (time.monotonic() - started)
-        after = [merge_once(server) for _ in range(arguments.alone)]
     with contextlib.suppress(OSError):
         rmtree(data)
-    say(f"{arguments.clients} clients, {arguments.minutes:g} minutes")
+    say(f"{arguments.clients} clients, {lasted / 60:.1f} minutes")
     for kind, found in times.items():
         say(
             f"  {kind:<11} {len(found):>6} answers, half within {1000 * share(found, 0.5):.0f} ms, "
@@ -232,10 +231,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{1000 * share(everything, 0.95):.0f} ms")  # fmt: skip
     say(f"  statuses {statuses}; {events} events; {received / 10**9:.2f} GB downloaded")
     say(f"  server: at most {most['all'] / 10**6:.0f} MB resident ({most['own'] / 10**6:.0f} MB "
-        f"without mapped files), {computed:.0%} of a core")  # fmt: skip
-    alone, loaded = statistics.median([*before, *after]), statistics.median(during)
-    say(f"  merges alone {shown(before)} and {shown(after)}, under load {shown(during)}")
-    say(f"  medians {alone:.2f} s and {loaded:.2f} s: {loaded / alone - 1:+.1%}")
+        f"without mapped files), {computed / lasted:.0%} of a core")  # fmt: skip
+    ratios = [
+        2 * loaded / (before + after)
+        for loaded, before, after in zip(during, alone[:-1], alone[1:], strict=True)
+    ]
+    say(f"  merges alone {shown(alone)}; under load {shown(during)}")
+    say(f"  each to the two around it: {statistics.median(ratios) - 1:+.1%} (the median)")
     return 0
 
 
