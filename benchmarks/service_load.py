@@ -166,7 +166,7 @@ def cpu_seconds(pid: int) -> float:
 def merge_once(server: Any) -> float:
     """Seconds of a merge, whose result is removed."""
     key = server.merge(MERGE)
-    found = server.finished(key, 600)
+    found = server.finished(key, 600, pause=1.0)
     assert found["status"] == "completed", found["problems"]
     server.ask("DELETE", f"{API}/experiments/{key}")
     return float(found["result"]["seconds"])

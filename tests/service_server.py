@@ -162,17 +162,30 @@ class Server:
         """An experiment as it is now."""
         return self.get(f"/experiments/{key}")["experiment"]
 
-    def until(self, key: str, holds: Callable[[Any], object], seconds: float = 60) -> Any:
-        """Wait until something holds of an experiment; the experiment."""
+    def until(
+        self, key: str, holds: Callable[[Any], object], seconds: float = 60, *, pause: float = 0.02
+    ) -> Any:
+        """Wait until something holds of an experiment; the experiment.
+
+        Args:
+            key: of the experiment.
+            holds: whether it does.
+            seconds: to wait at most.
+            pause: seconds between two questions, which cost the server something.
+        """
         end = time.monotonic() + seconds
         while not holds(found := self.experiment(key)):
             assert time.monotonic() < end, found
-            time.sleep(0.02)
+            time.sleep(pause)
         return found
 
-    def finished(self, key: str, seconds: float = 60) -> Any:
+    def finished(self, key: str, seconds: float = 60, *, pause: float = 0.02) -> Any:
         """An experiment when it neither waits nor runs."""
-        return self.until(key, lambda found: found["status"] not in ("queued", "running"), seconds)
+
+        def is_over(found: Any) -> bool:
+            return found["status"] not in ("queued", "running")
+
+        return self.until(key, is_over, seconds, pause=pause)
 
     def workers(self) -> dict[str, int]:
         """The processes that work on experiments, by their ids, as the database has it."""
