@@ -126,6 +126,7 @@ def _carry_out_recipe(arguments: argparse.Namespace) -> str:
         return write_recipes(contents).rstrip()
     settings = _run_settings(arguments)
     if arguments.plan:
+        settings["findings"] = arguments.findings
         return printed(plan_stages(stages, arguments.save, **settings), as_json=arguments.json)
     settings["progress"] = not arguments.quiet
     if arguments.analyze is not None:
@@ -231,7 +232,8 @@ def carry_out(recipe: Recipe, arguments: argparse.Namespace) -> str:
     """Merge, or plan a merge; what to print."""
     settings = _run_settings(arguments)
     if arguments.plan:
-        return printed(plan(recipe, **settings), as_json=arguments.json)
+        found = plan(recipe, **settings, findings=arguments.findings)
+        return printed(found, as_json=arguments.json)
     settings["progress"] = not arguments.quiet
     if arguments.analyze is not None:
         check_page_target(arguments.analyze)

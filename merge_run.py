@@ -106,8 +106,13 @@ class RunSettings:
         """What fits into `max_memory`; `beside` are bytes that the result takes in memory.
 
         Raises:
-            ValueError: nothing does.
+            ValueError: nothing does, or findings are asked for where they cannot be added up.
         """
+        if self.findings and not plan.same_models:
+            raise ValueError(
+                "findings (--findings, --analyze) are of the same models in all layers, and these "
+                "slices have different ones. Ask without slices, or of slices of the same models"
+            )
         limit = None if self.max_memory is None else parse_size(self.max_memory)
         loops = plan.loops
         packages = arithmetic(self.device, loops)
@@ -200,8 +205,6 @@ def merge_to_folder(
         return finished
     started = time.monotonic()
     with open_plan(recipe, settings.problems(), weights=False, earlier=earlier) as plan:
-        if findings:
-            _check_same_models(plan)
         fit = settings.fit(plan, earlier.memory_bytes)
         tell = teller(show=progress)
         place = partial or PartialFolder(recipe.output_dir, resume=resume, tell=tell)
@@ -500,7 +503,6 @@ def analyze_models(
     settings = RunSettings(device, threads, max_memory, findings=True, progress=progress)
     earlier = earlier or Earlier()
     with _open_for_merging(recipe, settings, earlier) as plan:
-        _check_same_models(plan)
         fit = settings.fit(plan, earlier.memory_bytes)
         tasks = [task for task in plan.tasks if not task.copied]
         if not tasks:
@@ -522,15 +524,6 @@ def analyze_models(
             )
         return make_analysis(
             plan, {task.name: findings[task.name] for task in plan.tasks if findings.get(task.name)}
-        )
-
-
-def _check_same_models(plan: Plan) -> None:
-    """What models have changed cannot be added up where slices have other models."""
-    if not plan.same_models:
-        raise ValueError(
-            "--findings and --analyze compare the same models in all layers, and these slices have "
-            "different ones. Ask without slices, or of slices of the same models"
         )
 
 

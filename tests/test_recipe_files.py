@@ -469,10 +469,10 @@ def test_findings_are_of_the_same_models_in_all_layers(models):
     )
     assert run("same.yml", "--analyze", "found")[0] == 0
     assert run("same.yml", "one", "--findings")[0] == 0
-    for arguments in (["--analyze", "x"], ["two", "--findings"]):
+    for arguments in (["--analyze", "x"], ["two", "--findings"], ["two", "--plan", "--findings"]):
         status, _, err = run("other.yml", *arguments)
         assert status == 2
-        assert err.startswith("error: --findings and --analyze compare the same models")
+        assert err.startswith("error: findings (--findings, --analyze) are of the same models")
     assert not Path("two").exists()
 
 
