@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -14,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from merge_card import VERSION
-from model_files import sync_folder
 from model_utils import format_bytes
 from service import planner, registry
 from service.archive import Archive, Entry, File
-from service.planner import BusyError, Planner, PlanTimeoutError
+from service.planner import BusyError, PlanLimitError, Planner
 from service.registry import Registry, tiny_models
 from service.requests import Problem
-from service.runner import Folders, Runner
+from service.results import Folders, NoRoomError, Results
+from service.runner import Runner, keep_doing
 from service.schemas import EvaluationRequest, ExperimentRequest
 from service.settings import Settings
 from service.store import Experiment, Job, QueueFullError, StateError, Store
@@ -38,6 +39,9 @@ LOOK = 1.0
 MOST_TEXT = 8 * 2**20
 """Characters that are kept for those who ask for the same."""
 
+ENTRY = 1000
+"""What it takes to keep even an empty one."""
+
 HEARTBEAT = 15.0
 """Seconds after which a watcher is told something in any case."""
 
@@ -46,6 +50,9 @@ TIDY = 60.0
 
 DEEPEST = 50
 """Levels of a request's entries; recipes have less."""
+
+LIBRARIES = 10**9
+"""Bytes that it takes to run any model at all; one in 16 bits is run in float32 besides."""
 
 API = "/api/model-merger"
 NO_EXPERIMENT = "there is no experiment of this id"
@@ -89,27 +96,33 @@ class Service:
         self.folders = Folders.below(settings.data)
         self._lock = _locked(settings.data)
         self.store = Store(self.folders.store)
+        self.results = Results(self.store, settings, self.folders)
         self._changes = Store(self.folders.store)  # sees what the other one commits
-        self.runner = Runner(self.store, settings, self.folders)
+        self.runner = Runner(self.store, settings, self.folders, self.results)
         environment = {} if settings.hub_downloads else {"HF_HUB_OFFLINE": "1"}
         os.environ.update(environment)  # also of the processes that merge
-        self._planner = Planner(self.folders.models, settings.plan_seconds)
-        self._scanner = Planner(self.folders.models, SCAN_SECONDS)
+        where = self.folders.models, self.folders.passing
+        self._planner = Planner(*where, settings.plan_seconds)
+        self._scanner = Planner(*where, SCAN_SECONDS)
         self._registry = Registry(self.folders.models)
         self._scan: asyncio.Task[None] | None = None
         self._scanned: float | None = None
+        self._adding = asyncio.Lock()
         self._changed = asyncio.Event()  # another one after each change
-        self._texts: dict[str, str] = {}
-        self._length = 0  # characters of them
+        self._version = 0
+        self._texts: dict[str, asyncio.Future[str]] = {}
         self.watchers = 0
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> "Service":
-        await asyncio.to_thread(self._clear_left)
-        self._tasks = [
-            asyncio.create_task(each)
-            for each in (self.runner.run(), self._look_for_changes(), self._tidy())
-        ]
+        await asyncio.to_thread(self.results.clear_left)
+        self._version = self._changes.version()
+        work = (
+            self.runner.run(),
+            keep_doing(self._look_for_changes, LOOK),
+            keep_doing(functools.partial(asyncio.to_thread, self.results.tidy), TIDY),
+        )
+        self._tasks = [asyncio.create_task(each) for each in work]
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -151,16 +164,15 @@ class Service:
                 [*self.settings.hub_models],
                 self.settings.hub_downloads,
             )
-        except PlanTimeoutError as error:
-            print(f"models could not be looked for: {error}", file=sys.stderr, flush=True)
-        else:
             await asyncio.to_thread(self._registry.update, found)
+        except Exception as error:  # those that are known stay known
+            print(f"models could not be looked for: {error!r}", file=sys.stderr, flush=True)
         self._scanned = time.monotonic()
 
     # Experiments
 
     async def plan(self, request: ExperimentRequest) -> dict[str, Any]:
-        """What a request would do: "recipe", "plan", "findings", "references".
+        """What a request would do: see `planner.plan`; "folders" of its models besides, by id.
 
         Raises:
             RefusedError: it cannot be carried out.
@@ -171,18 +183,29 @@ class Service:
         if found.get("unknown"):  # it may have come since the last look
             await self._look_for_models(wait=True)
             found = await self._planned(content)
-        names = self._registry.names
         problems = [Problem(*each) for each in found["problems"]]
         if problems:
             raise RefusedError(422, "\n".join(problem.text for problem in problems), problems)
-        base, models = found["base"], found["models"]
-        parts = {
-            part.split(":")[0]
-            for name in [*models, *([base] if base else [])]
-            for part in name.split("+")
+        entries = self._registry.entries
+        found["folders"] = {
+            key: entries[key].source
+            for key in found["references"]
+            if key in entries and entries[key].hub_id is None
         }
-        found["references"] = {part: names.references[part] for part in sorted(parts)}
+        if request.evaluation is not None:
+            self._check_memory(found["plan"]["write_bytes"])
         return found
+
+    def _check_memory(self, nbytes: int) -> None:
+        """Whether models whose result takes so many bytes can be run one after the other."""
+        limit, needed = self.runner.memory_bytes, 2 * nbytes + LIBRARIES
+        if limit is not None and needed > limit:
+            text = (
+                f"to run these models takes about {format_bytes(needed)} of memory, and a job may "
+                f"take {format_bytes(limit)} here. Merge without an evaluation, and run the result "
+                "on a machine with more, or with a GPU"
+            )
+            raise RefusedError(422, text, [Problem("evaluation", text)])
 
     async def _planned(self, content: Mapping[str, Any]) -> dict[str, Any]:
         settings = {
@@ -196,7 +219,7 @@ class Service:
             found: dict[str, Any] = await self._planner.run(
                 planner.plan, content, names, output, settings
             )
-        except PlanTimeoutError as error:
+        except PlanLimitError as error:
             raise RefusedError(422, str(error), [Problem("", str(error))]) from None
         except BusyError as error:
             text = f"{error}. Try again later"
@@ -212,17 +235,25 @@ class Service:
         if request.evaluation is not None:
             check_evaluation(request.evaluation)
         found = await self.plan(request)
-        await asyncio.to_thread(self._check_disk, found["plan"]["disk_bytes"])
         content = _storable(request)
         name = request.name.strip() or _name(found["plan"]["method"], found["models"])
-        try:
-            key = await asyncio.to_thread(
-                self.store.add, name, content, found["recipe"], found, self.settings.queue
-            )
-        except QueueFullError as error:
-            raise RefusedError(429, f"the queue is full: {error}. Try again later") from None
+        async with self._adding:  # of two, the second finds what the first takes
+            key = await asyncio.to_thread(self._add, name, content, found)
         self._tell()
         return await self.experiment(key)
+
+    def _add(self, name: str, content: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+        """Add an experiment if there is room for its result; its id."""
+        plan = found["plan"]
+        try:
+            going = self.results.in_the_way(plan["disk_bytes"], plan["download_bytes"])
+            key = self.store.add(name, content, found["recipe"], found, self.settings.queue)
+        except NoRoomError as error:
+            raise RefusedError(409, str(error), [Problem("", str(error))]) from None
+        except QueueFullError as error:
+            raise RefusedError(429, f"the queue is full: {error}. Try again later") from None
+        self.results.expire(going)
+        return key
 
     async def experiment(self, key: str) -> Experiment:
         """An experiment by its id.
@@ -252,7 +283,7 @@ class Service:
 
     def described(self, found: Experiment) -> dict[str, Any]:
         """An experiment as the body of an answer."""
-        shown = view(found, self.kept_until(found), whole=True)
+        shown = view(found, self.results.kept_until(found), whole=True)
         return {"success": True, "experiment_id": found.id, "experiment": shown}
 
     async def experiments(self, limit: int, before: int | None) -> list[Experiment]:
@@ -264,7 +295,7 @@ class Service:
 
         def listed() -> str:
             found = self.store.experiments(limit, before)
-            shown = [view(each, self.kept_until(each), whole=False) for each in found]
+            shown = [view(each, self.results.kept_until(each), whole=False) for each in found]
             more = None
             if len(found) == limit:
                 more = f"{API}/experiments?limit={limit}&before={found[-1].number}"
@@ -283,7 +314,7 @@ class Service:
             raise RefusedError(409, "nothing of this experiment waits or runs any more")
         found = await self.experiment(key)
         if found.merge.state == "cancelled":
-            await asyncio.to_thread(self.runner.clear, found.merge.number)
+            await asyncio.to_thread(self.results.remove, key, log=False)
         self._tell()
         return found
 
@@ -296,7 +327,7 @@ class Service:
         await self.experiment(key)
         if not await asyncio.to_thread(self.store.set_removed, key):
             raise RefusedError(409, "something of this experiment waits or runs. Cancel it first")
-        await asyncio.to_thread(self._remove_files, key)
+        await asyncio.to_thread(self.results.remove, key)
         await asyncio.to_thread(self.store.remove, key)
         self._tell()
 
@@ -307,7 +338,9 @@ class Service:
             RefusedError: there is nothing to compare, or nothing to compare by.
         """
         check_evaluation(request)
-        await self.experiment(key)
+        found = await self.experiment(key)
+        if found.merge.state == "completed":
+            self._check_memory(found.merge.outcome["bytes"])
         content = _storable(request)
         try:
             await asyncio.to_thread(self.store.add_evaluation, key, content)
@@ -399,28 +432,28 @@ class Service:
 
     async def _shared(self, key: str, make: Callable[[], str]) -> str:
         """A text that is made once for all who ask for it, until something changes."""
-        if key in self._texts:
-            return self._texts[key]
-        changed = self._changed
-        text = await asyncio.to_thread(make)
-        is_new = changed is self._changed and key not in self._texts  # else it may be out of date
-        if is_new and self._length + len(text) <= MOST_TEXT:
-            self._texts[key] = text
-            self._length += len(text)
+        texts = self._texts  # others, after a change
+        if key not in texts:
+            texts[key] = asyncio.ensure_future(asyncio.to_thread(make))
+        try:
+            text = await asyncio.shield(texts[key])
+        except Exception:
+            texts.pop(key, None)
+            raise
+        whole = (each for each in texts.values() if each.done() and not each.exception())
+        if sum(len(each.result()) + ENTRY for each in whole) > MOST_TEXT:
+            texts.pop(key, None)
         return text
 
     async def _look_for_changes(self) -> None:
-        version = self._changes.version()
-        while True:
-            await asyncio.sleep(LOOK)
-            if (now := await asyncio.to_thread(self._changes.version)) != version:
-                version = now
-                self._tell()
+        version = await asyncio.to_thread(self._changes.version)
+        if version != self._version:
+            self._version = version
+            self._tell()
 
     def _tell(self) -> None:
         """Something has changed."""
-        self._texts.clear()
-        self._length = 0
+        self._texts = {}
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -437,83 +470,6 @@ class Service:
             "memory_for_a_job": self.runner.memory_bytes,
         }
 
-    def _check_disk(self, needed: int) -> None:
-        """Whether a result has room beside those that wait; older ones may make way for it."""
-        reserve = int(self.settings.disk_reserve)
-        promised = sum(
-            max(0, each.plan["plan"]["disk_bytes"] - _bytes(self.folders.of(each.id)))
-            for each in self.store.open_experiments()
-            if each.merge.is_open
-        )
-        free = shutil.disk_usage(self.settings.data).free - promised - reserve
-        if self.settings.max_results is not None:
-            self._make_way(needed + promised)
-        if needed > free:
-            text = (
-                f"the merge takes up to {format_bytes(needed)} on the disk, and "
-                f"{format_bytes(max(free, 0))} are left for it here. Remove experiments that are "
-                "no longer needed"
-            )
-            raise RefusedError(409, text, [Problem("", text)])
-
-    def _make_way(self, needed: int) -> None:
-        """Remove the oldest results until a new one stays within `max_results`."""
-        most = int(self.settings.max_results or 0)
-        if needed > most:
-            text = (
-                f"the merge takes up to {format_bytes(needed)}, and all results together may take "
-                f"{format_bytes(most)} here (max_results)"
-            )
-            raise RefusedError(409, text, [Problem("", text)])
-        there = [(each, _bytes(self.folders.of(each.id))) for each in self._kept()]
-        for each, nbytes in there:
-            if sum(size for _, size in there) + needed <= most:
-                return
-            there = there[1:]
-            if nbytes:
-                self._expire(each)
-
-    def _kept(self) -> list[Experiment]:
-        return [
-            each for each in self.store.finished_experiments() if each.merge.state == "completed"
-        ]
-
-    def kept_until(self, experiment: Experiment) -> float | None:
-        """When a result will be removed; None if it is not there, or stays."""
-        finished = experiment.merge.finished
-        days = self.settings.keep_days
-        if not days or finished is None or experiment.merge.state != "completed":
-            return None
-        return None if experiment.removed is not None else finished + days * 86400
-
-    async def _tidy(self) -> None:
-        while True:
-            await asyncio.to_thread(self._expire_old)
-            await asyncio.sleep(TIDY)
-
-    def _expire_old(self) -> None:
-        for each in self._kept():
-            until = self.kept_until(each)
-            if until is not None and until < time.time():
-                self._expire(each)
-
-    def _expire(self, experiment: Experiment) -> None:
-        if self.store.set_removed(experiment.id):
-            self._remove_files(experiment.id)
-
-    def _remove_files(self, key: str) -> None:
-        shutil.rmtree(self.folders.of(key), ignore_errors=True)
-        (self.folders.logs / f"{key}.log").unlink(missing_ok=True)
-        sync_folder(self.folders.results)
-
-    def _clear_left(self) -> None:
-        """Remove what a server was removing when it ended."""
-        for path in self.folders.results.iterdir():
-            found = self.store.experiment(path.name)
-            over = found is not None and found.merge.state in ("failed", "cancelled")
-            if found is None or found.removed is not None or over:
-                shutil.rmtree(path, ignore_errors=True)
-
 
 def _locked(data: Path) -> int:
     """A lock that ends with this process: one server works with a data folder."""
@@ -526,14 +482,6 @@ def _locked(data: Path) -> int:
             f"{data}: another server works with this data folder. Stop it, or choose another"
         ) from None
     return descriptor
-
-
-def _bytes(folder: Path) -> int:
-    found = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            found += path.stat().st_blocks * 512
-    return found
 
 
 def _storable(request: ExperimentRequest | EvaluationRequest) -> dict[str, Any]:

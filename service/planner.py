@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -31,9 +32,11 @@ WAITING = 50
 PLANS = 200
 """After which the process makes way for a new one."""
 
+TOO_LARGE = "the plan took more memory than there is for one. Are the models sound?"
 
-class PlanTimeoutError(Exception):
-    """A plan took too long."""
+
+class PlanLimitError(Exception):
+    """A plan took longer, or more memory, than it may."""
 
 
 class BusyError(Exception):
@@ -41,15 +44,16 @@ class BusyError(Exception):
 
 
 class Planner:
-    """Plans requests, one after the other.
+    """A process that calls functions, as `plan`, one after the other.
 
     Args:
         folder: with links to the models; the process works in it.
-        seconds: that a plan may take.
+        passing: a folder for what it writes for itself.
+        seconds: that a call may take.
     """
 
-    def __init__(self, folder: Path, seconds: float) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, passing: Path, seconds: float) -> None:
+        self._folders = str(folder), str(passing)
         self._seconds = seconds
         self._pool: ProcessPoolExecutor | None = None
         self._turn = asyncio.Lock()
@@ -59,7 +63,7 @@ class Planner:
         """Have a function of a module called in the process; what it returns.
 
         Raises:
-            PlanTimeoutError: it took too long, or more memory than it may.
+            PlanLimitError: it took too long, or more memory than it may.
             BusyError: too many wait for it already.
         """
         if self._waiting >= WAITING:
@@ -72,23 +76,32 @@ class Planner:
 
     async def _run(self, work: Callable[..., Any], *arguments: Any) -> Any:
         async with self._turn:
-            if self._pool is None:
-                self._pool = self._start()
+            with contextlib.suppress(BrokenProcessPool):
+                return await self._call(work, *arguments)
+            try:  # it may have died before, of something else
+                return await self._call(work, *arguments)
+            except BrokenProcessPool:
+                raise PlanLimitError(TOO_LARGE) from None
+
+    async def _call(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Call it once; what goes wrong costs the process."""
+        self._pool = self._pool or self._start()
+        try:
             call = asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
-            try:
-                return await asyncio.wait_for(asyncio.shield(call), self._seconds)
-            except TimeoutError:
-                self._kill()
-                with contextlib.suppress(BrokenProcessPool, asyncio.CancelledError):
-                    await call
-                raise PlanTimeoutError(
-                    f"the plan took longer than {self._seconds:g} s and was given up"
-                ) from None
-            except (BrokenProcessPool, MemoryError):
-                self._kill()
-                raise PlanTimeoutError(
-                    "the plan took more memory than there is for one. Are the models sound?"
-                ) from None
+            return await asyncio.wait_for(asyncio.shield(call), self._seconds)
+        except TimeoutError:
+            self._kill()
+            with contextlib.suppress(BrokenProcessPool, asyncio.CancelledError):
+                await call
+            raise PlanLimitError(
+                f"the plan took longer than {self._seconds:g} s and was given up"
+            ) from None
+        except MemoryError:
+            self._kill()
+            raise PlanLimitError(TOO_LARGE) from None
+        except BrokenProcessPool:
+            self._kill()
+            raise
 
     def close(self) -> None:
         """End the process."""
@@ -99,7 +112,7 @@ class Planner:
             1,
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_begin,
-            initargs=(str(self._folder),),
+            initargs=self._folders,
             max_tasks_per_child=PLANS,
         )
 
@@ -115,8 +128,9 @@ class Planner:
 # In that process
 
 
-def _begin(folder: str) -> None:
+def _begin(folder: str, passing: str) -> None:
     """Work among the models, within limits, and only as long as the server is there."""
+    tempfile.tempdir = passing
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server ends this process itself
     os.chdir(folder)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
@@ -143,20 +157,21 @@ def plan(
 
     Returns:
         "problems" (and "unknown", whether an id is among them); and if there are none "recipe"
-        (YAML), "plan", "findings" (whether they can be found out), "base" and "models" (ids).
+        (YAML), "plan", "findings" (whether they can be found out), "base" and "models" (as their
+        client names them), and "references" (see `Names`) of all ids that it needs.
     """
     from merge_chain import plan_stages
     from model_errors import ModelCompatibilityError
-    from service.requests import model_ids, problems_of, recipe_text, stages_of
+    from service.requests import all_ids, model_ids, problems_of, recipe_text, stages_of
 
-    asked = ExperimentRequest(**request)
+    asked, known = ExperimentRequest(**request), Names(*names)
     try:
-        text, notes = recipe_text(asked, Names(*names))
+        text, notes = recipe_text(asked, known)
     except RequestError as error:
         unknown = any(problem.text.startswith("unknown model ") for problem in error.problems)
         return {"problems": [*map(tuple, error.problems)], "unknown": unknown}
     try:
-        stages = stages_of(text, Names(*names).references)
+        stages = stages_of(text, known.references)
         findings = _can_be_compared(stages) if asked.findings is None else asked.findings
         report = plan_stages(stages, Path(output), **settings, findings=findings)
     except (ValueError, ModelCompatibilityError, OSError) as error:
@@ -170,6 +185,7 @@ def plan(
         "findings": findings,
         "base": base,
         "models": models,
+        "references": {each: known.references[each] for each in all_ids(text)},
     }
 
 
@@ -193,5 +209,6 @@ def public_plan(report: Any, notes: Sequence[str], output: str) -> dict[str, Any
 
 
 def public(text: str, output: str) -> str:
-    """A text in which the output has no path."""
-    return text.replace(f"{output}/", "the output's ").replace(output, "the output")
+    """A text in which the output, and what lies beside it while it is made, have no path."""
+    text = text.replace(f"{output}/", "the output's ").replace(output, "the output")
+    return text.replace(f"{Path(output).parent}/", "")

@@ -77,7 +77,8 @@ def recipe_text(request: ExperimentRequest, names: Names) -> tuple[str, list[str
     """
     notes: list[str] = []
     if request.recipe is not None:
-        given = sorted(request.model_fields_set & {"method", "models", "parameters", "base_model"})
+        told = ("base_model", "method", "models", "parameters")
+        given = [name for name in told if getattr(request, name)]
         others = [*given, *(request.model_extra or {})]
         if others:
             raise RequestError(
@@ -115,16 +116,42 @@ def model_ids(text: str) -> tuple[str | None, list[str]]:
     """The base and the models of a recipe, as a client named them; results of others left out."""
     stages = read_recipes(text, SOURCE)
     own = {stage.name for stage in stages}
-    found = [name for stage in stages for name in _models_of(stage.recipe) if name not in own]
+
+    def is_there(name: str | None) -> bool:
+        return name is not None and own.isdisjoint(ids_in(name))
+
     bases = [stage.recipe.base_model for stage in stages]
-    base = next((name for name in bases if name is not None and name not in own), None)
+    base = next(filter(is_there, bases), None)
+    found = filter(is_there, (name for stage in stages for name in _models_of(stage.recipe)))
     return base, [name for name in dict.fromkeys(found) if name != base]
+
+
+def all_ids(text: str) -> list[str]:
+    """The ids of all models and adapters of a recipe."""
+    stages = read_recipes(text, SOURCE)
+    own = {stage.name for stage in stages}
+    names = (name for stage in stages for name in _models_of(stage.recipe))
+    return sorted({each for name in names for each in ids_in(name)} - own)
+
+
+def _parts(name: str) -> list[tuple[str, str]]:
+    """A model and its adapters: the id of each, and what follows it.
+
+    >>> _parts("base+lora:0.5")
+    [('base', ''), ('lora', ':0.5')]
+    """
+    parts = (part.partition(":") for part in name.split("+"))
+    return [(key, colon + strength) for key, colon, strength in parts]
+
+
+def ids_in(name: str) -> list[str]:
+    """The ids of a model, maybe with adapters."""
+    return [key for key, _ in _parts(name)]
 
 
 def referred(name: str, references: Mapping[str, str]) -> str:
     """What a model, maybe with adapters, is called where it is loaded."""
-    parts = (part.partition(":") for part in name.split("+"))
-    return "+".join(f"{references.get(key, key)}{colon}{by}" for key, colon, by in parts)
+    return "+".join(references.get(key, key) + strength for key, strength in _parts(name))
 
 
 def problems_of(error: Exception, *, form: bool = False) -> list[Problem]:
@@ -199,6 +226,7 @@ def _document(request: ExperimentRequest, names: Names) -> tuple[dict[str, Any],
     base = parameters.pop("base_model", None) if request.base_model is None else request.base_model
     if problems:
         raise RequestError(problems)
+    base = _whole_name(base, names) if isinstance(base, str) else base
     models = [_whole_name(model.id, names) for model in request.models]
     content: dict[str, Any] = {
         "method": request.method,
@@ -292,7 +320,7 @@ def _name_problems(stages: Sequence[Stage], names: Names) -> Iterator[Problem]:
             text = f"{name[:100]!r} is no id of a model. GET /api/model-merger/models lists them"
             yield Problem("models", text)
             continue
-        for part in (_without_strength(part) for part in name.split("+")):
+        for part in ids_in(name):
             if part in own:
                 continue
             if part not in names.references:
@@ -302,10 +330,6 @@ def _name_problems(stages: Sequence[Stage], names: Names) -> Iterator[Problem]:
             elif part == name and part in names.bases:
                 text = f"{part} is an adapter. Name its base with it: BASE+{part}"
                 yield Problem("models", text)
-
-
-def _without_strength(part: str) -> str:
-    return part.split(":")[0]
 
 
 def _renamed(recipe: Recipe, references: Mapping[str, str]) -> Recipe:

@@ -9,16 +9,18 @@ import contextlib
 import json
 import os
 import secrets
-import shutil
 import signal
 import sys
 import traceback
+from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from service.results import Folders, Results
 from service.settings import Settings
-from service.store import Experiment, Held, Store
+from service.store import ATTEMPTS, Experiment, Held, Job, State, Store
 from service.worker import GRACE, STOPPED, Order
 
 TICK = 0.25
@@ -27,42 +29,10 @@ TICK = 0.25
 REST = 5.0
 """Seconds after which what went wrong is tried again."""
 
-NOT_STARTED = 127
-"""As the exit status of a process that could not be started."""
-
 LATE = 60.0
 """Seconds after the end of a lease in which a process that is alive may still speak up."""
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@dataclass(frozen=True)
-class Folders:
-    """Where things lie.
-
-    Attributes:
-        store: the database.
-        models: links to models, by their ids.
-        results: a folder for each experiment.
-        logs: what processes say, a file for each experiment.
-    """
-
-    store: Path
-    models: Path
-    results: Path
-    logs: Path
-
-    @classmethod
-    def below(cls, data: Path) -> "Folders":
-        """Those of a data folder; made if they are not there."""
-        folders = cls(data / "jobs.sqlite3", data / "models", data / "results", data / "logs")
-        for folder in (data, folders.models, folders.results, folders.logs):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return folders
-
-    def of(self, key: str) -> Path:
-        """The folder of an experiment."""
-        return self.results / key
 
 
 @dataclass
@@ -71,29 +41,42 @@ class Child:
 
     Attributes:
         job, holder: the job, and what the process calls itself.
+        begun: when it was started, on the loop's clock.
         process: the process; None while it is being started.
         stopping: when it was told to stop, on the loop's clock.
+        killed: why it was killed; empty where it was not.
     """
 
     job: int
     holder: str
+    begun: float
     process: asyncio.subprocess.Process | None = None
     stopping: float | None = None
+    killed: str = ""
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was started."""
+        return asyncio.get_running_loop().time() - self.begun
 
 
 class Runner:
     """Works through the queue, as a task of the server.
 
     Args:
-        store, settings, folders: of the service.
+        store, settings, folders, results: of the service.
     """
 
-    def __init__(self, store: Store, settings: Settings, folders: Folders) -> None:
+    def __init__(
+        self, store: Store, settings: Settings, folders: Folders, results: Results
+    ) -> None:
         self._store = store
+        self._results = results
         self._settings = settings
         self._folders = folders
         self._children: dict[int, Child] = {}
         self._attending: set[asyncio.Task[None]] = set()
+        self._not_begun: Counter[int] = Counter()  # processes that never took their job
         self._memory = settings.memory_bytes
 
     @property
@@ -104,13 +87,7 @@ class Runner:
     async def run(self) -> None:
         """Until it is cancelled; then its processes are stopped, and their jobs wait again."""
         try:
-            while True:
-                try:
-                    await self._look()
-                except Exception:  # a full disk, say: the queue goes on when it is over
-                    traceback.print_exc()
-                    await asyncio.sleep(REST)
-                await asyncio.sleep(TICK)
+            await keep_doing(self._look, TICK)
         finally:
             await self._stop_all()
 
@@ -123,37 +100,40 @@ class Runner:
                 await asyncio.to_thread(self._take_up, each)
             elif each.stop:
                 self._stop(child)
-            elif each.running > self._settings.job_hours * 3600:
+            elif each.left < -LATE:
+                self._kill(child, "its process did not answer any more and was killed")
+            elif child.age > self._settings.job_hours * 3600:
                 text = f"it took longer than the {self._settings.job_hours:g} hours that a job may"
-                self._store.finish(each.job, each.holder, "failed", problems=[text])
+                await asyncio.to_thread(
+                    self._store.finish, each.job, each.holder, "failed", problems=[text]
+                )
                 self._stop(child)
         self._kill_the_late()
-        free = self._settings.workers - len(self._children) - len(held) + len(
-            {each.job for each in held} & self._children.keys()
-        )  # fmt: skip
-        if free > 0:
-            for job in await asyncio.to_thread(self._store.next_jobs, free + len(self._children)):
-                if job not in self._children and free > 0:
-                    free -= 1
-                    self._start(job)
+        busy = self._children.keys() | {each.job for each in held}
+        free = max(0, self._settings.workers - len(busy))
+        if free:
+            waiting = await asyncio.to_thread(self._store.next_jobs, free + len(busy))
+            for job in [each for each in waiting if each not in busy][:free]:
+                self._start(job)
 
     def _take_up(self, held: Held) -> None:
         """A job of another process: of a server that is gone, or of one that is going."""
         if held.process.is_alive():
-            if held.left > -LATE:
-                return
-            with contextlib.suppress(OSError):
-                os.killpg(held.process.pid, signal.SIGKILL)
+            if held.left < -LATE:
+                with contextlib.suppress(OSError):
+                    os.killpg(held.process.pid, signal.SIGKILL)
+            return
         state = self._store.release(
             held.job, held.holder, "the server or the machine was restarted", died=True
         )
-        if state in ("cancelled", "failed"):
-            self.clear(held.job)
+        job = self._store.job(held.job)
+        if job is not None and state in ("cancelled", "failed"):
+            self._clear(job)
 
     # Own processes
 
     def _start(self, job: int) -> None:
-        child = Child(job, secrets.token_hex(8))
+        child = Child(job, secrets.token_hex(8), asyncio.get_running_loop().time())
         self._children[job] = child
         task = asyncio.create_task(self._attend(child))
         self._attending.add(task)
@@ -162,51 +142,71 @@ class Runner:
     async def _attend(self, child: Child) -> None:
         """A job's process from its start to its end."""
         try:
-            status = await self._run(child)
-        except OSError as error:
-            status = NOT_STARTED
-            cause = f"no process could be started ({error.strerror})"
-        else:
-            cause = _cause(status)
-        try:
+            cause, by_itself = await self._run(child)
             state = await asyncio.to_thread(
-                self._store.release, child.job, child.holder, cause, died=status != STOPPED
+                self._store.release, child.job, child.holder, cause, died=by_itself
             )
             job = await asyncio.to_thread(self._store.job, child.job)
-            if job is not None:
-                text = f"{job.experiment}: {job.kind} {job.state} ({cause})"
-                print(text, file=sys.stderr, flush=True)
-            if job is not None and (state or job.state) in ("cancelled", "failed"):
-                await asyncio.to_thread(self.clear, child.job)
-            if status not in (0, 1, STOPPED):
-                await asyncio.sleep(1)  # what fails at once is not tried as fast as can be
+            if job is None:
+                return
+            print(
+                f"{job.experiment}: {job.kind} {job.state} ({cause})", file=sys.stderr, flush=True
+            )
+            if state is None and job.state == "queued":
+                state = await self._not_taken(job, cause)
+            else:
+                self._not_begun.pop(child.job, None)
+            if (state or job.state) in ("cancelled", "failed"):
+                await asyncio.to_thread(self._clear, job)
+        except Exception:  # of the database, say: the job is found again when it answers
+            traceback.print_exc()
+            await asyncio.sleep(REST)
         finally:
             del self._children[child.job]
 
-    async def _run(self, child: Child) -> int:
+    async def _not_taken(self, job: Job, cause: str) -> State | None:
+        """What becomes of a job whose process has ended before it took the job."""
+        self._not_begun[job.number] += 1
+        if self._not_begun[job.number] < ATTEMPTS:
+            await asyncio.sleep(1)  # what fails at once is not tried as fast as can be
+            return None
+        del self._not_begun[job.number]
+        text = f"{cause} before it began, {ATTEMPTS} times. The service's log of it says why"
+        await asyncio.to_thread(self._store.give_up, job.number, text)
+        return "failed"
+
+    async def _run(self, child: Child) -> tuple[str, bool]:
+        """A process from its start to its end: why it ended, and whether by itself."""
         job = await asyncio.to_thread(self._store.job, child.job)
         if job is None:
-            return 0
-        experiment = await asyncio.to_thread(self._store.experiment, job.experiment)
-        if experiment is None:
-            return 0
-        order = self._order(child, experiment, merges=job.kind == "merge")
-        with (self._folders.logs / f"{experiment.id}.log").open("ab") as log:
-            child.process = process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "service.worker",
-                stdin=asyncio.subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                cwd=ROOT,
-                start_new_session=True,
-            )
+            return "it was removed", False
+        found = await asyncio.to_thread(self._store.experiment, job.experiment)
+        if found is None:
+            return "it was removed", False
+        order = self._order(child, found, merges=job.kind == "merge")
+        try:
+            with self._folders.log(found.id).open("ab") as log:
+                child.process = process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-m",
+                    "service.worker",
+                    stdin=asyncio.subprocess.PIPE,
+                    stdout=log,
+                    stderr=log,
+                    cwd=ROOT,
+                    env={**os.environ, "TMPDIR": str(self._folders.passing)},
+                    start_new_session=True,
+                )
+        except OSError as error:
+            return f"no process could be started ({error.strerror})", True
+        if child.stopping is not None:  # meanwhile
+            _signal(process, signal.SIGTERM)
         assert process.stdin is not None
         with contextlib.suppress(ConnectionError):
             process.stdin.write(json.dumps(asdict(order)).encode() + b"\n")
             await process.stdin.drain()
-        return await process.wait()
+        status = await process.wait()
+        return child.killed or _cause(status), status != STOPPED
 
     def _order(self, child: Child, experiment: Experiment, *, merges: bool) -> Order:
         settings: dict[str, Any] = {"max_memory": self._memory}
@@ -224,44 +224,57 @@ class Runner:
             holder=child.holder,
             recipe=experiment.recipe,
             references=experiment.plan["references"],
+            folders=experiment.plan["folders"],
             settings=settings,
             download_bytes=experiment.plan["plan"]["download_bytes"],
         )
 
     def _stop(self, child: Child) -> None:
-        if child.process is None or child.stopping is not None:
-            return
-        child.stopping = asyncio.get_running_loop().time()
-        _signal(child.process, signal.SIGTERM)
+        if child.stopping is None:
+            child.stopping = asyncio.get_running_loop().time()
+            _signal(child.process, signal.SIGTERM)
+
+    def _kill(self, child: Child, why: str) -> None:
+        child.killed = why
+        _signal(child.process, signal.SIGKILL)
 
     def _kill_the_late(self) -> None:
         now = asyncio.get_running_loop().time()
         for child in self._children.values():
-            if child.stopping is not None and now > child.stopping + GRACE and child.process:
-                _signal(child.process, signal.SIGKILL)
+            if child.stopping is not None and now >= child.stopping + GRACE:
+                self._kill(child, "its process did not stop in time and was killed")
 
     async def _stop_all(self) -> None:
         for child in self._children.values():
             self._stop(child)
         if self._attending:
             _, late = await asyncio.wait(self._attending, timeout=GRACE)
-            for child in self._children.values():
-                if child.process is not None:
-                    _signal(child.process, signal.SIGKILL)
+            self._kill_the_late()
             if late:
                 await asyncio.wait(late, timeout=5)
 
-    def clear(self, number: int) -> None:
+    def _clear(self, job: Job) -> None:
         """Remove what a merge has left that nobody will go on with."""
-        job = self._store.job(number)
-        if job is not None and job.kind == "merge":
-            shutil.rmtree(self._folders.of(job.experiment), ignore_errors=True)
+        if job.kind == "merge":
+            self._results.remove(job.experiment, log=False)
 
 
-def _signal(process: asyncio.subprocess.Process, number: int) -> None:
-    """To the process and all that it has started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
+def _signal(process: asyncio.subprocess.Process | None, number: int) -> None:
+    """To the process, if it has been started, and all that it has started."""
+    if process is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+
+
+async def keep_doing(look: Callable[[], Awaitable[None]], every: float) -> None:
+    """Look after something again and again; what goes wrong is told, and tried again later."""
+    while True:
+        try:
+            await look()
+        except Exception:  # a full disk, say: it goes on when that is over
+            traceback.print_exc()
+            await asyncio.sleep(REST)
+        await asyncio.sleep(every)
 
 
 def _cause(status: int) -> str:

@@ -54,6 +54,7 @@ CREATE TABLE jobs (
     stop INTEGER NOT NULL DEFAULT 0,
     attempts INTEGER NOT NULL DEFAULT 0,
     furthest INTEGER NOT NULL DEFAULT 0,
+    furthest_of TEXT NOT NULL DEFAULT '',
     step TEXT NOT NULL DEFAULT '',
     done INTEGER NOT NULL DEFAULT 0,
     total INTEGER NOT NULL DEFAULT 0,
@@ -95,6 +96,18 @@ SHORT_JOB = """
     total, speed, problems,
     CASE WHEN kind = 'evaluation' THEN json_remove(request, '$.text') ELSE '{}' END AS request,
     CASE WHEN kind = 'merge' THEN outcome ELSE '{}' END AS outcome
+"""
+
+
+BEAT = """
+UPDATE jobs SET lease = :lease, step = :step, done = :done, total = :total, speed = :speed,
+    attempts = CASE
+        WHEN :of = furthest_of AND :done > furthest AND furthest > 0 THEN 1 ELSE attempts END,
+    furthest = CASE
+        WHEN :total = 0 THEN furthest WHEN :of = furthest_of THEN max(furthest, :done)
+        ELSE :done END,
+    furthest_of = CASE WHEN :total = 0 THEN furthest_of ELSE :of END
+WHERE number = :number AND holder = :holder AND state = 'running'
 """
 
 
@@ -197,7 +210,6 @@ class Held(NamedTuple):
         process: the process.
         left: seconds until its lease ends; below 0 after that.
         stop: whether it has been asked to stop.
-        running: seconds since it has begun.
     """
 
     job: int
@@ -205,7 +217,6 @@ class Held(NamedTuple):
     process: Process
     left: float
     stop: bool
-    running: float
 
 
 class Store:
@@ -265,7 +276,7 @@ class Store:
 
         Args:
             name, request, recipe, plan: see `Experiment`.
-            most: experiments that may wait or run.
+                most: jobs that may wait or run.
 
         Raises:
             QueueFullError: there are as many already.
@@ -286,7 +297,7 @@ class Store:
         return key
 
     def add_evaluation(self, key: str, request: Mapping[str, Any]) -> None:
-        """Have the models of an experiment and its result compared.
+        """Have the models of an experiment and its result compared; in place of an earlier time.
 
         Raises:
             StateError: there is no result, or it is being done already.
@@ -297,6 +308,9 @@ class Store:
                 raise StateError("there is no merged model to evaluate")
             if found.evaluation is not None and found.evaluation.is_open:
                 raise StateError("an evaluation of this experiment waits or runs already")
+            self._db.execute(
+                "DELETE FROM jobs WHERE experiment = ? AND kind = 'evaluation'", (key,)
+            )
             self._add_job(key, "evaluation", request)
 
     def _add_job(self, key: str, kind: Kind, request: Mapping[str, Any]) -> None:
@@ -333,13 +347,23 @@ class Store:
             rows = self._db.execute("SELECT state, count(*) AS many FROM jobs GROUP BY state")
             return {row["state"]: row["many"] for row in rows}
 
-    def finished_experiments(self) -> list[Experiment]:
-        """Those with a result that is still there and of which nothing waits or runs, by age."""
+    def results(self) -> list[Experiment]:
+        """Those with a result that is there, the oldest first."""
         with self._lock:
             return self._experiments(
-                "WHERE removed IS NULL AND id NOT IN "
-                "(SELECT experiment FROM jobs WHERE state IN ('queued', 'running')) ORDER BY number"
+                "WHERE removed IS NULL AND id IN (SELECT experiment FROM jobs "
+                "WHERE kind = 'merge' AND state = 'completed') ORDER BY number"
             )
+
+    def without_results(self, before: float) -> list[str]:
+        """The ids of those whose merge failed or was cancelled before a time."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT experiment FROM jobs WHERE kind = 'merge' "
+                "AND state IN ('failed', 'cancelled') AND finished < ?",
+                (before,),
+            )
+            return [row["experiment"] for row in rows]
 
     def _experiments(
         self, which: str, values: Sequence[Any] = (), *, history: bool = False
@@ -416,7 +440,7 @@ class Store:
             ).fetchall()
             for row in rows:
                 if row["state"] == "queued":
-                    self._end(row["number"], "cancelled", "cancelled before it began", [], {})
+                    self._end(row["number"], "cancelled", "cancelled", [], {})
                 else:
                     self._db.execute("UPDATE jobs SET stop = 1 WHERE number = ?", (row["number"],))
                     self._tell(row["number"], "running", "asked to stop")
@@ -455,17 +479,14 @@ class Store:
     def beat(self, number: int, holder: str, lease: float, progress: Progress) -> bool:
         """Say that the holder is still there and how far it is; False if the job is not its own.
 
-        A job that gets further than any process before may lose as many processes again.
+        A job that gets further than any process before may lose as many processes again. Only the
+        same step is compared with itself: a download and a merge count other bytes.
         """
+        told = progress._asdict()
+        told |= {"number": number, "holder": holder, "lease": uptime() + lease}
+        told["of"] = f"{progress.step}, {progress.total}"
         with self._transaction():
-            changed = self._db.execute(
-                "UPDATE jobs SET lease = ?, step = ?, done = ?, total = ?, speed = ?, "
-                "attempts = CASE WHEN ? > furthest AND furthest > 0 THEN 1 ELSE attempts END, "
-                "furthest = max(furthest, ?) "
-                "WHERE number = ? AND holder = ? AND state = 'running'",
-                (uptime() + lease, *progress, progress.done, progress.done, number, holder),
-            ).rowcount
-        return bool(changed)
+            return bool(self._db.execute(BEAT, told).rowcount)
 
     def finish(
         self,
@@ -490,7 +511,7 @@ class Store:
             text = problems[0] if problems else state
             self._end(number, state, text, problems, outcome)
             evaluation = json.loads(row["request"]).get("evaluation")
-            if state == "completed" and row["kind"] == "merge" and evaluation:
+            if state == "completed" and row["kind"] == "merge" and evaluation and not row["stop"]:
                 self._add_job(row["experiment"], "evaluation", evaluation)
         return True
 
@@ -531,6 +552,15 @@ class Store:
             self._tell(number, "queued", f"{cause}; it goes on from what is done")
         return "queued"
 
+    def give_up(self, number: int, text: str) -> bool:
+        """Fail a job that waits and that no process can take; whether it did wait."""
+        with self._transaction():
+            waits = "SELECT 1 FROM jobs WHERE number = ? AND state = 'queued'"
+            if self._db.execute(waits, (number,)).fetchone() is None:
+                return False
+            self._end(number, "failed", text, [text], {})
+        return True
+
     def held(self) -> list[Held]:
         """All jobs that a process holds."""
         with self._lock:
@@ -542,7 +572,6 @@ class Store:
                 Process(row["boot"], row["pid"], row["born"]),
                 row["lease"] - uptime(),
                 bool(row["stop"]),
-                time.time() - row["started"],
             )
             for row in rows
         ]

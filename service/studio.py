@@ -128,7 +128,7 @@ async def experiment_page(request: Request, key: str) -> Response:
     """An experiment: how far it is, what came out."""
     service = _service(request)
     found = await service.experiment(key)
-    shown = view(found, service.kept_until(found), whole=True)
+    shown = view(found, service.results.kept_until(found), whole=True)
     return _page(
         "experiment.html",
         experiment=shown,
@@ -173,7 +173,7 @@ def _service(request: Request) -> Service:
 
 
 def _listed(service: Service, experiment: Experiment) -> dict[str, Any]:
-    return view(experiment, service.kept_until(experiment), whole=False)
+    return view(experiment, service.results.kept_until(experiment), whole=False)
 
 
 def filled_in(experiment: Experiment) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import hashlib
 import json
 import os
 import signal
+import sqlite3
 import sys
 import threading
-import time
 import traceback
 import warnings
 import zlib
@@ -23,7 +23,6 @@ from typing import Any
 
 from model_errors import ModelCompatibilityError
 from model_hashes import REPORT_FILE
-from model_utils import format_bytes
 from model_writer import read_manifest
 from service.archive import open_plain
 from service.planner import public
@@ -63,6 +62,7 @@ class Order:
     holder: str
     recipe: str
     references: Mapping[str, str]
+    folders: Mapping[str, str]
     settings: Mapping[str, Any]
     download_bytes: int
 
@@ -101,9 +101,10 @@ class Watch:
     def run(self) -> None:
         """Until it is over, or the job is another process's."""
         while not self.over.wait(BEAT):
-            if not self.store.beat(self.order.job, self.order.holder, LEASE, self.progress):
-                stop_this_process()
-                return
+            with contextlib.suppress(sqlite3.Error):  # a full disk, say; it may be over next time
+                if not self.store.beat(self.order.job, self.order.holder, LEASE, self.progress):
+                    stop_this_process()
+                    return
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -159,6 +160,7 @@ def main() -> int:
         watch = Watch(beats, order)
         try:
             with watch.running(), interrupt.possible():
+                check_models(order.folders)
                 outcome = WORK[job.kind](order, job, watch)
         except KeyboardInterrupt:  # by the server, or because it is gone: not the job's fault
             store.release(order.job, order.holder, "its process was stopped", died=False)
@@ -184,11 +186,25 @@ def explained(error: Exception, output: str) -> list[str]:
     return [public(line, output) for line in lines] or [type(error).__name__]
 
 
+def check_models(folders: Mapping[str, str]) -> None:
+    """Whether the ids of models still mean what they meant when the merge was planned.
+
+    Raises:
+        ValueError: they do not.
+    """
+    for key, folder in folders.items():
+        if not Path(key).is_symlink() or os.readlink(key) != folder:
+            raise ValueError(
+                f"{key} is another model now than it was when this was asked for. Ask for it again"
+            )
+
+
 def stop_this_process() -> None:
     """Have the work stop where it can go on later; at the latest after `GRACE`."""
+    late = threading.Timer(GRACE, os._exit, [STOPPED])
+    late.daemon = True
+    late.start()
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(GRACE)
-    os._exit(STOPPED)
 
 
 def _leave_with_the_server() -> None:
@@ -247,8 +263,15 @@ def write_findings(folder: Path) -> bool:
     analysis = saved_analysis(saved)
     if analysis is None:
         return False
-    (folder / "findings.html").write_text(analysis_page(analysis), encoding="utf-8")
+    write_whole(folder / "findings.html", analysis_page(analysis))
     return True
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is never there in part."""
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
 
 
 @contextlib.contextmanager
@@ -306,7 +329,8 @@ def evaluate(order: Order, job: Job, watch: Watch) -> dict[str, Any]:
         *((base, "base") for base in [base] if base is not None),
         *((model, "source") for model in models),
     ]
-    check_memory(order, folder)
+    page = folder / "comparison.html"
+    page.unlink(missing_ok=True)  # of an earlier time
     candidates = [
         Candidate(
             name,
@@ -327,20 +351,8 @@ def evaluate(order: Order, job: Job, watch: Watch) -> dict[str, Any]:
             ),
             tell=watch.say,
         )
-    (folder / "comparison.html").write_text(comparison_page(comparison), encoding="utf-8")
+    write_whole(page, comparison_page(comparison))
     return comparison.to_dict()
-
-
-def check_memory(order: Order, folder: Path) -> None:
-    """Whether one of the models after the other can be loaded; they are about as large."""
-    limit = order.settings.get("max_memory")
-    weights = sum(path.stat().st_size for path in (folder / "model").glob("*.safetensors"))
-    needed = 2 * weights + 10**9  # float32 of what is stored in 16 bits, and the libraries
-    if limit is not None and needed > limit:
-        raise ValueError(
-            f"to run these models takes about {format_bytes(needed)} of memory, and a job may take "
-            f"{format_bytes(limit)} here. Run them on a machine with more, or with a GPU"
-        )
 
 
 WORK: dict[str, Callable[[Order, Job, Watch], dict[str, Any]]] = {

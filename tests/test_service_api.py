@@ -470,6 +470,53 @@ def test_a_port_that_is_taken_is_said(tmp_path, server):
         second.start()
 
 
+# What is refused before it is begun
+
+
+def test_slices_of_different_models_have_no_findings(server):
+    layers = [{"model": name, "layer_range": [0, 1]} for name in ("capitals", "elements", "base")]
+    slices = [{"sources": layers[:2]}, {"sources": layers[1:]}]
+    recipe = json.dumps({"method": "linear", "slices": slices})
+    assert server.post("/experiments/plan", {"recipe": recipe})["plan"]["tensors"]
+    answer = server.ask("POST", f"{API}/experiments", {"recipe": recipe, "findings": True})
+    assert answer.status == 422
+    assert "slices have different ones" in answer.json["problems"][0]["text"]
+
+
+def test_an_adapter_on_an_earlier_result_is_merged(server):
+    first = {"name": "first", "method": "linear", "models": ["base", "elements"]}
+    last = {"method": "linear", "models": ["first+capitals-lora", "capitals"]}
+    recipe = "\n---\n".join(map(json.dumps, (first, last)))
+    found = server.finished(server.merge({"recipe": recipe}))
+    assert found["status"] == "completed", found
+    assert {model["id"] for model in found["models"]} == {"base", "elements", "capitals"}
+
+
+def test_an_adapter_can_be_the_base_by_its_id(server):
+    request = {**TWO, "method": "ties", "base_model": "capitals-lora"}
+    assert "base_model: base+capitals-lora" in server.post("/experiments/plan", request)["recipe"]
+
+
+def test_a_recipe_may_come_with_what_is_empty(server):
+    recipe = json.dumps({"method": "linear", "models": ["capitals", "elements"]})
+    both = {"recipe": recipe, "method": None, "models": [], "parameters": {}}
+    assert server.post("/experiments/plan", both)["plan"]["tensors"]
+
+
+def test_an_evaluation_for_which_there_is_no_memory_is_refused(tmp_path):
+    with Server(tmp_path / "data", "--max-memory", "900MB") as server:
+        judged = {**TWO, "evaluation": {"prompts": ["a"]}}
+        answer = server.ask("POST", f"{API}/experiments", judged)
+        assert answer.status == 422
+        assert answer.json["problems"][0]["where"] == "evaluation"
+        key = server.merge()
+        server.finished(key)
+        path = f"{API}/experiments/{key}/evaluation"
+        answer = server.ask("POST", path, {"prompts": ["a"]})
+        assert answer.status == 422
+        assert "takes about 1.00 GB" in answer.json["error"]
+
+
 # Room
 
 

@@ -102,6 +102,35 @@ def test_a_job_that_gets_further_each_time_may_lose_any_number_of_processes(stor
         assert store.release(number, str(attempt), "it was killed", died=True) == "queued"
 
 
+def test_a_download_and_a_merge_are_not_compared(store):
+    """A download counts more bytes than the merge has, so no merge would get further than it."""
+    _, number = add(store)
+    claim(store, number, "first")
+    store.beat(number, "first", 10, Progress("download", 14, 14))
+    store.beat(number, "first", 10, Progress("starting"))
+    store.beat(number, "first", 10, Progress("ties", 1, 20))
+    store.release(number, "first", "it was killed", died=True)
+    for attempt in range(2, 3 * ATTEMPTS):
+        claim(store, number, str(attempt))
+        store.beat(number, str(attempt), 10, Progress("ties", attempt, 20))
+        assert store.release(number, str(attempt), "it was killed", died=True) == "queued"
+    states = []
+    while claim(store, number):  # not further any more
+        store.beat(number, "one", 10, Progress("ties", 2, 20))
+        states.append(store.release(number, "one", "it was killed", died=True))
+    assert states == ["queued", "failed"]
+
+
+def test_a_job_that_no_process_takes_can_be_given_up(store):
+    key, number = add(store)
+    assert store.give_up(number, "it cannot be")
+    assert store.experiment(key).merge.state == "failed"
+    assert store.experiment(key).merge.problems == ("it cannot be",)
+    _, number = add(store)
+    claim(store, number)
+    assert not store.give_up(number, "it runs")
+
+
 def test_a_process_that_was_stopped_counts_for_nothing(store):
     _, number = add(store)
     for attempt in range(3 * ATTEMPTS):
@@ -129,6 +158,26 @@ def test_a_merge_that_is_done_before_it_hears_of_its_end_is_done(store):
     store.cancel(key)
     assert store.finish(number, "one", "completed")
     assert store.experiment(key).merge.state == "completed"
+
+
+def test_a_merge_that_was_cancelled_too_late_is_followed_by_nothing(store):
+    key, number = add(store, evaluation={"prompts": ["a"]})
+    claim(store, number)
+    store.cancel(key)
+    assert store.finish(number, "one", "completed")
+    assert store.experiment(key).evaluation is None
+
+
+def test_an_evaluation_takes_the_place_of_the_one_before(store):
+    key, number = add(store)
+    claim(store, number)
+    store.finish(number, "one", "completed")
+    for _ in range(3):
+        store.add_evaluation(key, {"prompts": ["a"]})
+        (number,) = store.next_jobs(5)
+        claim(store, number)
+        store.finish(number, "one", "completed")
+    assert store.counts() == {"completed": 2}
 
 
 def test_the_queue_has_an_end(store):
