@@ -365,7 +365,7 @@ def test_progress_goes_on_after_a_reload_and_after_a_crash(visit: Visit, server:
         with page.expect_request("**/events"):
             page.reload()
         assert page.inner_text(".percent") == shown
-        page.wait_for_function("document.title.startsWith(find('.percent').textContent)")
+        playwright.expect(page).to_have_title(re.compile(f"^{shown} "))
         assert page.evaluate("find('progress').value") == found["progress"]
         server.kill()
         page.get_by_text("The service does not answer").wait_for()
