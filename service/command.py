@@ -52,12 +52,24 @@ NOT_HERE = ("token",)
 """Settings that everyone on the machine would see on a command line."""
 
 
+class _NotHere(argparse.Action):
+    """Says where a setting is given that is not given on the command line."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        name = self.dest
+        parser.error(
+            f"the {name} is not given here, where everyone on the machine can see it. Set "
+            f"LLAMA_MERGE_{name.upper()}, or `{name}` in the file of --config"
+        )
+
+
 def _parser() -> argparse.ArgumentParser:
     from service.settings import Settings
 
     name = "start.py" if Path(sys.argv[0]).name == "start.py" else "llama-merge serve"
     parser = CommandParser("[--models FOLDER ...]", prog=name, description=__doc__)
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings as TOML")
+    parser.add_argument("--token", action=_NotHere, help=argparse.SUPPRESS)
     for key, field in Settings.model_fields.items():
         if key in NOT_HERE:
             continue
@@ -85,8 +97,9 @@ def _serve(arguments: argparse.Namespace) -> str:
     from service.settings import read_settings
 
     given = {key: value for key, value in vars(arguments).items() if key != "config"}
-    settings = with_token(read_settings(arguments.config, given))
-    serve(create_app, settings)
+    asked = read_settings(arguments.config, given)
+    settings = with_token(asked)
+    serve(create_app, settings, show_token=settings.token != asked.token)
     return "stopped"
 
 

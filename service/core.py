@@ -545,8 +545,8 @@ def view(experiment: Experiment, kept_until: float | None, *, whole: bool) -> di
     """An experiment as the API gives it; `whole` with all that a list leaves out."""
     base, models = experiment.plan["base"], experiment.plan["models"]
     links = {"self": f"{API}/experiments/{experiment.id}"}
-    merge = experiment.merge
-    result = None
+    merge, evaluation = experiment.merge, experiment.evaluation
+    result: dict[str, Any] | None = None
     if merge.state == "completed":
         there = experiment.removed is None
         result = {
@@ -561,9 +561,10 @@ def view(experiment: Experiment, kept_until: float | None, *, whole: bool) -> di
             links |= {name: f"{links['self']}/{name}" for name in ("download", "report")}
             if merge.outcome["findings"]:
                 links["findings"] = f"{links['self']}/findings"
+    if result and result["available"] and evaluation and evaluation.state == "completed":
+        links["comparison"] = f"{links['self']}/comparison"
     if experiment.is_open:
         links["events"] = f"{links['self']}/events"
-    evaluation = experiment.evaluation
     return {
         **job_view(merge, whole=whole),
         "id": experiment.id,

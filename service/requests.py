@@ -25,6 +25,7 @@ SOURCE = "recipe"
 MODEL_LIMITS = {"linear": (2, 8), "slerp": (2, 2)}
 """Models of the methods that are asked for by name; of others at least `FEWEST`."""
 FEWEST = {"ties": 2, "dare": 2}
+FOR_MORE = {"slerp": "For more take multislerp or karcher"}
 
 MOST_MODELS = 64
 
@@ -89,7 +90,7 @@ def recipe_text(request: ExperimentRequest, names: Names) -> tuple[str, list[str
     else:
         content, notes = _document(request, names)
         stages = [_stage_of(content)]
-    problems = [*_name_problems(stages, names)]
+    problems = [*_name_problems(stages, names, request)]
     try:
         check_stages(stages)
     except RecipeError as error:
@@ -253,7 +254,10 @@ def _form_problems(request: ExperimentRequest) -> Iterator[Problem]:
     fewest, most = MODEL_LIMITS.get(request.method, (FEWEST.get(request.method, 1), MOST_MODELS))
     if not fewest <= count <= most:
         wanted = f"exactly {most}" if fewest == most else f"{fewest} to {most}"
-        yield Problem("models", f"{request.method} takes {wanted} models, got {count}")
+        text = f"{request.method} takes {wanted} models, got {count}"
+        if count > most and request.method in FOR_MORE:
+            text += f". {FOR_MORE[request.method]}"
+        yield Problem("models", text)
 
 
 def _alpha(
@@ -309,27 +313,39 @@ def _models_of(recipe: Recipe) -> list[str]:
     return [*dict.fromkeys([*recipe.names, *sliced])]
 
 
-def _name_problems(stages: Sequence[Stage], names: Names) -> Iterator[Problem]:
+def _name_problems(
+    stages: Sequence[Stage], names: Names, request: ExperimentRequest
+) -> Iterator[Problem]:
     """Names that are no ids, nor results of the same recipe."""
+    places = {_whole_name(each.id, names): at for at, each in enumerate(request.models)}
+    by_hub_id = {name: key for key, name in names.references.items() if name != key}
+
+    def where(name: str) -> str:
+        if name in places:
+            return f"models[{places[name]}].id"
+        return "models" if request.base_model is None else "base_model"
+
     own = {stage.name for stage in stages if stage.name is not None}
     models = dict.fromkeys(name for stage in stages for name in _models_of(stage.recipe))
     if len(models) > MOST_MODELS:
         yield Problem("models", f"{len(models)} models; a recipe has at most {MOST_MODELS}")
     for name in models:
         if not _NAME.fullmatch(name):
-            text = f"{name[:100]!r} is no id of a model. GET /api/model-merger/models lists them"
-            yield Problem("models", text)
+            text = f"{name[:100]!r} is no id of a model. Take one of the list of models"
+            if name in by_hub_id:
+                text = f"{name} is called {by_hub_id[name]!r} here"
+            yield Problem(where(name), text)
             continue
         for part in ids_in(name):
             if part in own:
                 continue
             if part not in names.references:
-                yield Problem("models", unknown_name("model", part, names.references))
+                yield Problem(where(name), unknown_name("model", part, names.references))
             elif part in names.unavailable:
-                yield Problem("models", f"{part}: {names.unavailable[part]}")
+                yield Problem(where(name), f"{part}: {names.unavailable[part]}")
             elif part == name and part in names.bases:
                 text = f"{part} is an adapter. Name its base with it: BASE+{part}"
-                yield Problem("models", text)
+                yield Problem(where(name), text)
 
 
 def _renamed(recipe: Recipe, references: Mapping[str, str]) -> Recipe:

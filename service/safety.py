@@ -11,16 +11,18 @@ import ipaddress
 import json
 import re
 import secrets
+import socket
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from http import HTTPStatus
 from types import MappingProxyType
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.settings import LOOPBACK, Settings
+from service.settings import EVERYWHERE, LOOPBACK, Settings
 
 COOKIE = "llama_merge"
 LOGIN, STATIC = "/login", "/static/"
@@ -103,7 +105,8 @@ class Guard:
         self._settings = settings
         self._token = token
         self._names = {*LOOPBACK, *(name.lower() for name in settings.hosts)}
-        self._names |= {settings.host.lower()} - {"0.0.0.0", "::"}
+        everywhere = settings.host in EVERYWHERE
+        self._names.add((socket.gethostname() if everywhere else settings.host).lower())
         self._reads = Bucket(settings.reads_per_second, 2 * settings.reads_per_second)
         per_second = settings.changes_per_minute / 60
         self._changes = Bucket(per_second, settings.changes_per_minute)
@@ -168,17 +171,21 @@ class Guard:
         path = scope["path"]
         if self._token is None or path == LOGIN or path.startswith(STATIC):
             return
-        if self.knows(_given_token(headers)):
+        given = _given_token(headers)
+        if self.knows(given):
             return
         client = scope["client"][0] if scope.get("client") else ""
         wait = self._guesses.wait(client)
         if wait:
             raise RefusalError(429, "too many wrong tokens", {"retry-after": str(int(wait) + 1)})
         if scope["method"] == "GET" and "text/html" in headers.get("accept", ""):
-            raise RefusalError(303, "log in first", {"location": "/login"})
-        raise RefusalError(
-            401, "send the token as `Authorization: Bearer TOKEN`", {"www-authenticate": "Bearer"}
-        )
+            after = quote(path) if path != "/" else ""
+            where = f"{LOGIN}?next={after}" if after else LOGIN
+            raise RefusalError(303, "log in first", {"location": where})
+        text = "send the token as `Authorization: Bearer TOKEN`"
+        if given:
+            text = "this is not the token. One that the service makes itself is another each time"
+        raise RefusalError(401, text, {"www-authenticate": "Bearer"})
 
     def knows(self, given: str) -> bool:
         """Whether this is the token, or the cookie that stands for it."""

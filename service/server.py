@@ -16,7 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from service.safety import CLOSE, refusal
 from service.sendfile import send_file
-from service.settings import Settings
+from service.settings import EVERYWHERE, Settings
 
 BACKLOG = 512
 CONNECTIONS = 2000
@@ -153,12 +153,13 @@ class Protocol(H11Protocol):
             self.transport.close()
 
 
-def serve(create: Callable[..., Any], settings: Settings) -> None:
+def serve(create: Callable[..., Any], settings: Settings, *, show_token: bool = False) -> None:
     """Answer until a signal comes.
 
     Args:
         create: makes the application of settings, and has it call a function when it is ready.
         settings: how it runs.
+        show_token: say the token, which has just been made.
 
     Raises:
         OSError: the address or the data folder cannot be used.
@@ -166,7 +167,7 @@ def serve(create: Callable[..., Any], settings: Settings) -> None:
     listening = _listening(settings)
     port = listening.getsockname()[1]
     config = uvicorn.Config(
-        create(settings, started=lambda: say(settings, port)),
+        create(settings, started=lambda: say(settings, port, show_token=show_token)),
         http=functools.partial(Protocol, settings, _connections()),  # type: ignore[arg-type]
         ws="none",
         loop="asyncio",
@@ -205,10 +206,14 @@ def _listening(settings: Settings) -> socket.socket:
         ) from None
 
 
-def say(settings: Settings, port: int) -> None:
-    """Where it can be reached, and with what."""
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+def say(settings: Settings, port: int, *, show_token: bool) -> None:
+    """Where it can be reached, and with what, where nobody knows that yet."""
+    host = socket.gethostname() if settings.host in EVERYWHERE else settings.host
+    host = f"[{host}]" if ":" in host else host
     lines = [f"llama-merge: http://{host}:{port}/", f"results and jobs: {settings.data}"]
-    if settings.token is not None:
-        lines.append(f"token: {settings.token}")
+    if show_token:
+        lines += [
+            "a token for this time; set LLAMA_MERGE_TOKEN, or `token` in the file, to keep one",
+            f"token: {settings.token}",
+        ]
     print("\n".join(lines), file=sys.stderr, flush=True)

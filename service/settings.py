@@ -7,14 +7,23 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
+from merge_recipe import unknown_name
 from model_utils import free_memory, parse_size
 
 PREFIX = "LLAMA_MERGE_"
 """Of environment variables: LLAMA_MERGE_PORT is the port."""
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+EVERYWHERE = ("0.0.0.0", "::")
 
 LISTS = {"models": os.pathsep, "hub_models": ",", "hosts": ","}
 """Settings with several values, and what parts them in the environment."""
@@ -55,13 +64,17 @@ class Settings(BaseModel):
     max_memory: int | str | None = Field(
         None, description="of a job; by default three quarters of what is free at the start"
     )
-    queue: int = Field(100, ge=1, description="experiments that wait or run, at most")
+    queue: int = Field(100, ge=1, description="jobs that wait or run, at most")
     disk_reserve: int | str = Field("1GB", description="room on the disk that is left free")
-    keep_days: float = Field(30.0, ge=0, description="results are removed after so long; 0: never")
+    keep_days: float = Field(
+        30.0,
+        ge=0,
+        description="results, and experiments without one, are removed after so long; 0: never",
+    )
     max_results: int | str | None = Field(
         None, description="of all results; the oldest are removed for a new one"
     )
-    job_hours: float = Field(24.0, gt=0, description="a job that takes longer is stopped")
+    job_hours: float = Field(24.0, gt=0, description="a process that takes longer is stopped")
     max_body: int | str = Field("1MB", description="of a request")
     body_seconds: float = Field(10.0, gt=0, description="in which a request must have arrived")
     header_seconds: float = Field(
@@ -79,8 +92,22 @@ class Settings(BaseModel):
 
     @field_validator("max_memory", "disk_reserve", "max_results", "max_body")
     @classmethod
-    def _size(cls, size: int | str | None) -> int | None:
-        return None if size is None else parse_size(size)
+    def _size(cls, size: int | str | None, info: ValidationInfo) -> int | None:
+        if info.field_name == "disk_reserve" and str(size) == "0":
+            return 0
+        return None if size is None else parse_size(size, str(info.field_name))
+
+    @field_validator("models", "hub_models", "hosts", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str | Path) else value
+
+    @field_validator("models")
+    @classmethod
+    def _there(cls, models: tuple[Path, ...]) -> tuple[Path, ...]:
+        if missing := [str(path) for path in models if not path.expanduser().is_dir()]:
+            raise ValueError(f"there is no folder {', '.join(missing)}. Make it, or leave it out")
+        return models
 
     @field_validator("data", "models")
     @classmethod
@@ -130,8 +157,13 @@ def read_settings(
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: is not TOML: {error}") from None
         origin = dict.fromkeys(values, str(path))
-    for key in Settings.model_fields:
-        name = f"{PREFIX}{key.upper()}"
+    names = {f"{PREFIX}{key.upper()}": key for key in Settings.model_fields}
+    ours = {f"{PREFIX}CONFIG", *names}
+    strange = sorted(name for name in environment if name.startswith(PREFIX) and name not in ours)
+    if strange:
+        texts = (unknown_name("environment variable", each, sorted(ours)) for each in strange)
+        raise ValueError("\n".join(texts))
+    for name, key in names.items():
         if environment.get(name):
             text = environment[name]
             values[key] = text.split(LISTS[key]) if key in LISTS else text
@@ -152,4 +184,6 @@ def _problem(error: Any, origin: Mapping[str, str]) -> str:
         return f"{where}: unknown setting {key!r}; there are: {', '.join(Settings.model_fields)}"
     shown = "***" if key == "token" else repr(error["input"])
     text = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":  # ours, which says of what it is and what was given
+        return f"{where}: {text}"
     return f"{where}: {key}: {text[0].lower()}{text[1:]}, got {shown}"

@@ -57,6 +57,9 @@ STEPS = {
 SAME_ORIGIN = {"referrer-policy": "same-origin"}
 """Without a referrer a browser sends no origin with a form either, and the guard wants one."""
 
+PAGES = re.compile(r"/experiments(/[\w-]{1,100})?", re.ASCII)
+"""Of this service; what a link could lead elsewhere by is none of them."""
+
 router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
 
 
@@ -142,7 +145,7 @@ async def experiment_page(request: Request, key: str) -> Response:
 @router.get("/login")
 async def login_page(request: Request) -> Response:
     """Asks for the token."""
-    return _page("login.html", headers=SAME_ORIGIN, wrong=False)
+    return _page("login.html", headers=SAME_ORIGIN, wrong=False, after=_after(request))
 
 
 @router.post("/login")
@@ -151,8 +154,8 @@ async def log_in(request: Request) -> Response:
     fields = parse_qs((await request.body()).decode("utf-8", "replace"))
     token = fields.get("token", [""])[0].strip()
     if not request.app.state.guard.knows(token):
-        return _page("login.html", 401, headers=SAME_ORIGIN, wrong=True)
-    answer = RedirectResponse("/", HTTPStatus.SEE_OTHER)
+        return _page("login.html", 401, headers=SAME_ORIGIN, wrong=True, after=_after(request))
+    answer = RedirectResponse(_after(request), HTTPStatus.SEE_OTHER)
     answer.set_cookie(
         COOKIE,
         cookie_of(token),
@@ -162,6 +165,12 @@ async def log_in(request: Request) -> Response:
         secure=request.url.scheme == "https",
     )
     return answer
+
+
+def _after(request: Request) -> str:
+    """Where one wanted to go before the login (`?next=`): a page of ours, or the first one."""
+    wanted = request.query_params.get("next", "")
+    return wanted if PAGES.fullmatch(wanted) else "/"
 
 
 def _service(request: Request) -> Service:

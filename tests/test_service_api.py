@@ -122,7 +122,7 @@ def test_models_below_configured_folders_are_offered_by_id(tmp_path):
         assert server.finished(key)["status"] == "completed"
         both = {"method": "linear", "models": [{"id": "broken"}, {"id": "base"}]}
         answer = server.ask("POST", f"{API}/experiments", both)
-        assert (answer.status, answer.json["problems"][0]["where"]) == (422, "models")
+        assert (answer.status, answer.json["problems"][0]["where"]) == (422, "models[0].id")
 
 
 def test_two_models_of_one_name_have_ids_of_their_own(tmp_path):

@@ -96,7 +96,7 @@ def test_a_drop_rate_out_of_range_is_refused_by_its_name(rate):
         ("linear", 1, "linear takes 2 to 8 models, got 1"),
         ("linear", 9, "linear takes 2 to 8 models, got 9"),
         ("slerp", 1, "slerp takes exactly 2 models, got 1"),
-        ("slerp", 3, "slerp takes exactly 2 models, got 3"),
+        ("slerp", 3, "slerp takes exactly 2 models, got 3. For more take multislerp or karcher"),
         ("ties", 1, "ties takes 2 to 64 models, got 1"),
         ("dare", 1, "dare takes 2 to 64 models, got 1"),
     ],
@@ -142,7 +142,7 @@ def test_an_unknown_method_has_a_nearest():
 
 
 NO_IDS = [
-    "/etc/passwd", "../secret", "..", "a/b", "HuggingFaceH4/zephyr-7b-beta", "file:///etc/passwd",
+    "/etc/passwd", "../secret", "..", "a/b", "HuggingFaceH4/zephyr", "file:///etc/passwd",
     "http://127.0.0.1/x", "code\\..\\x", "code\0", "code;x", "code\n", "%2e%2e", "~root", "",
     "base+../x", "base+/etc", "code@main",
 ]  # fmt: skip
@@ -168,8 +168,15 @@ def test_what_is_no_id_is_refused_wherever_it_stands(name):
 
 def test_unknown_and_unavailable_models_are_told_apart():
     found = problems(method="linear", models=[{"id": "cdoe"}, {"id": "gone"}])
+    assert found[0][0] == "models[0].id"
     assert found[0][1].endswith("Did you mean 'code'?")
-    assert found[1] == ("models", "gone: is not on this machine")
+    assert found[1] == ("models[1].id", "gone: is not on this machine")
+
+
+def test_a_name_of_the_hub_is_no_id_but_leads_to_it():
+    models = [{"id": "HuggingFaceH4/zephyr-7b-beta"}, {"id": "code"}]
+    text = "HuggingFaceH4/zephyr-7b-beta is called 'zephyr-7b-beta' here"
+    assert problems(method="linear", models=models) == [("models[0].id", text)]
 
 
 def test_an_adapter_alone_comes_with_its_base():

@@ -20,6 +20,8 @@ def test_what_is_given_comes_before_the_environment_and_that_before_the_file(tmp
 def test_the_environment_names_the_file_and_lists(tmp_path):
     file = tmp_path / "service.toml"
     file.write_text('disk_reserve = "2GB"\n')
+    for name in "ab":
+        (tmp_path / name).mkdir()
     environment = {
         "LLAMA_MERGE_CONFIG": str(file),
         "LLAMA_MERGE_MODELS": f"{tmp_path}/a:{tmp_path}/b",
@@ -68,3 +70,24 @@ def test_memory_of_jobs_is_shared_by_those_that_run_at_once():
     assert Settings(max_memory="2GB").memory_bytes == 2 * 10**9
     one, four = Settings().memory_bytes, Settings(workers=4).memory_bytes
     assert one is None or four < one / 3
+
+
+def test_one_folder_needs_no_list_and_must_be_there(tmp_path):
+    file = tmp_path / "service.toml"
+    file.write_text(f'models = "{tmp_path}"\ndisk_reserve = 0\n')
+    found = read_settings(file, {}, {})
+    assert (found.models, found.disk_reserve) == ((tmp_path,), 0)
+    gone = [tmp_path / "gone"]
+    with pytest.raises(ValueError, match=f"^--models: there is no folder {tmp_path}/gone. Make it"):
+        read_settings(None, {"models": gone}, {})
+
+
+def test_a_misspelt_variable_is_not_passed_over():
+    with pytest.raises(ValueError, match=r"unknown .* 'LLAMA_MERGE_PROT'.*mean 'LLAMA_MERGE_PORT'"):
+        read_settings(environment={"LLAMA_MERGE_PROT": "1"})
+
+
+def test_a_size_that_is_none_is_said_once():
+    said = r"^--max-memory: max_memory must be a size such as 5GB or 500MB, got 'lots'$"
+    with pytest.raises(ValueError, match=said):
+        read_settings(None, {"max_memory": "lots"}, {})

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -159,16 +160,20 @@ def judged(server: Server) -> str:
 
 def a_long_merge(server: Server, name: str = "Large") -> str:
     """Asked for; it takes seconds, and says several times how far it is."""
-    models = [{"id": "large-two", "weight": 1}] * 20
+    models = [{"id": "large-two", "weight": 1}] * 32
     return server.merge(name=name, method="della", base_model="large-one", models=models)
 
 
 @contextlib.contextmanager
 def frozen_on_the_way(server: Server, key: str) -> Iterator[Any]:
-    """An experiment that stands still when a part of it is done."""
-    server.until(key, lambda found: found["progress"] > 0, 90)
-    with server.frozen(key):
-        yield server.experiment(key)
+    """An experiment that stands still when a part of it is done; it is let on bit by bit."""
+    while True:
+        with server.frozen(key):
+            found = server.experiment(key)
+            if found["progress"] > 0:
+                yield found
+                return
+        time.sleep(0.1)
 
 
 def test_a_newcomers_first_merge_takes_four_clicks(visit: Visit, tmp_path: Path) -> None:
@@ -335,9 +340,9 @@ def test_a_merge_can_be_cancelled(visit: Visit, server: Server) -> None:
     with server.frozen(key):
         page.goto(f"/experiments/{key}")
         page.get_by_role("button", name="Cancel").click()
-        page.get_by_role("button", name="Go on").click()
+        page.get_by_role("button", name="Keep it running").click()
         page.get_by_role("button", name="Cancel").click()
-        page.get_by_role("button", name="Cancel it").click()
+        page.get_by_role("button", name="Stop it").click()
         page.get_by_text("Stopping").wait_for()
     page.get_by_text("This merge was cancelled").wait_for()
     history = page.locator("#history li span").all_inner_texts()
@@ -440,7 +445,7 @@ def test_models_can_be_asked_with_the_merge_and_later(visit: Visit) -> None:
     page.get_by_role("button", name="Ask").click()
     page.get_by_text("Asking the models").wait_for()
     page.get_by_role("button", name="Cancel").click()
-    page.get_by_role("button", name="Cancel it").click()
+    page.get_by_role("button", name="Stop it").click()
     page.get_by_text("Asking the models was cancelled.").wait_for(timeout=MERGED)
     assert page.get_by_role("link", name="Download").is_visible()
 

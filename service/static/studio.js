@@ -122,7 +122,8 @@ function showAt(problem, root) {
   for (let above = field.closest("details"); above; above = above.parentElement.closest("details")) {
     above.open = true;
   }
-  const control = find("input:not([type=range], [name=model], [name=method]), select, textarea", field);
+  const others = "[type=range], [type=search], [name=model], [name=method]"; // not what is wrong
+  const control = find(`input:not(${others}), select, textarea`, field);
   if (control) {
     control.setAttribute("aria-invalid", "true");
     control.setAttribute("aria-errormessage", line.id);
@@ -249,13 +250,16 @@ function studio(form) {
 
   // Method, base, parameters
 
-  /** The base that is probably meant: that of adapters, else a model called base. */
+  /** The base that is probably meant: that of adapters, or the one of their shape called base. */
   function suggestBase() {
     if (baseIsChosen) return;
-    const options = [...base.options].map((each) => each.value).filter(Boolean);
-    const called = (id) => /(^|[-_/.])base$/i.test(id);
-    const candidates = [...chosen.map((id) => box(id).dataset.base), ...options.filter(called)];
-    base.value = candidates.find((id) => id && options.includes(id)) || "";
+    const options = [...base.options].filter((each) => each.value);
+    const alike = (each) => chosen.every((id) => box(id).dataset.shape === each.dataset.shape);
+    const called = (each) => /(^|[-_/.])base$/i.test(each.value);
+    const likely = chosen.length ? options.filter((each) => called(each) && alike(each)) : [];
+    const ofAdapters = chosen.map((id) => box(id).dataset.base).filter(Boolean);
+    const found = ofAdapters[0] || (likely.length === 1 ? likely[0].value : "");
+    base.value = options.some((each) => each.value === found) ? found : "";
   }
 
   function drawMethod() {
