@@ -174,7 +174,16 @@ def row_norms(values: Any) -> Any:
         if squares.shape[1] % 2:
             sums[:, 0] += squares[:, -1]
         squares = sums
-    return squares[:, 0] ** 0.5
+    return _roots(squares[:, 0])
+
+
+def _roots(values: Any) -> Any:
+    """Square roots of float64, rounded as IEEE 754 wants: torch's are not, on some processors."""
+    if not hasattr(values, "cpu"):
+        return values**0.5
+    import torch
+
+    return torch.from_numpy(values.cpu().numpy() ** 0.5).to(values.device)
 
 
 def _as_float32(values: Any) -> Any:
