@@ -7,10 +7,12 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi import Path as PathParameter
 from fastapi.responses import HTMLResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
 from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from model_hashes import REPORT_FILE
+from service.archive import LAYOUT
 from service.core import API, RefusedError, Service, entries_view
 from service.downloads import part_of
 from service.schemas import (
@@ -26,8 +28,12 @@ from service.schemas import (
 )
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": Failure, "description": "what is wrong, and what to do"}
+    "4XX": {"model": Failure, "description": "what is wrong, and what to do"},
+    "5XX": {"model": Failure, "description": "an error of the service, or too many connections"},
 }
+
+TOKEN = HTTPBearer(auto_error=False, description="the service's token; the guard looks at it")
+"""How clients of the API say who they are, for its description."""
 
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; sandbox; frame-ancestors 'self'"
 """Of pages that hold texts of models: no script runs in them."""
@@ -55,7 +61,7 @@ Key = Annotated[
 
 
 def methods_at(scope: Scope) -> list[str]:
-    """What can be done at an address; an address may have several routes."""
+    """What can be done at an address by routes, of which there may be several."""
     routes = [route for route in router.routes if isinstance(route, APIRoute)]
     path = next((each.path for each in routes if each.matches(scope)[0] is not Match.NONE), None)
     return sorted({method for each in routes if each.path == path for method in each.methods or ()})
@@ -67,7 +73,14 @@ async def list_models(service: Here) -> Any:
     return {"success": True, "models": entries_view(await service.models())}
 
 
-@router.post("/experiments", response_model=OneExperiment, status_code=201)
+@router.post(
+    "/experiments",
+    response_model=OneExperiment,
+    status_code=201,
+    responses={
+        201: {"headers": {"Location": {"description": "of it", "schema": {"type": "string"}}}}
+    },
+)
 async def create_experiment(service: Here, request: ExperimentRequest, response: Response) -> Any:
     """Start a merge. What is wrong with it is said at once, before anything is begun."""
     found = await service.create(request)
@@ -161,7 +174,7 @@ async def download_experiment(service: Here, key: Key, request: Request) -> Resp
     """The merged model as a ZIP; a download that broke off can go on (Range)."""
     name, archive = await service.archive(key)
     headers = {"content-disposition": f'attachment; filename="{name}"'}
-    return part_of(request, archive, key, "application/zip", headers)
+    return part_of(request, archive, f"{key}-{LAYOUT}", "application/zip", headers)
 
 
 @router.get(

@@ -5,11 +5,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from merge_card import VERSION
 from service import api, studio
@@ -50,13 +50,13 @@ def create_app(settings: Settings, *, started: Callable[[], None] = lambda: None
         lifespan=lifespan,
     )
     app.state.service = service
-    app.include_router(api.router)
+    app.include_router(api.router, dependencies=[Depends(api.TOKEN)] if settings.token else [])
     studio.add(app)
     app.add_exception_handler(RefusedError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _broken)
-    guard = Guard(app, settings, settings.token)
+    guard = Guard(heads_too(app), settings, settings.token)
     app.state.guard = guard
     return guard
 
@@ -66,6 +66,32 @@ def with_token(settings: Settings) -> Settings:
     if settings.is_local or settings.token is not None:
         return settings
     return settings.model_copy(update={"token": secrets.token_urlsafe(24)})
+
+
+def heads_too(app: ASGIApp) -> ASGIApp:
+    """An application that answers HEAD as GET, without what follows the head."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await app(scope, receive, send)
+            return
+        asked = False
+
+        async def receive_once() -> Message:
+            nonlocal asked
+            if asked:  # whoever watches is told at once that nobody listens
+                return {"type": "http.disconnect"}
+            asked = True
+            return await receive()
+
+        async def send_head(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                await send(message)
+                await send({"type": "http.response.body"})
+
+        await app({**scope, "method": "GET"}, receive_once, send_head)
+
+    return answer
 
 
 def _failure(status: int, error: str, problems: list[dict[str, str]]) -> dict[str, Any]:
@@ -104,7 +130,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
         return studio.error_page(request, error.status_code, text)
     headers = dict(error.headers or {})
     if error.status_code == 405 and (methods := api.methods_at(request.scope)):
-        headers["allow"] = ", ".join(methods)
+        headers["allow"] = ", ".join([*methods, *(["HEAD"] if "GET" in methods else [])])
     return JSONResponse(_failure(error.status_code, text, []), error.status_code, headers)
 
 

@@ -26,6 +26,8 @@ MOST = MARK_32 - 1
 """The largest number that is not."""
 DATE = (1 << 5) | 1
 """1 January 1980, the first day that there is: nothing of the archive depends on a clock."""
+LAYOUT = 1
+"""Another number where archives of the same files would have other bytes."""
 MODE = 0o100644 << 16
 """A regular file that all may read."""
 
@@ -71,6 +73,14 @@ class Span:
             file.close()
             raise OSError(f"{self.path.name} has changed")
         return file
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the file is there, as large as it was."""
+        try:
+            return self.path.lstat().st_size == self.size
+        except OSError:
+            return False
 
     @property
     def length(self) -> int:

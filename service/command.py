@@ -42,6 +42,7 @@ METAVARS = {
     "models": "FOLDER",
     "hub_models": "ID",
     "hosts": "NAME",
+    "trusted_proxies": "ADDRESS",
     "host": "ADDRESS",
     "device": "DEVICE",
     **dict.fromkeys(("max_memory", "disk_reserve", "max_results", "max_body"), "SIZE"),

@@ -4,6 +4,7 @@ The bytes of files do not pass through this program: the server has the system s
 ("http.response.zerocopysend", an extension of ASGI).
 """
 
+import sys
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -11,7 +12,7 @@ from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from service.archive import Archive, File
+from service.archive import Archive, File, Span
 from service.core import RefusedError
 
 
@@ -23,6 +24,9 @@ class Parts(Response):
         start, stop: the first byte, and the one after the last.
         status, headers: of the answer.
         kind: their media type.
+
+    Raises:
+        RefusedError: files of the source are not there any more.
     """
 
     def __init__(
@@ -36,12 +40,22 @@ class Parts(Response):
     ) -> None:
         headers = {**headers, "content-length": str(stop - start)}
         super().__init__(None, status, headers, media_type=kind)
-        self._parts = source.parts(start, stop)
+        self._parts = [*source.parts(start, stop)]
+        if not all(part.is_there for part in self._parts if isinstance(part, Span)):
+            raise RefusedError(410, "files of the merged model are missing, or have changed")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """An ASGI application."""
+        """An ASGI application; an answer that breaks off is told from a whole one by its length."""
         start = {"type": "http.response.start", "status": self.status_code}
         await send({**start, "headers": self.raw_headers})
+        try:
+            await self._send_parts(send)
+        except (OSError, EOFError) as error:
+            print(f"a download broke off: {error}", file=sys.stderr, flush=True)
+            return
+        await send({"type": "http.response.body"})
+
+    async def _send_parts(self, send: Send) -> None:
         for part in self._parts:
             if isinstance(part, bytes):
                 await send({"type": "http.response.body", "body": part, "more_body": True})
@@ -56,7 +70,6 @@ class Parts(Response):
                         "more_body": True,
                     }
                 )
-        await send({"type": "http.response.body"})
 
 
 def part_of(
@@ -66,10 +79,10 @@ def part_of(
     kind: str,
     more: Mapping[str, str] = MappingProxyType({}),
 ) -> Response:
-    """What is asked for of some bytes: all of them, or a range.
+    """What is asked for of some bytes: all of them, or a range, if they are what a client expects.
 
     Args:
-        request: with Range and If-Range, or without.
+        request: with Range, If-Range, If-Match and If-None-Match (RFC 9110, 13.2.2), or without.
         source: the bytes.
         tag: changes with the bytes.
         kind: their media type.
@@ -77,6 +90,11 @@ def part_of(
     """
     etag, length = f'"{tag}"', source.length
     headers = {**more, "accept-ranges": "bytes", "etag": etag}
+    expected, known = (request.headers.get(name) for name in ("if-match", "if-none-match"))
+    if expected is not None and not _names(expected, etag):
+        raise RefusedError(412, "it is another one than expected", headers={"etag": etag})
+    if known is not None and _names(known.replace("W/", ""), etag):
+        return Response(status_code=304, headers=headers)
     wanted = request.headers.get("range") if request.headers.get("if-range", etag) == etag else None
     span = byte_range(wanted, length)
     start, stop = span or (0, length)
@@ -86,6 +104,11 @@ def part_of(
     if span is not None:
         headers["content-range"] = f"bytes {start}-{stop - 1}/{length}"
     return Parts(source, start, stop, 200 if span is None else 206, headers, kind)
+
+
+def _names(header: str, etag: str) -> bool:
+    """Whether a list of entity tags has one, or stands for any."""
+    return header.strip() == "*" or etag in (each.strip() for each in header.split(","))
 
 
 def byte_range(header: str | None, length: int) -> tuple[int, int] | None:

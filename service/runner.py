@@ -6,6 +6,7 @@ the job waits again, and the next process goes on with what is on the disk.
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -31,6 +32,9 @@ REST = 5.0
 
 LATE = 60.0
 """Seconds after the end of a lease in which a process that is alive may still speak up."""
+
+FOR_NOW = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
+"""Why no process could be started, where that is not the job's fault: it waits until it can."""
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -198,6 +202,8 @@ class Runner:
                     start_new_session=True,
                 )
         except OSError as error:
+            if error.errno in FOR_NOW:
+                raise
             return f"no process could be started ({error.strerror})", True
         if child.stopping is not None:  # meanwhile
             _signal(process, signal.SIGTERM)

@@ -34,6 +34,8 @@ MOST_HEADERS = 100
 MOST_BODIES = 4
 """Of the largest size, that are held at once; what comes besides must be small."""
 SMALL = 2**14
+STRANGERS = 2**12
+"""Bytes of a body that is read of somebody who has not shown the token."""
 MOST_VALUES = 20_000
 """Of a body. JSON of a megabyte can come to many megabytes of empty lists."""
 VERSIONS = ("1.0", "1.1")
@@ -67,7 +69,7 @@ class Bucket:
     """Lets through so many a second, and a few seconds' worth at once."""
 
     def __init__(self, per_second: float, burst: float) -> None:
-        self._rate, self._burst = per_second, burst
+        self._rate, self._burst = per_second, max(1.0, burst)
         self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def wait(self, client: str, cost: float = 1.0) -> float:
@@ -110,6 +112,7 @@ class Guard:
         self._reads = Bucket(settings.reads_per_second, 2 * settings.reads_per_second)
         per_second = settings.changes_per_minute / 60
         self._changes = Bucket(per_second, settings.changes_per_minute)
+        self._strangers = Bucket(10, 100)
         self._guesses = Bucket(0.2, 10)
         self._held = 0  # bytes of bodies
 
@@ -127,11 +130,15 @@ class Guard:
             _check_framing(scope, headers)
             self._check_host(headers)
             self._check_origin(scope, headers)
-            self._check_rate(scope)
-            self._check_token(scope, headers)
-            await self._read_body(scope, headers, receive, body)
+            is_known = self._is_known(headers)
+            self._check_rate(scope, is_known=is_known)
+            if not is_known:
+                self._check_stranger(scope, headers)
+            await self._read_body(scope, headers, receive, body, is_known=is_known)
             await self._app(scope, _replayed(body, receive), _with_headers(send))
         except RefusalError as error:
+            if "expect" in headers:  # its client may send the body or not: RFC 9110, 10.1.1
+                error.headers |= CLOSE
             await _refuse(error, scope, send)
         finally:
             self._held -= len(body)
@@ -141,8 +148,9 @@ class Guard:
         hosts = headers.getlist("host")
         if len(hosts) != 1:
             raise RefusalError(400, "expected one Host header")
-        name = _host_name(hosts[0])
-        if name not in self._names and not (_is_address(name) and not self._settings.is_local):
+        name = host_name(hosts[0])
+        known = name in self._names or (_is_address(name) and not self._settings.is_local)
+        if not name or not known:
             raise RefusalError(
                 421,
                 "this name is not one that the service is known by. Add it to its setting `hosts`",
@@ -159,50 +167,65 @@ class Guard:
         if site not in ("none", "same-origin") and not navigates:
             raise RefusalError(403, "requests from pages of other sites are not answered")
 
-    def _check_rate(self, scope: Scope) -> None:
-        client = scope["client"][0] if scope.get("client") else ""
+    def _check_rate(self, scope: Scope, *, is_known: bool) -> None:
+        """How often a client asks; strangers do not use up what those who are known may."""
         is_change = scope["method"] not in SAFE and not scope["path"].endswith("/plan")
-        wait = (self._changes if is_change else self._reads).wait(client)
+        bucket = self._changes if is_change else self._reads
+        wait = (bucket if is_known else self._strangers).wait(client_of(scope))
         if wait:
             text = f"too many requests. Try again in {wait:.1f} s"
             raise RefusalError(429, text, {"retry-after": str(int(wait) + 1)})
 
-    def _check_token(self, scope: Scope, headers: Headers) -> None:
+    def _check_stranger(self, scope: Scope, headers: Headers) -> None:
+        """There is little that can be had without the token."""
         path = scope["path"]
-        if self._token is None or path == LOGIN or path.startswith(STATIC):
+        if path == LOGIN or path.startswith(STATIC):
             return
-        given = _given_token(headers)
-        if self.knows(given):
-            return
-        client = scope["client"][0] if scope.get("client") else ""
-        wait = self._guesses.wait(client)
-        if wait:
-            raise RefusalError(429, "too many wrong tokens", {"retry-after": str(int(wait) + 1)})
+        if _bearer(headers):
+            self.count_guess(scope)
+            text = "this is not the token. One that the service makes itself is another each time"
+            raise RefusalError(401, text, {"www-authenticate": "Bearer"})
         if scope["method"] == "GET" and "text/html" in headers.get("accept", ""):
-            after = quote(path) if path != "/" else ""
-            where = f"{LOGIN}?next={after}" if after else LOGIN
+            wanted = path + (
+                f"?{query}" if (query := scope["query_string"].decode("latin-1")) else ""
+            )
+            where = LOGIN if wanted == "/" else f"{LOGIN}?next={quote(wanted, safe='/')}"
             raise RefusalError(303, "log in first", {"location": where})
         text = "send the token as `Authorization: Bearer TOKEN`"
-        if given:
-            text = "this is not the token. One that the service makes itself is another each time"
         raise RefusalError(401, text, {"www-authenticate": "Bearer"})
 
-    def knows(self, given: str) -> bool:
-        """Whether this is the token, or the cookie that stands for it."""
-        if self._token is None:
+    def count_guess(self, scope: Scope) -> None:
+        """Count a token that was wrong. A right one is taken at any time, whatever came before.
+
+        Else a program with an old token would lock out all who share its address.
+
+        Raises:
+            RefusalError: there were too many.
+        """
+        wait = self._guesses.wait(client_of(scope))
+        if wait:
+            raise RefusalError(429, "too many wrong tokens", {"retry-after": str(int(wait) + 1)})
+
+    def _is_known(self, headers: Headers) -> bool:
+        """Whether a client has the token, or the cookie that stands for it."""
+        if self._token is None or self.is_token(_bearer(headers)):
             return True
-        known = (self._token, cookie_of(self._token))
-        return any(secrets.compare_digest(given.encode(), each.encode()) for each in known)
+        return _is_same(_cookie(headers), cookie_of(self._token))
+
+    def is_token(self, given: str) -> bool:
+        """Whether this is the token; so is anything where none is needed."""
+        return self._token is None or _is_same(given, self._token)
 
     async def _read_body(
-        self, scope: Scope, headers: Headers, receive: Receive, body: bytearray
+        self, scope: Scope, headers: Headers, receive: Receive, body: bytearray, *, is_known: bool
     ) -> None:
         """Read a body that is small enough, arrives in time, and is of a kind that is read.
 
         The rest of one that is too large is passed over: to close the connection at once could
-        take the answer from who still sends.
+        take the answer from who still sends. A body that has no meaning is read and forgotten.
         """
-        most = int(self._settings.max_body)
+        whole = int(self._settings.max_body)
+        most = whole if is_known and scope["path"] != LOGIN else min(STRANGERS, whole)
         too_large = f"the request has more than {most:,} bytes"
         length = headers.get("content-length")
         if length is not None and (not length.isdecimal() or int(length[:18]) > most):
@@ -218,14 +241,17 @@ class Guard:
                     body += piece
                     if len(body) > most:
                         raise RefusalError(413, too_large)
-                    if self._held > MOST_BODIES * most and len(body) > SMALL:
+                    if self._held > MOST_BODIES * whole and len(body) > SMALL:
                         text = "too many large requests at once. Try again later"
                         raise RefusalError(429, text, {"retry-after": "1"})
                     if not message.get("more_body"):
                         break
         except TimeoutError:
             raise RefusalError(408, "the request took too long", CLOSE) from None
-        if scope["method"] not in SAFE and scope["path"] != LOGIN:
+        if scope["method"] in SAFE:
+            self._held -= len(body)
+            body.clear()
+        elif scope["path"] != LOGIN:
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json" and (body or kind):
                 raise RefusalError(415, "expected JSON: Content-Type: application/json")
@@ -265,10 +291,34 @@ def cookie_of(token: str) -> str:
     return hashlib.sha256(f"llama-merge {token}".encode()).hexdigest()
 
 
-def _given_token(headers: Headers) -> str:
+def client_of(scope: Scope) -> str:
+    """By what a client is told from others: its address, or of IPv6 the network that it is in.
+
+    >>> client_of({"client": ("::ffff:10.0.0.7", 1)}), client_of({"client": ("2001:db8::1:2", 1)})
+    ('10.0.0.7', '2001:db8::')
+    """
+    text = scope["client"][0] if scope.get("client") else ""
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return str(text)
+    if address.version == 4:
+        return str(address)
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(ipaddress.ip_network((int(address) >> 64 << 64, 64)).network_address)
+
+
+def _is_same(given: str, known: str) -> bool:
+    return secrets.compare_digest(given.encode(), known.encode())
+
+
+def _bearer(headers: Headers) -> str:
     scheme, _, token = headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer":
-        return token.strip()
+    return token.strip() if scheme.lower() == "bearer" else ""
+
+
+def _cookie(headers: Headers) -> str:
     for part in headers.get("cookie", "").split(";"):
         name, _, value = part.strip().partition("=")
         if name == COOKIE:
@@ -276,10 +326,10 @@ def _given_token(headers: Headers) -> str:
     return ""
 
 
-def _host_name(host: str) -> str:
+def host_name(host: str) -> str:
     """A Host header without its port; empty if it is none.
 
-    >>> [_host_name(each) for each in ("merge.LAN:80", "[::1]", "[::1]x", "a:b", "a/b")]
+    >>> [host_name(each) for each in ("merge.LAN:80", "[::1]", "[::1]x", "a:b", "a/b")]
     ['merge.lan', '::1', '', '', '']
     """
     found = _HOST.fullmatch(host)

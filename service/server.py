@@ -18,16 +18,22 @@ from service.safety import CLOSE, refusal
 from service.sendfile import send_file
 from service.settings import EVERYWHERE, Settings
 
-BACKLOG = 512
+BACKLOG = 128
+"""That are accepted at once."""
 CONNECTIONS = 2000
 """That are answered at once; others are told to come again (503)."""
 
+OVER = 128
+"""Others that are told so; those beyond them are closed."""
+
+FILES_EACH = 3
+"""That a connection may have open: itself, and for a download a second time, and the file."""
 
 KEEP_ALIVE = 10
 """Seconds in which another request may come on a connection."""
 
-SPARE_FILES = 200
-"""That the server opens beside connections."""
+SPARE_FILES = 150 + OVER + BACKLOG
+"""That the server opens beside connections that are answered."""
 
 
 class Protocol(H11Protocol):
@@ -51,6 +57,9 @@ class Protocol(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         """A client is there; it has so long for its first request."""
         super().connection_made(transport)
+        if len(self.connections) > self._most + OVER:
+            transport.abort()
+            return
         transport.set_write_buffer_limits(0)  # what is not taken at once is waited for
         self._be_patient()
 
@@ -91,6 +100,9 @@ class Protocol(H11Protocol):
 
         uvicorn's own answer is a plain text without the headers that all others have.
         """
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True  # what it has to say of the request is not said any more
+            self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             head, body = refusal(400, "this is no request of HTTP/1.1", CLOSE)
             for event in (
@@ -171,11 +183,13 @@ def serve(create: Callable[..., Any], settings: Settings, *, show_token: bool = 
         http=functools.partial(Protocol, settings, _connections()),  # type: ignore[arg-type]
         ws="none",
         loop="asyncio",
+        backlog=BACKLOG,
         lifespan="on",
         log_level="error",  # a warning for each broken request would fill a disk
         access_log=False,
         server_header=False,
-        proxy_headers=False,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=[*settings.trusted_proxies],
         timeout_keep_alive=min(KEEP_ALIVE, int(settings.header_seconds) or 1),
         timeout_graceful_shutdown=2,
         h11_max_incomplete_event_size=32 * 1024,
@@ -187,17 +201,21 @@ def serve(create: Callable[..., Any], settings: Settings, *, show_token: bool = 
 def _connections() -> int:
     """How many can be answered at once, with as many open files as the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = CONNECTIONS + SPARE_FILES
+    wanted = FILES_EACH * CONNECTIONS + SPARE_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return CONNECTIONS if soft == resource.RLIM_INFINITY else min(CONNECTIONS, soft - SPARE_FILES)
+    if soft == resource.RLIM_INFINITY:
+        return CONNECTIONS
+    return max(1, min(CONNECTIONS, (soft - SPARE_FILES) // FILES_EACH))
 
 
 def _listening(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    both = settings.host == "::" and socket.has_dualstack_ipv6()
+    where = settings.host, settings.port
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
+        return socket.create_server(where, family=family, backlog=BACKLOG, dualstack_ipv6=both)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise OSError(

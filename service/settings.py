@@ -1,6 +1,7 @@
 """What can be set: by a file, by the environment, on the command line."""
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,10 +23,11 @@ from model_utils import free_memory, parse_size
 PREFIX = "LLAMA_MERGE_"
 """Of environment variables: LLAMA_MERGE_PORT is the port."""
 
+HOST_NAME = re.compile(r"[\w.-]+|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*", re.ASCII)
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 EVERYWHERE = ("0.0.0.0", "::")
 
-LISTS = {"models": os.pathsep, "hub_models": ",", "hosts": ","}
+LISTS = {"models": os.pathsep, "hub_models": ",", "hosts": ",", "trusted_proxies": ","}
 """Settings with several values, and what parts them in the environment."""
 
 
@@ -38,10 +40,15 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
-    host: str = Field("127.0.0.1", description="address to listen on")
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(5007, ge=0, le=65535, description="port to listen on; 0 for any free one")
     hosts: tuple[str, ...] = Field(
         (), description="names that clients may reach it by, beside the address; as merge.lan"
+    )
+    trusted_proxies: tuple[str, ...] = Field(
+        (),
+        description="addresses of proxies in front; what they say of clients (X-Forwarded-For, "
+        "X-Forwarded-Proto) is believed",
     )
     token: str | None = Field(
         None,
@@ -97,10 +104,22 @@ class Settings(BaseModel):
             return 0
         return None if size is None else parse_size(size, str(info.field_name))
 
-    @field_validator("models", "hub_models", "hosts", mode="before")
+    @field_validator(*LISTS, mode="before")
     @classmethod
     def _several(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str | Path) else value
+        several = (value,) if isinstance(value, str | Path) else value
+        if not isinstance(several, list | tuple):
+            return value
+        texts = (each.strip() if isinstance(each, str) else each for each in several)
+        return tuple(each for each in texts if each != "")
+
+    @field_validator("hosts")
+    @classmethod
+    def _are_names(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [each for each in hosts if not HOST_NAME.fullmatch(each)]:
+            raise ValueError(f"hosts must be names such as merge.lan, without http:// and port, "
+                             f"got {', '.join(map(repr, wrong))}")  # fmt: skip
+        return hosts
 
     @field_validator("models")
     @classmethod
@@ -118,8 +137,8 @@ class Settings(BaseModel):
 
     @property
     def is_local(self) -> bool:
-        """Whether only this machine can reach it."""
-        return self.host in LOOPBACK
+        """Whether it is meant for this machine alone: a proxy in front has others reach it."""
+        return {self.host, *self.hosts} <= {*LOOPBACK} and not self.trusted_proxies
 
     @property
     def memory_bytes(self) -> int | None:

@@ -20,7 +20,7 @@ from merge_card import VERSION
 from merge_methods import METHODS
 from model_utils import format_bytes
 from service.core import API, Service, entries_view, file_name, view
-from service.safety import COOKIE, cookie_of
+from service.safety import COOKIE, Guard, RefusalError, cookie_of
 from service.store import Experiment
 from service.studio_methods import FIRST, shown_methods
 
@@ -57,7 +57,9 @@ STEPS = {
 SAME_ORIGIN = {"referrer-policy": "same-origin"}
 """Without a referrer a browser sends no origin with a form either, and the guard wants one."""
 
-PAGES = re.compile(r"/experiments(/[\w-]{1,100})?", re.ASCII)
+PAGES = re.compile(
+    r"/(\?from=[\w-]{1,100})?|/experiments(/[\w-]{1,100}|\?before=\d{1,15})?", re.ASCII
+)
 """Of this service; what a link could lead elsewhere by is none of them."""
 
 router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
@@ -75,13 +77,15 @@ def wants_page(request: Request) -> bool:
     return not is_api and "text/html" in request.headers.get("accept", "")
 
 
-def error_page(request: Request, status: int, text: str) -> Response:
+def error_page(
+    request: Request, status: int, text: str, headers: Mapping[str, str] | None = None
+) -> Response:
     """What went wrong, as a page."""
     try:
         phrase = HTTPStatus(status).phrase
     except ValueError:
         phrase = "Error"
-    return _page("error.html", status, code=status, phrase=phrase, text=text)
+    return _page("error.html", status, headers=headers, code=status, phrase=phrase, text=text)
 
 
 # Pages
@@ -151,18 +155,27 @@ async def login_page(request: Request) -> Response:
 @router.post("/login")
 async def log_in(request: Request) -> Response:
     """Takes the token, and gives a cookie for it."""
-    fields = parse_qs((await request.body()).decode("utf-8", "replace"))
-    token = fields.get("token", [""])[0].strip()
-    if not request.app.state.guard.knows(token):
+    guard: Guard = request.app.state.guard
+    body = (await request.body()).decode("utf-8", "replace")
+    try:
+        token = parse_qs(body, max_num_fields=10).get("token", [""])[0].strip()
+    except ValueError:
+        token = ""
+    if not guard.is_token(token):
+        try:
+            guard.count_guess(request.scope)
+        except RefusalError as error:
+            return error_page(request, error.status, f"{error}. Try again later", error.headers)
         return _page("login.html", 401, headers=SAME_ORIGIN, wrong=True, after=_after(request))
+    is_secret = "https" in (request.url.scheme, request.headers.get("origin", "").split(":")[0])
     answer = RedirectResponse(_after(request), HTTPStatus.SEE_OTHER)
     answer.set_cookie(
         COOKIE,
         cookie_of(token),
         max_age=COOKIE_DAYS * 86400,
         httponly=True,
-        samesite="strict",
-        secure=request.url.scheme == "https",
+        samesite="lax",  # links from elsewhere lead to pages; what changes something checks origins
+        secure=is_secret,
     )
     return answer
 

@@ -10,6 +10,7 @@ import http.client
 import json
 import os
 import queue
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -48,6 +49,7 @@ class Server:
         data: its data folder.
         options: of the command line.
         environment: variables, beside those of this process.
+        files: that it may have open, if not as many as this process.
 
     Attributes:
         process: the server, as it was last started.
@@ -55,11 +57,16 @@ class Server:
     """
 
     def __init__(
-        self, data: Path, *options: object, environment: Mapping[str, str] | None = None
+        self,
+        data: Path,
+        *options: object,
+        environment: Mapping[str, str] | None = None,
+        files: int | None = None,
     ) -> None:
         self.data = data
         self.options = options
         self.environment = {**os.environ, **(environment or {})}
+        self.files = files
         self.port = 0
         self.process: subprocess.Popen[str]
         self.said: list[str] = []
@@ -80,6 +87,7 @@ class Server:
             stdout=subprocess.DEVNULL,
             text=True,
             env=self.environment,
+            preexec_fn=None if self.files is None else self._limit_files,
         )
         self.said = []
         address: queue.Queue[str] = queue.Queue()
@@ -90,6 +98,10 @@ class Server:
             self._ended()
             raise RuntimeError("".join(self.said))
         self.port = int(line.rstrip("/\n").rpartition(":")[2])
+
+    def _limit_files(self) -> None:
+        assert self.files is not None
+        resource.setrlimit(resource.RLIMIT_NOFILE, (self.files, self.files))
 
     def _listen(self, address: queue.Queue[str]) -> None:
         """Take what it writes, so that the pipe is never full; the address, or "" at the end."""

@@ -559,7 +559,8 @@ def test_results_are_removed_when_they_have_been_kept_long_enough(tmp_path):
         assert (found["status"], found["kept_until"]) == ("completed", None)
         answer = server.ask("GET", f"{API}/experiments/{key}/download")
         assert answer.status == 410
-        assert not (server.data / "results" / key).exists()
+        folder = server.data / "results" / key
+        server.until(key, lambda _: not folder.exists())
 
 
 def test_old_results_make_way_for_new_ones(tmp_path):

@@ -584,7 +584,7 @@ def test_a_token_is_asked_for(
         page.keyboard.press("Enter")
         page.wait_for_selector("#studio")
         (cookie,) = page.context.cookies()
-        assert (cookie["httpOnly"], cookie["sameSite"], cookie["secure"]) == (True, "Strict", False)
+        assert (cookie["httpOnly"], cookie["sameSite"], cookie["secure"]) == (True, "Lax", False)
         assert TOKEN not in cookie["value"]
         visit.choose("capitals", "elements")
         visit.wait_until_ready()

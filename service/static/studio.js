@@ -24,7 +24,10 @@ async function ask(path, { method = "GET", body } = {}) {
   if (body !== undefined) headers["content-type"] = "application/json";
   try {
     const answer = await fetch(path, { method, headers, body: JSON.stringify(body) });
-    if (answer.status === 401) location.assign("/login");
+    if (answer.status === 401) {
+      const { pathname, search } = location;
+      location.assign(`/login?next=${encodeURIComponent(pathname + search)}`);
+    }
     return { ok: answer.ok, status: answer.status, content: await answer.json() };
   } catch {
     const text = "The service does not answer at the moment";
