@@ -173,6 +173,16 @@ def merge_stages(
     )
 
 
+def is_finished(
+    stages: Sequence[Stage], output_dir: Path, *, findings: bool = False, **settings: Any
+) -> bool:
+    """Whether an output is there that is what `merge_stages` would make, going on with it."""
+    recipe = replace(_final_recipe(stages), output_dir=output_dir)
+    run_settings = _checked(RunSettings(**settings, findings=findings, resume=True))
+    with open_earlier(stages, run_settings) as earlier:
+        return finished_report(recipe, run_settings, earlier) is not None
+
+
 def analyze_stages(
     stages: Sequence[Stage], place: Path, *, progress: Progress = True, **settings: Any
 ) -> Analysis:

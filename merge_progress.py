@@ -20,26 +20,28 @@ Progress = bool | Callable[[str, int, int], None]
 
 @contextmanager
 def progress_bar(
-    total: int, description: str, *, show: Progress
+    total: int, description: str, *, show: Progress, done: int = 0
 ) -> Iterator[Callable[[int], None]]:
     """Yields a function that takes the number of bytes done since its last call.
 
     Args:
         total: bytes in all.
         description: what is being done.
-        show: False for no output at all; a function is told instead, first of 0 bytes.
+        show: False for no output at all; a function is told instead, first of what is done.
+        done: bytes that an earlier run has done.
     """
     if not show:
         yield lambda _: None
     elif callable(show):
-        yield _Told(show, description, total).update
+        yield _Told(show, description, total, done).update
     elif sys.stderr.isatty() or _in_notebook():
         from tqdm.auto import tqdm
 
-        with tqdm(total=total, desc=description, unit="B", unit_scale=True, mininterval=0.5) as bar:
+        shown = {"unit": "B", "unit_scale": True, "mininterval": 0.5, "initial": done}
+        with tqdm(total=total, desc=description, **shown) as bar:
             yield _Bar(bar).update
     else:
-        yield _Lines(total, description).update
+        yield _Lines(total, description, done).update
 
 
 def teller(*, show: Progress) -> Callable[[str], None]:
@@ -56,11 +58,13 @@ def _in_notebook() -> bool:
 class _Told:
     """Tells a function how far it is."""
 
-    def __init__(self, tell: Callable[[str, int, int], None], description: str, total: int) -> None:
+    def __init__(
+        self, tell: Callable[[str, int, int], None], description: str, total: int, done: int
+    ) -> None:
         self.tell = tell
         self.description = description
         self.total = total
-        self.done = 0
+        self.done = done
         self.update(0)
 
     def update(self, count: int) -> None:
@@ -85,17 +89,18 @@ class _Bar:
 class _Lines:
     """A line at the start of every ten seconds, for logs."""
 
-    def __init__(self, total: int, description: str) -> None:
+    def __init__(self, total: int, description: str, done: int) -> None:
         self.total = total
         self.description = description
-        self.done = self.first = 0
+        self.done = done
+        self.first = 0  # what is done when the clock starts
         self.started = self.printed = time.monotonic()
 
     def update(self, count: int) -> None:
         now = time.monotonic()
-        if not self.first:  # until now, loops may have been compiled
-            self.first, self.started = count, now
         self.done += count
+        if not self.first:  # until now, loops may have been compiled
+            self.first, self.started = self.done, now
         if now - self.printed < SECONDS_BETWEEN_LINES:
             return
         self.printed = now

@@ -100,7 +100,7 @@ class RunSettings:
                 parse_size(self.max_memory, "max_memory")
             except ValueError as error:
                 problems.append(str(error))
-        return [*problems, *_device_problems(self.device)]
+        return [*problems, *device_problems(self.device)]
 
     def fit(self, plan: Plan, beside: int = 0) -> Fit:
         """What fits into `max_memory`; `beside` are bytes that the result takes in memory.
@@ -128,7 +128,8 @@ class RunSettings:
         return fit
 
 
-def _device_problems(device: str) -> Iterator[str]:
+def device_problems(device: str) -> Iterator[str]:
+    """What speaks against computing on a device, as PyTorch calls it."""
     if device == "cpu":
         return
     import torch
@@ -463,11 +464,16 @@ def _stream(
     """Merge what is not done; what was found out about each tensor, and the bytes read for it."""
     loops, done = plan.loops, sink.findings
     groups = [group for group in plan.groups if not all(task.name in done for task in group)]
-    left = sum(plan.read_bytes_of([task], plan.passes_of(task)) for each in groups for task in each)
+    whole, left = (
+        sum(plan.read_bytes_of([task], plan.passes_of(task)) for each in some for task in each)
+        for some in (plan.groups, groups)
+    )
     merge_group = plan.observe if run_settings.findings else plan.merge
     with (
         make_operations(run_settings.device, loops, finish=plan.finish) as operations,
-        progress_bar(left, plan.recipe.method, show=run_settings.progress) as on_bytes,
+        progress_bar(
+            whole, plan.recipe.method, show=run_settings.progress, done=whole - left
+        ) as on_bytes,
     ):
         policy = plan.recipe.nan_policy
         settings = StreamSettings(fit.threads, fit.block_bytes, on_bytes, policy)

@@ -94,11 +94,14 @@ def _written(default: object) -> str:
 
 def _serve(arguments: argparse.Namespace) -> str:
     from service.app import create_app, with_token
+    from service.planner import check_device
     from service.server import serve
     from service.settings import read_settings
 
     given = {key: value for key, value in vars(arguments).items() if key != "config"}
     asked = read_settings(arguments.config, given)
+    if asked.device != "cpu":
+        check_device(asked.device)
     settings = with_token(asked)
     serve(create_app, settings, show_token=settings.token != asked.token)
     return "stopped"

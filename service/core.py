@@ -7,7 +7,6 @@ import functools
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -18,6 +17,7 @@ from merge_card import VERSION
 from model_utils import format_bytes
 from service import planner, registry
 from service.archive import Archive, Entry, File
+from service.log import log
 from service.planner import BusyError, PlanLimitError, Planner
 from service.registry import Registry, tiny_models
 from service.requests import Problem
@@ -166,7 +166,7 @@ class Service:
             )
             await asyncio.to_thread(self._registry.update, found)
         except Exception as error:  # those that are known stay known
-            print(f"models could not be looked for: {error!r}", file=sys.stderr, flush=True)
+            log(f"models could not be looked for: {error!r}")
         self._scanned = time.monotonic()
 
     # Experiments
@@ -179,14 +179,13 @@ class Service:
         """
         content = _storable(request)
         await self.models()
-        found = await self._planned(content)
+        entries, found = await self._planned(content)
         if found.get("unknown"):  # it may have come since the last look
             await self._look_for_models(wait=True)
-            found = await self._planned(content)
+            entries, found = await self._planned(content)
         problems = [Problem(*each) for each in found["problems"]]
         if problems:
             raise RefusedError(422, "\n".join(problem.text for problem in problems), problems)
-        entries = self._registry.entries
         found["folders"] = {
             key: entries[key].source
             for key in found["references"]
@@ -198,6 +197,8 @@ class Service:
 
     def _check_memory(self, nbytes: int) -> None:
         """Whether models whose result takes so many bytes can be run one after the other."""
+        if self.settings.device != "cpu":
+            return  # whose memory is not known here
         limit, needed = self.runner.memory_bytes, 2 * nbytes + LIBRARIES
         if limit is not None and needed > limit:
             text = (
@@ -207,14 +208,18 @@ class Service:
             )
             raise RefusedError(422, text, [Problem("evaluation", text)])
 
-    async def _planned(self, content: Mapping[str, Any]) -> dict[str, Any]:
+    async def _planned(
+        self, content: Mapping[str, Any]
+    ) -> tuple[Mapping[str, registry.Entry], dict[str, Any]]:
+        """What `planner.plan` says, and the models that it was made with."""
+        entries = self._registry.entries  # a scan puts others in their place
         settings = {
             "max_memory": self.runner.memory_bytes,
             "threads": self.settings.threads,
             "device": self.settings.device,
         }
         output = str(self.folders.results / "new" / "model")
-        names = [*self._registry.names]
+        names = [*registry.names_of(entries)]
         try:
             found: dict[str, Any] = await self._planner.run(
                 planner.plan, content, names, output, settings
@@ -224,7 +229,7 @@ class Service:
         except BusyError as error:
             text = f"{error}. Try again later"
             raise RefusedError(429, text, headers={"retry-after": "5"}) from None
-        return found
+        return entries, found
 
     async def create(self, request: ExperimentRequest) -> Experiment:
         """A new experiment, which waits for its turn.
@@ -245,13 +250,14 @@ class Service:
     def _add(self, name: str, content: Mapping[str, Any], found: Mapping[str, Any]) -> str:
         """Add an experiment if there is room for its result; its id."""
         plan = found["plan"]
+        downloads = {model["name"]: model["download_bytes"] for model in plan["models"]}
         try:
-            going = self.results.in_the_way(plan["disk_bytes"], plan["download_bytes"])
+            going = self.results.in_the_way(plan["disk_bytes"], downloads)
             key = self.store.add(name, content, found["recipe"], found, self.settings.queue)
         except NoRoomError as error:
             raise RefusedError(409, str(error), [Problem("", str(error))]) from None
         except QueueFullError as error:
-            raise RefusedError(429, f"the queue is full: {error}. Try again later") from None
+            raise _full(error) from None
         self.results.expire(going)
         return key
 
@@ -314,7 +320,7 @@ class Service:
             raise RefusedError(409, "nothing of this experiment waits or runs any more")
         found = await self.experiment(key)
         if found.merge.state == "cancelled":
-            await asyncio.to_thread(self.results.remove, key, log=False)
+            await asyncio.to_thread(self.results.remove, key, with_log=False)
         self._tell()
         return found
 
@@ -343,9 +349,12 @@ class Service:
             self._check_memory(found.merge.outcome["bytes"])
         content = _storable(request)
         try:
-            await asyncio.to_thread(self.store.add_evaluation, key, content)
+            most = self.settings.queue
+            await asyncio.to_thread(self.store.add_evaluation, key, content, most)
         except StateError as error:
             raise RefusedError(409, str(error)) from None
+        except QueueFullError as error:
+            raise _full(error) from None
         self._tell()
         return await self.experiment(key)
 
@@ -361,7 +370,8 @@ class Service:
         if found.merge.state != "completed":
             raise RefusedError(409, f"there is no merged model: the merge is {found.merge.state}")
         if found.removed is not None:
-            raise RefusedError(410, "the merged model has been removed, as it was kept long enough")
+            text = "the merged model has been removed: it was kept long enough, or made room"
+            raise RefusedError(410, text)
         return found
 
     async def archive(self, key: str) -> tuple[str, Archive]:
@@ -482,6 +492,10 @@ def _locked(data: Path) -> int:
             f"{data}: another server works with this data folder. Stop it, or choose another"
         ) from None
     return descriptor
+
+
+def _full(error: QueueFullError) -> RefusedError:
+    return RefusedError(429, f"the queue is full: {error}. Try again later")
 
 
 def _storable(request: ExperimentRequest | EvaluationRequest) -> dict[str, Any]:

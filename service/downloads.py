@@ -4,7 +4,6 @@ The bytes of files do not pass through this program: the server has the system s
 ("http.response.zerocopysend", an extension of ASGI).
 """
 
-import sys
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -14,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from service.archive import Archive, File, Span
 from service.core import RefusedError
+from service.log import log
 
 
 class Parts(Response):
@@ -51,7 +51,7 @@ class Parts(Response):
         try:
             await self._send_parts(send)
         except (OSError, EOFError) as error:
-            print(f"a download broke off: {error}", file=sys.stderr, flush=True)
+            log(f"a download broke off: {error}")
             return
         await send({"type": "http.response.body"})
 

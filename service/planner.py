@@ -12,14 +12,18 @@ import resource
 import signal
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from model_errors import ModelCompatibilityError
+from service import hub
+from service.log import log
 from service.requests import Names, RequestError
 from service.schemas import ExperimentRequest
 
@@ -33,6 +37,10 @@ PLANS = 200
 """After which the process makes way for a new one."""
 
 TOO_LARGE = "the plan took more memory than there is for one. Are the models sound?"
+DIED = (
+    "the process that makes plans died over this twice, as it does where a plan takes more memory "
+    "than there is for one. Are the models sound?"
+)
 
 
 class PlanLimitError(Exception):
@@ -81,7 +89,7 @@ class Planner:
             try:  # it may have died before, of something else
                 return await self._call(work, *arguments)
             except BrokenProcessPool:
-                raise PlanLimitError(TOO_LARGE) from None
+                raise PlanLimitError(DIED) from None
 
     async def _call(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """Call it once; what goes wrong costs the process."""
@@ -158,10 +166,10 @@ def plan(
     Returns:
         "problems" (and "unknown", whether an id is among them); and if there are none "recipe"
         (YAML), "plan", "findings" (whether they can be found out), "base" and "models" (as their
-        client names them), and "references" (see `Names`) of all ids that it needs.
+        client names them), "references" (see `Names`, those of the Hub at their commits) of all
+        ids that it needs, and "cached_bytes" of what is there of the Hub's.
     """
     from merge_chain import plan_stages
-    from model_errors import ModelCompatibilityError
     from service.requests import all_ids, model_ids, problems_of, recipe_text, stages_of
 
     asked, known = ExperimentRequest(**request), Names(*names)
@@ -175,9 +183,12 @@ def plan(
         findings = _can_be_compared(stages) if asked.findings is None else asked.findings
         report = plan_stages(stages, Path(output), **settings, findings=findings)
     except (ValueError, ModelCompatibilityError, OSError) as error:
-        problems = problems_of(ValueError(public(str(error), output)), form=asked.recipe is None)
+        lines = "\n".join(explained(error, output))
+        problems = problems_of(ValueError(lines), form=asked.recipe is None)
         return {"problems": [*map(tuple, problems)]}
     base, models = model_ids(text)
+    references = {each: known.references[each] for each in all_ids(text)}
+    of_hub = {key: name for key, name in references.items() if name != key}
     return {
         "problems": [],
         "recipe": text,
@@ -185,7 +196,8 @@ def plan(
         "findings": findings,
         "base": base,
         "models": models,
-        "references": {each: known.references[each] for each in all_ids(text)},
+        "references": references | {key: hub.pinned(name) for key, name in of_hub.items()},
+        "cached_bytes": hub.bytes_there({*of_hub.values()}),
     }
 
 
@@ -199,16 +211,74 @@ def _can_be_compared(stages: Sequence[Any]) -> bool:
 
 def public_plan(report: Any, notes: Sequence[str], output: str) -> dict[str, Any]:
     """A plan without what it says of this machine's folders."""
+    models = tuple(replace(model, folder="") for model in report.models)
+    report = replace(report, models=models, notes=(*notes, *report.notes))
     content = asdict(report)
     del content["output_dir"]
     for model in content["models"]:
         del model["folder"]
-    content["notes"] = [*notes, *content["notes"]]
-    content["summary"] = public(report.summary(), output)
-    return content
+    content["summary"] = report.summary()
+    found: dict[str, Any] = public(content, output)
+    return found
 
 
-def public(text: str, output: str) -> str:
-    """A text in which the output, and what lies beside it while it is made, have no path."""
+def public(value: Any, output: str) -> Any:
+    """A text, or what holds texts, as others can be told it.
+
+    The output, and what lies beside it while it is made, have no path; and names of files that are
+    not Unicode are escaped.
+    """
+    if isinstance(value, dict):
+        return {public(key, output): public(each, output) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(each, output) for each in value]
+    if not isinstance(value, str):
+        return value
+    text = value.encode("utf-8", "backslashreplace").decode()
     text = text.replace(f"{output}/", "the output's ").replace(output, "the output")
     return text.replace(f"{Path(output).parent}/", "")
+
+
+def explained(error: Exception, output: str) -> list[str]:
+    """What went wrong, in lines that tell nothing of this machine's folders."""
+    if _is_lack_of_memory(error):
+        lines = ["there is too little memory. Allow the service more, or merge smaller models"]
+    elif isinstance(error, OSError) and error.errno is not None:  # the system's, with a path
+        log("".join(traceback.format_exception(error)))
+        name = "" if error.filename is None else f"{Path(os.fsdecode(error.filename)).name}: "
+        lines = [f"{name}{error.strerror or type(error).__name__}"]
+    elif isinstance(error, ValueError | ModelCompatibilityError | OSError):
+        lines = str(error).splitlines()
+    else:
+        log("".join(traceback.format_exception(error)))
+        lines = [f"an error of the program itself ({type(error).__name__}), which its log has"]
+    return [public(line, output) for line in lines] or [type(error).__name__]
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Also PyTorch's: of a GPU it is a class of its own, of the CPU only a text."""
+    texts = "not enough memory", "can't allocate memory"
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and any(each in str(error) for each in texts))
+    )
+
+
+def check_device(device: str) -> None:
+    """Whether merges can be computed there; in a process that ends, as it loads PyTorch.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    spawning = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawning) as pool:
+        problems = pool.submit(_problems_of, device).result()
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _problems_of(device: str) -> list[str]:
+    from merge_run import device_problems
+
+    return [*device_problems(device)]

@@ -6,7 +6,6 @@ they run. So no text of theirs holds a path.
 """
 
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -24,6 +23,8 @@ from model_files import has_file, read_text
 from model_locate import ADAPTER_CONFIG, CONFIG
 from model_text import printable
 from model_utils import format_bytes, open_model_folder
+from service import hub
+from service.log import log
 from service.requests import Names
 
 TINY = "examples/tiny_llamas"
@@ -138,15 +139,15 @@ class Registry:
                 _link(self._links / key, entry.source)
         self.entries = entries
 
-    @property
-    def names(self) -> Names:
-        """What the models are called, for recipes."""
-        entries = self.entries.values()
-        return Names(
-            references={entry.id: entry.hub_id or entry.id for entry in entries},
-            bases={entry.id: entry.base for entry in entries if entry.kind == "adapter"},
-            unavailable={entry.id: entry.problem for entry in entries if entry.problem},
-        )
+
+def names_of(entries: Mapping[str, Entry]) -> Names:
+    """What models are called, for recipes."""
+    found = entries.values()
+    return Names(
+        references={entry.id: entry.hub_id or entry.id for entry in found},
+        bases={entry.id: entry.base for entry in found if entry.kind == "adapter"},
+        unavailable={entry.id: entry.problem for entry in found if entry.problem},
+    )
 
 
 def _link(link: Path, target: str) -> None:
@@ -200,13 +201,19 @@ def scan(
 
 def _below(root: Path) -> Iterator[Entry]:
     """The models in a folder, by their paths; a folder that cannot be read has none."""
-    for path in sorted(_model_folders(root))[:MOST_MODELS]:
+    paths = sorted(_model_folders(root), key=lambda path: (not hub.is_main(path), path))
+    if len(paths) > MOST_MODELS:
+        log(f"{root}: {len(paths)} models, of which the first {MOST_MODELS:,} are offered")
+    for path in paths[:MOST_MODELS]:
         relative = str(path.relative_to(root)) if path != root else path.name
         yield _entry(path, relative)
 
 
 def _model_folders(root: Path) -> Iterator[Path]:
-    for folder, names, files in itertools.islice(os.walk(root), MOST_FOLDERS):
+    for count, (folder, names, files) in enumerate(os.walk(root)):
+        if count == MOST_FOLDERS:
+            log(f"{root}: has more than {MOST_FOLDERS:,} folders, and the others were passed over")
+            return
         path = Path(folder)
         if CONFIG in files or ADAPTER_CONFIG in files:
             yield path
@@ -270,6 +277,7 @@ def _with_base(entry: Entry, entries: Mapping[str, Entry]) -> Entry:
         return replace(entry, base=None)
     models = [each for each in entries.values() if each.kind == "model"]
     whole = [each.id for each in models if entry.base in (each.hub_id, each.source)]
+    whole = whole or [each.id for each in models if each.name == entry.base]  # of a cache
     name = Path(entry.base).name
     last = [each.id for each in models if name and Path(each.source).name == name]
     beside = [key for key in last if _folder_of(entries[key]) == _folder_of(entry)]
@@ -284,7 +292,7 @@ def _folder_of(entry: Entry) -> Path:
 
 
 def _of_hub(model: HubModel, downloads: bool) -> Entry:
-    cached = _is_cached(model.hub_id)
+    cached = hub.is_cached(model.hub_id)
     problem = "" if cached or downloads else (
         "is not on this machine, and downloads are switched off (hub_downloads)"
     )  # fmt: skip
@@ -299,14 +307,6 @@ def _of_hub(model: HubModel, downloads: bool) -> Entry:
         nbytes=model.nbytes,
         problem=problem,
     )
-
-
-def _is_cached(hub_id: str) -> bool:
-    """Whether the local cache (HF_HOME) has the weights of a model."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    folder = Path(HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}" / "snapshots"
-    return any(folder.glob("*/*.safetensors")) and any(folder.glob(f"*/{CONFIG}"))
 
 
 def shown(text: str, most: int = 200) -> str:

@@ -3,14 +3,15 @@
 import contextlib
 import os
 import shutil
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from model_files import sync_folder
 from model_utils import format_bytes
+from service import hub
+from service.log import log
 from service.settings import Settings
 from service.store import Experiment, Store
 
@@ -42,9 +43,11 @@ class Folders:
     @classmethod
     def below(cls, data: Path) -> "Folders":
         """Those of a data folder; made if they are not there."""
+        data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        data = data.resolve()  # as merges call what lies in it
         folders = [data / name for name in ("models", "results", "logs", "passing")]
-        for folder in (data, *folders):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in folders:
+            folder.mkdir(mode=0o700, exist_ok=True)
         return cls(data / "jobs.sqlite3", *folders)
 
     def of(self, key: str) -> Path:
@@ -68,12 +71,12 @@ class Results:
         self._settings = settings
         self._folders = folders
 
-    def in_the_way(self, disk_bytes: int, download_bytes: int) -> list[Experiment]:
+    def in_the_way(self, disk_bytes: int, downloads: Mapping[str, int]) -> list[Experiment]:
         """The oldest results that have to go for another one; nothing is removed yet.
 
         Args:
             disk_bytes: of the new result, at most.
-            download_bytes: of models that it needs and that are not on this machine yet.
+            downloads: by model, bytes that it needs and that are not on this machine yet.
 
         Raises:
             NoRoomError: it would not fit even then.
@@ -99,31 +102,41 @@ class Results:
                     f"{format_bytes(most)} that all results may take here (max_results), "
                     f"{format_bytes(taken - freed)} are taken by those that are being made or used"
                 )
-        self._check_disk(disk_bytes + self._beside(download_bytes), to_come - freed)
+        self._check_disks(disk_bytes, to_come - freed, downloads)
         return going
 
-    def _check_disk(self, needed: int, taken: int) -> None:
-        free = shutil.disk_usage(self._settings.data).free
-        free -= taken + int(self._settings.disk_reserve)
+    def _check_disks(self, needed: int, taken: int, downloads: Mapping[str, int]) -> None:
+        """Whether a result has room beside what will be taken, and downloads where they go.
+
+        What several merges need is downloaded once.
+        """
+        here, cache = self._settings.data, hub.cache_folder()
+        if any(downloads.values()):
+            cache = next(path for path in (cache, *cache.parents) if path.exists())
+            others = self._store.downloads()
+            coming, all_coming = sum(downloads.values()), sum({**others, **downloads}.values())
+            if cache.stat().st_dev == here.stat().st_dev:
+                needed, taken = needed + coming, taken + all_coming - coming
+            else:
+                self._check_disk(cache, coming, all_coming - coming, "the Hub's cache")
+        self._check_disk(here, needed, taken, "the results")
+
+    def _check_disk(self, place: Path, needed: int, taken: int, what: str) -> None:
+        free = shutil.disk_usage(place).free - taken - int(self._settings.disk_reserve)
         if needed > free:
             raise NoRoomError(
-                f"the merge takes up to {format_bytes(needed)} on the disk, and "
-                f"{format_bytes(max(free, 0))} are left for it here. Remove experiments that are "
+                f"the merge takes up to {format_bytes(needed)} on the disk of {what}, and "
+                f"{format_bytes(max(free, 0))} are left for it there. Remove experiments that are "
                 "no longer needed"
             )
 
-    def _beside(self, download_bytes: int) -> int:
-        """Bytes of downloads that lie on the same disk as results."""
-        home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-        there = next(path for path in (home, *home.parents) if path.exists())
-        same = there.stat().st_dev == self._settings.data.stat().st_dev
-        return download_bytes if same else 0
-
     def _size(self, experiment: Experiment) -> int:
+        """What is there of a result by now; it may be about to be made or removed."""
         found = 0
-        for path in self._folders.of(experiment.id).rglob("*"):
-            with contextlib.suppress(OSError):
-                found += path.stat().st_blocks * 512
+        for folder, _, names in os.walk(self._folders.of(experiment.id)):
+            for name in names:
+                with contextlib.suppress(OSError):
+                    found += os.lstat(os.path.join(folder, name)).st_blocks * 512
         return found
 
     def kept_until(self, experiment: Experiment) -> float | None:
@@ -132,10 +145,10 @@ class Results:
         is_there = experiment.merge.state == "completed" and experiment.removed is None
         return finished + days * DAY if days and is_there and finished is not None else None
 
-    def remove(self, key: str, *, log: bool = True) -> None:
+    def remove(self, key: str, *, with_log: bool = True) -> None:
         """Remove the files of an experiment, maybe without what its processes have said."""
         shutil.rmtree(self._folders.of(key), ignore_errors=True)
-        if log:
+        if with_log:
             self._folders.log(key).unlink(missing_ok=True)
         sync_folder(self._folders.results)
 
@@ -146,7 +159,12 @@ class Results:
                 self.remove(each.id)
 
     def tidy(self) -> None:
-        """Remove what has been kept long enough: results, and experiments without one."""
+        """Remove what has been kept long enough: results, and experiments without one.
+
+        Besides what is left of merges that failed, were cancelled or have been removed, as of one
+        whose process outlived the server that was to clear it away.
+        """
+        self._clear_ended()
         days, now = self._settings.keep_days, time.time()
         if not days:
             return
@@ -161,15 +179,27 @@ class Results:
     def clear_left(self) -> None:
         """Remove what a server that has ended was removing, or left lying about."""
         for path in self._folders.passing.iterdir():
-            shutil.rmtree(path, ignore_errors=True)
-        for path in self._folders.results.iterdir():
-            found = self._store.experiment(path.name)
-            if found is None:
-                print(f"not of this service, and left alone: {path}", file=sys.stderr, flush=True)
-            elif found.removed is not None or found.merge.state in ("failed", "cancelled"):
-                self.remove(path.name)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        for path in self._clear_ended():
+            log(f"not of this service, and left alone: {path}")
         for path in self._left_logs():
             path.unlink(missing_ok=True)
+
+    def _clear_ended(self) -> list[Path]:
+        """Remove what is left of merges that nobody goes on with; the folders of no experiment."""
+        strange = []
+        for path in [*self._folders.results.iterdir()]:
+            found = self._store.experiment(path.name)
+            if found is None:
+                strange.append(path)
+            elif found.removed is not None:
+                self.remove(path.name)
+            elif found.merge.state in ("failed", "cancelled"):
+                self.remove(path.name, with_log=False)
+        return strange
 
     def _left_logs(self) -> Iterator[Path]:
         for path in self._folders.logs.glob("*.log"):

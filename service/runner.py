@@ -6,19 +6,18 @@ the job waits again, and the next process goes on with what is on the disk.
 
 import asyncio
 import contextlib
-import errno
 import json
 import os
 import secrets
 import signal
 import sys
-import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from service.log import log, log_error
+from service.processes import uptime
 from service.results import Folders, Results
 from service.settings import Settings
 from service.store import ATTEMPTS, Experiment, Held, Job, State, Store
@@ -30,13 +29,17 @@ TICK = 0.25
 REST = 5.0
 """Seconds after which what went wrong is tried again."""
 
+LONGEST_REST = 60.0
+"""Seconds until the next try where processes end before they begin, however often that was."""
+
 LATE = 60.0
 """Seconds after the end of a lease in which a process that is alive may still speak up."""
 
-FOR_NOW = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
-"""Why no process could be started, where that is not the job's fault: it waits until it can."""
-
 ROOT = Path(__file__).resolve().parent.parent
+
+
+class NoProcessError(OSError):
+    """No process could be started, which is not the fault of the job that it was for."""
 
 
 @dataclass
@@ -45,15 +48,17 @@ class Child:
 
     Attributes:
         job, holder: the job, and what the process calls itself.
-        begun: when it was started, on the loop's clock.
+        begun: when it was started, as `uptime` has it.
+        experiment: of the job, once that is known.
         process: the process; None while it is being started.
-        stopping: when it was told to stop, on the loop's clock.
+        stopping: when it was told to stop, as `uptime` has it.
         killed: why it was killed; empty where it was not.
     """
 
     job: int
     holder: str
     begun: float
+    experiment: str = ""
     process: asyncio.subprocess.Process | None = None
     stopping: float | None = None
     killed: str = ""
@@ -61,7 +66,7 @@ class Child:
     @property
     def age(self) -> float:
         """Seconds since it was started."""
-        return asyncio.get_running_loop().time() - self.begun
+        return uptime() - self.begun
 
 
 class Runner:
@@ -80,7 +85,9 @@ class Runner:
         self._folders = folders
         self._children: dict[int, Child] = {}
         self._attending: set[asyncio.Task[None]] = set()
-        self._not_begun: Counter[int] = Counter()  # processes that never took their job
+        self._in_vain: Counter[int] = Counter()  # by job, processes that ended before they began
+        self._in_a_row = 0  # of any jobs
+        self._rests_until = 0.0  # as `uptime` has it
         self._memory = settings.memory_bytes
 
     @property
@@ -115,8 +122,9 @@ class Runner:
         self._kill_the_late()
         busy = self._children.keys() | {each.job for each in held}
         free = max(0, self._settings.workers - len(busy))
-        if free:
-            waiting = await asyncio.to_thread(self._store.next_jobs, free + len(busy))
+        if free and uptime() >= self._rests_until:
+            waiting = await asyncio.to_thread(self._store.next_jobs, self._settings.queue)
+            waiting.sort(key=lambda job: self._in_vain[job])  # the others first
             for job in [each for each in waiting if each not in busy][:free]:
                 self._start(job)
 
@@ -137,7 +145,7 @@ class Runner:
     # Own processes
 
     def _start(self, job: int) -> None:
-        child = Child(job, secrets.token_hex(8), asyncio.get_running_loop().time())
+        child = Child(job, secrets.token_hex(8), uptime())
         self._children[job] = child
         task = asyncio.create_task(self._attend(child))
         self._attending.add(task)
@@ -146,48 +154,71 @@ class Runner:
     async def _attend(self, child: Child) -> None:
         """A job's process from its start to its end."""
         try:
-            cause, by_itself = await self._run(child)
-            state = await asyncio.to_thread(
-                self._store.release, child.job, child.holder, cause, died=by_itself
-            )
-            job = await asyncio.to_thread(self._store.job, child.job)
-            if job is None:
-                return
-            print(
-                f"{job.experiment}: {job.kind} {job.state} ({cause})", file=sys.stderr, flush=True
-            )
-            if state is None and job.state == "queued":
-                state = await self._not_taken(job, cause)
-            else:
-                self._not_begun.pop(child.job, None)
-            if (state or job.state) in ("cancelled", "failed"):
-                await asyncio.to_thread(self._clear, job)
+            cause, died = await self._run(child)
+            await asyncio.to_thread(self._after, child, cause, died)
+        except NoProcessError as error:
+            self._rest()
+            await asyncio.to_thread(self._store.note, child.job, str(error))
+            log(f"{child.experiment}: {error}")
         except Exception:  # of the database, say: the job is found again when it answers
-            traceback.print_exc()
+            log_error()
             await asyncio.sleep(REST)
         finally:
             del self._children[child.job]
 
-    async def _not_taken(self, job: Job, cause: str) -> State | None:
-        """What becomes of a job whose process has ended before it took the job."""
-        self._not_begun[job.number] += 1
-        if self._not_begun[job.number] < ATTEMPTS:
-            await asyncio.sleep(1)  # what fails at once is not tried as fast as can be
-            return None
-        del self._not_begun[job.number]
+    def _after(self, child: Child, cause: str, died: bool) -> None:
+        """What becomes of a job when its process has ended."""
+        state = self._store.release(child.job, child.holder, cause, died=died)
+        job = self._store.job(child.job)
+        if job is None:  # it was removed
+            self._results.remove(child.experiment)
+            return
+        if died and state is None and job.state == "queued":
+            state = self._not_begun(job, cause)
+        else:
+            self._in_a_row = 0
+            del self._in_vain[child.job]
+        state = state or job.state
+        if state in ("cancelled", "failed"):
+            self._clear(job)
+        log(f"{job.experiment}: {job.kind} {state} ({cause})")
+
+    def _not_begun(self, job: Job, cause: str) -> State:
+        """What becomes of a job whose process has ended before it took the job.
+
+        It may be the job's fault, or that of this installation. So the others come first, each
+        try comes later than the one before, and after a few it has failed.
+        """
+        self._rest()
+        self._in_vain[job.number] += 1
+        if self._in_vain[job.number] < ATTEMPTS:
+            self._store.note(job.number, f"{cause} before it began")
+            return "queued"
+        del self._in_vain[job.number]
         text = f"{cause} before it began, {ATTEMPTS} times. The service's log of it says why"
-        await asyncio.to_thread(self._store.give_up, job.number, text)
+        self._store.give_up(job.number, text)
         return "failed"
 
+    def _rest(self) -> None:
+        """Start nothing for a while, as what was started last has not begun."""
+        self._in_a_row += 1
+        seconds = min(REST * 2 ** min(self._in_a_row - 1, 10), LONGEST_REST)
+        self._rests_until = uptime() + seconds
+
     async def _run(self, child: Child) -> tuple[str, bool]:
-        """A process from its start to its end: why it ended, and whether by itself."""
+        """A process from its start to its end: why it ended, and whether it died over the job.
+
+        Raises:
+            NoProcessError: there is none.
+        """
         job = await asyncio.to_thread(self._store.job, child.job)
         if job is None:
             return "it was removed", False
+        child.experiment = job.experiment
         found = await asyncio.to_thread(self._store.experiment, job.experiment)
         if found is None:
             return "it was removed", False
-        order = self._order(child, found, merges=job.kind == "merge")
+        order = self._order(child, found)
         try:
             with self._folders.log(found.id).open("ab") as log:
                 child.process = process = await asyncio.create_subprocess_exec(
@@ -202,9 +233,8 @@ class Runner:
                     start_new_session=True,
                 )
         except OSError as error:
-            if error.errno in FOR_NOW:
-                raise
-            return f"no process could be started ({error.strerror})", True
+            text = f"no process could be started ({error.strerror}); it is tried again"
+            raise NoProcessError(text) from None
         if child.stopping is not None:  # meanwhile
             _signal(process, signal.SIGTERM)
         assert process.stdin is not None
@@ -212,16 +242,9 @@ class Runner:
             process.stdin.write(json.dumps(asdict(order)).encode() + b"\n")
             await process.stdin.drain()
         status = await process.wait()
-        return child.killed or _cause(status), status != STOPPED
+        return child.killed or _cause(status), status != STOPPED and child.stopping is None
 
-    def _order(self, child: Child, experiment: Experiment, *, merges: bool) -> Order:
-        settings: dict[str, Any] = {"max_memory": self._memory}
-        if merges:
-            settings |= {
-                "device": self._settings.device,
-                "threads": self._settings.threads,
-                "findings": experiment.plan["findings"],
-            }
+    def _order(self, child: Child, experiment: Experiment) -> Order:
         return Order(
             store=str(self._folders.store),
             folder=str(self._folders.of(experiment.id)),
@@ -231,13 +254,19 @@ class Runner:
             recipe=experiment.recipe,
             references=experiment.plan["references"],
             folders=experiment.plan["folders"],
-            settings=settings,
+            settings={
+                "max_memory": self._memory,
+                "device": self._settings.device,
+                "threads": self._settings.threads,
+                "findings": experiment.plan["findings"],
+            },
             download_bytes=experiment.plan["plan"]["download_bytes"],
+            cached_bytes=experiment.plan["cached_bytes"],
         )
 
     def _stop(self, child: Child) -> None:
         if child.stopping is None:
-            child.stopping = asyncio.get_running_loop().time()
+            child.stopping = uptime()
             _signal(child.process, signal.SIGTERM)
 
     def _kill(self, child: Child, why: str) -> None:
@@ -245,7 +274,7 @@ class Runner:
         _signal(child.process, signal.SIGKILL)
 
     def _kill_the_late(self) -> None:
-        now = asyncio.get_running_loop().time()
+        now = uptime()
         for child in self._children.values():
             if child.stopping is not None and now >= child.stopping + GRACE:
                 self._kill(child, "its process did not stop in time and was killed")
@@ -262,12 +291,12 @@ class Runner:
     def _clear(self, job: Job) -> None:
         """Remove what a merge has left that nobody will go on with."""
         if job.kind == "merge":
-            self._results.remove(job.experiment, log=False)
+            self._results.remove(job.experiment, with_log=False)
 
 
 def _signal(process: asyncio.subprocess.Process | None, number: int) -> None:
     """To the process, if it has been started, and all that it has started."""
-    if process is not None:
+    if process is not None and process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
 
@@ -278,7 +307,7 @@ async def keep_doing(look: Callable[[], Awaitable[None]], every: float) -> None:
         try:
             await look()
         except Exception:  # a full disk, say: it goes on when that is over
-            traceback.print_exc()
+            log_error()
             await asyncio.sleep(REST)
         await asyncio.sleep(every)
 

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from merge_recipe import unknown_name
+from model_locate import HUB_ID
 from model_utils import free_memory, parse_size
 
 PREFIX = "LLAMA_MERGE_"
@@ -38,7 +39,9 @@ def _data_home() -> Path:
 class Settings(BaseModel):
     """How the service runs. Sizes are such as "2GB" or a number of bytes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
 
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(5007, ge=0, le=65535, description="port to listen on; 0 for any free one")
@@ -76,6 +79,7 @@ class Settings(BaseModel):
     keep_days: float = Field(
         30.0,
         ge=0,
+        le=36_500,
         description="results, and experiments without one, are removed after so long; 0: never",
     )
     max_results: int | str | None = Field(
@@ -120,6 +124,16 @@ class Settings(BaseModel):
             raise ValueError(f"hosts must be names such as merge.lan, without http:// and port, "
                              f"got {', '.join(map(repr, wrong))}")  # fmt: skip
         return hosts
+
+    @field_validator("hub_models")
+    @classmethod
+    def _are_ids(cls, ids: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [each for each in ids if HUB_ID.fullmatch(each) is None or "@" in each]:
+            raise ValueError(
+                "hub_models must be ids such as org/name, without a revision, "
+                f"got {', '.join(map(repr, wrong))}"
+            )
+        return ids
 
     @field_validator("models")
     @classmethod

@@ -276,18 +276,14 @@ class Store:
 
         Args:
             name, request, recipe, plan: see `Experiment`.
-                most: jobs that may wait or run.
+            most: jobs that may wait or run.
 
         Raises:
             QueueFullError: there are as many already.
         """
         now, key = time.time(), f"exp-{secrets.token_hex(8)}"
         with self._transaction():
-            (waiting,) = self._db.execute(
-                "SELECT count(*) FROM jobs WHERE state IN ('queued', 'running')"
-            ).fetchone()
-            if waiting >= most:
-                raise QueueFullError(f"{waiting} jobs wait or run already, and {most} may")
+            self._check_queue(most)
             self._db.execute(
                 "INSERT INTO experiments (id, created, name, request, recipe, plan) "
                 "VALUES (?, ?, ?, ?, ?, ?)",
@@ -296,11 +292,23 @@ class Store:
             self._add_job(key, "merge", request)
         return key
 
-    def add_evaluation(self, key: str, request: Mapping[str, Any]) -> None:
+    def _check_queue(self, most: int) -> None:
+        (waiting,) = self._db.execute(
+            "SELECT count(*) FROM jobs WHERE state IN ('queued', 'running')"
+        ).fetchone()
+        if waiting >= most:
+            raise QueueFullError(f"{waiting} jobs wait or run already, and {most} may")
+
+    def add_evaluation(self, key: str, request: Mapping[str, Any], most: int) -> None:
         """Have the models of an experiment and its result compared; in place of an earlier time.
+
+        Args:
+            key, request: of the experiment, and what to compare by.
+            most: jobs that may wait or run.
 
         Raises:
             StateError: there is no result, or it is being done already.
+            QueueFullError: there are as many jobs already.
         """
         with self._transaction():
             (found,) = self._experiments("WHERE id = ?", (key,)) or (None,)
@@ -308,6 +316,7 @@ class Store:
                 raise StateError("there is no merged model to evaluate")
             if found.evaluation is not None and found.evaluation.is_open:
                 raise StateError("an evaluation of this experiment waits or runs already")
+            self._check_queue(most)
             self._db.execute(
                 "DELETE FROM jobs WHERE experiment = ? AND kind = 'evaluation'", (key,)
             )
@@ -404,7 +413,29 @@ class Store:
             for row in rows
         ]
 
-    def _history(self, job: sqlite3.Row) -> tuple[tuple[float, str, str], ...]:
+    def downloads(self) -> dict[str, int]:
+        """By model, bytes that merges which wait or run have yet to download, as planned."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT json_extract(plan, '$.plan.models') AS models FROM experiments "
+                "WHERE id IN (SELECT experiment FROM jobs "
+                "WHERE kind = 'merge' AND state IN ('queued', 'running'))"
+            ).fetchall()
+        models = [model for row in rows for model in json.loads(row["models"])]
+        return {model["name"]: model["download_bytes"] for model in models}
+
+    def seconds_worked(self, number: int) -> float:
+        """For how long processes have worked on a job, one after the other."""
+        with self._lock:
+            rows = self._history({"number": number})
+        worked, since = 0.0, None
+        for when, state, _ in rows:
+            if since is not None:
+                worked += when - since
+            since = when if state == "running" else None
+        return worked + (0.0 if since is None else time.time() - since)
+
+    def _history(self, job: Mapping[str, Any] | sqlite3.Row) -> tuple[tuple[float, str, str], ...]:
         rows = self._db.execute(
             "SELECT time, state, text FROM history WHERE job = ? ORDER BY rowid", (job["number"],)
         )
@@ -434,14 +465,14 @@ class Store:
         """
         with self._transaction():
             rows = self._db.execute(
-                "SELECT number, state FROM jobs WHERE experiment = ? "
+                "SELECT number, state, stop FROM jobs WHERE experiment = ? "
                 "AND state IN ('queued', 'running')",
                 (key,),
             ).fetchall()
             for row in rows:
                 if row["state"] == "queued":
                     self._end(row["number"], "cancelled", "cancelled", [], {})
-                else:
+                elif not row["stop"]:
                     self._db.execute("UPDATE jobs SET stop = 1 WHERE number = ?", (row["number"],))
                     self._tell(row["number"], "running", "asked to stop")
         return bool(rows)
@@ -467,7 +498,8 @@ class Store:
         with self._transaction():
             changed = self._db.execute(
                 "UPDATE jobs SET state = 'running', holder = ?, boot = ?, pid = ?, born = ?, "
-                "lease = ?, attempts = attempts + 1, started = coalesce(started, ?) "
+                "lease = ?, attempts = attempts + 1, started = coalesce(started, ?), "
+                "step = '', done = 0, total = 0, speed = NULL "
                 "WHERE number = ? AND state = 'queued'",
                 (holder, *process, uptime() + lease, time.time(), number),
             ).rowcount
@@ -551,6 +583,17 @@ class Store:
             )
             self._tell(number, "queued", f"{cause}; it goes on from what is done")
         return "queued"
+
+    def note(self, number: int, text: str) -> None:
+        """Keep in the history of a job that waits why that is so, once."""
+        with self._transaction():
+            row = self._db.execute(
+                "SELECT state, (SELECT text FROM history WHERE job = number "
+                "ORDER BY rowid DESC LIMIT 1) AS last FROM jobs WHERE number = ?",
+                (number,),
+            ).fetchone()
+            if row is not None and row["state"] == "queued" and row["last"] != text:
+                self._tell(number, "queued", text)
 
     def give_up(self, number: int, text: str) -> bool:
         """Fail a job that waits and that no process can take; whether it did wait."""

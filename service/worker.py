@@ -9,11 +9,11 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import sys
 import threading
-import traceback
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -21,11 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from model_errors import ModelCompatibilityError
 from model_hashes import REPORT_FILE
+from model_locate import split_revision
 from model_writer import read_manifest
+from service import hub
 from service.archive import open_plain
-from service.planner import public
+from service.planner import explained, public
 from service.processes import this_process, uptime
 from service.requests import model_ids, referred, stages_of
 from service.store import Job, Progress, Store
@@ -51,8 +52,10 @@ class Order:
         job, holder: its number, and what the process calls itself.
         recipe: as `requests.recipe_text` has it.
         references: what models are called, by ids.
+        folders: of models of this machine, by ids, as they were when the merge was planned.
         settings: of `merge.merge_recipe`: device, threads, max_memory, findings.
-        download_bytes: of weights that are on the Hub only.
+        download_bytes, cached_bytes: of the Hub's models, what was to come when the merge was
+            planned, and what was there.
     """
 
     store: str
@@ -65,6 +68,7 @@ class Order:
     folders: Mapping[str, str]
     settings: Mapping[str, Any]
     download_bytes: int
+    cached_bytes: int
 
 
 CHUNK = 2**20
@@ -80,14 +84,15 @@ class Watch:
     order: Order
     progress: Progress = STARTING
     over: threading.Event = field(default_factory=threading.Event)
+    _begin: int = 0
     _first: tuple[float, int] | None = None
 
     def tell(self, step: str, done: int, total: int) -> None:
         """For `progress` of a merge."""
         now = uptime()
         if self.progress.step != step or done < self.progress.done:
-            self._first = None
-        if self._first is None and done:
+            self._begin, self._first = done, None
+        if self._first is None and done > self._begin:
             self._first = now, done  # until now, loops may have been compiled
         speed = None
         if self._first is not None and now - self._first[0] > BEAT:
@@ -97,6 +102,10 @@ class Watch:
     def say(self, step: str) -> None:
         """What is being done, where there is nothing to count."""
         self.progress = Progress(step)
+
+    def say_last(self, step: str) -> None:
+        """What is being done when all that counts is done."""
+        self.progress = self.progress._replace(step=step, speed=None)
 
     def run(self) -> None:
         """Until it is over, or the job is another process's."""
@@ -162,6 +171,8 @@ def main() -> int:
             with watch.running(), interrupt.possible():
                 check_models(order.folders)
                 outcome = WORK[job.kind](order, job, watch)
+                check_models(order.folders)  # which may have been exchanged meanwhile
+                outcome["seconds"] = store.seconds_worked(job.number)
         except KeyboardInterrupt:  # by the server, or because it is gone: not the job's fault
             store.release(order.job, order.holder, "its process was stopped", died=False)
             return STOPPED
@@ -171,19 +182,6 @@ def main() -> int:
             return 1
         store.finish(order.job, order.holder, "completed", outcome=outcome)
     return 0
-
-
-def explained(error: Exception, output: str) -> list[str]:
-    """What went wrong, in lines that tell nothing of this machine's folders."""
-    if isinstance(error, MemoryError):
-        lines = ["there is too little memory. Allow the service more, or merge smaller models"]
-    elif isinstance(error, ValueError | ModelCompatibilityError | OSError):
-        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        lines = text.splitlines()
-    else:
-        traceback.print_exception(error)
-        lines = [f"an error of the program itself ({type(error).__name__}), which its log has"]
-    return [public(line, output) for line in lines] or [type(error).__name__]
 
 
 def check_models(folders: Mapping[str, str]) -> None:
@@ -218,18 +216,20 @@ def _leave_with_the_server() -> None:
 
 def merge(order: Order, job: Job, watch: Watch) -> dict[str, Any]:
     """Merge by a recipe, or go on with what another process has left."""
-    from merge_chain import merge_stages
+    from merge_chain import is_finished, merge_stages
 
     folder = Path(order.folder)
     model = folder / "model"
     folder.mkdir(parents=True, exist_ok=True)
     stages = stages_of(order.recipe, order.references)
+    settings = {**order.settings, "progress": watch.tell}
     with downloads_shown(order, watch):
-        report = merge_stages(stages, model, resume=True, progress=watch.tell, **order.settings)
-    watch.say("checksums")
+        if model.is_dir() and not is_finished(stages, model, **settings):
+            shutil.rmtree(model)  # by a process before this one, of what has changed since
+        report = merge_stages(stages, model, resume=True, **settings)
+    watch.say_last("checksums")
     return {
         "bytes": report.bytes_written,
-        "seconds": report.seconds,
         "peak_memory": report.peak_memory,
         "notes": [public(note, str(model)) for note in report.notes],
         "files": sealed(model),
@@ -281,15 +281,12 @@ def downloads_shown(order: Order, watch: Watch) -> Iterator[None]:
     if not wanted:
         yield
         return
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    names = {name for name in order.references.values() if "/" in name}
-    folders = [Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" for name in names]
-    before, over = _size(folders), threading.Event()
+    names = {split_revision(name)[0] for name in order.references.values() if "/" in name}
+    over = threading.Event()
 
     def look() -> None:
         while not over.wait(BEAT):
-            done = min(_size(folders) - before, wanted)
+            done = max(0, min(hub.bytes_there(names) - order.cached_bytes, wanted))
             if watch.progress.step in (STARTING.step, "download") and done:
                 watch.tell("download", done, wanted)
 
@@ -300,15 +297,6 @@ def downloads_shown(order: Order, watch: Watch) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-
-
-def _size(folders: list[Path]) -> int:
-    sizes = 0
-    for folder in folders:
-        for path in folder.glob("blobs/*"):
-            with contextlib.suppress(OSError):
-                sizes += path.stat().st_size
-    return sizes
 
 
 # An evaluation
@@ -331,16 +319,18 @@ def evaluate(order: Order, job: Job, watch: Watch) -> dict[str, Any]:
     ]
     page = folder / "comparison.html"
     page.unlink(missing_ok=True)  # of an earlier time
+    device = order.settings["device"]
     candidates = [
         Candidate(
             name,
             role,  # type: ignore[arg-type]
-            functools.partial(load_to_run, referred(name, order.references)),
+            functools.partial(load_to_run, referred(name, order.references), device),
         )
         for name, role in named
     ]
-    merged = functools.partial(load_to_run, folder / "model")
-    candidates.append(Candidate("merged", "merge", merged))
+    merged = functools.partial(load_to_run, folder / "model", device)
+    called = "merged" if "merged" not in (base, *models) else "the merge"  # which is no id
+    candidates.append(Candidate(called, "merge", merged))
     with loading_bars(show=False):
         comparison = compare(
             candidates,

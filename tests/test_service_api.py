@@ -168,6 +168,58 @@ def test_a_model_of_the_hub_is_downloaded_when_it_is_asked_for(tmp_path):
             assert found["models"][0]["id"] == "team-chat"
             report = server.ask("GET", found["links"]["report"]).json
             assert report["base_models"] == ["team/chat"]
+            assert "/" not in plan["summary"].replace("team/chat", "")
+            text = json.dumps([found, server.experiment(found["id"])])
+            assert str(tmp_path) not in text
+
+
+def test_models_of_the_hub_are_merged_as_they_were_planned_with(tmp_path):
+    """Also where others are uploaded while a merge waits."""
+    make_llama(tmp_path / "hub" / "team" / "chat", seed=1)
+    make_llama(tmp_path / "models" / "code", seed=2)
+    with HubStandIn(tmp_path / "hub") as url:
+        environment = {
+            "HF_ENDPOINT": url,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path / "cache"),
+            "LLAMA_MERGE_HUB_DOWNLOADS": "true",
+        }
+        options = ("--models", tmp_path / "models", "--hub-models", "team/chat")
+        copy = {"method": "passthrough", "models": [{"id": "team-chat"}]}
+        with Server(tmp_path / "data", *options, environment=environment) as server:
+            first, second = server.merge(copy), server.merge(copy)
+            server.finished(first)
+            with server.frozen(second):
+                third = server.merge(copy)
+                make_llama(tmp_path / "hub" / "team" / "chat", seed=9)
+            found = [server.finished(key) for key in (first, third, server.merge(copy))]
+            assert [each["problems"] for each in found] == [[], [], []]
+            weights = [weights_of(each) for each in found]
+            assert weights[0] == weights[1] != weights[2]
+
+
+def test_errors_and_plans_tell_of_no_folders(tmp_path):
+    """Not where the data folder is a link, a file cannot be read, or a name is no Unicode."""
+    real, data = tmp_path / "real", tmp_path / "data"
+    real.mkdir()
+    data.symlink_to(real)
+    for seed, name in enumerate(("one", "two", "odd")):
+        make_llama(tmp_path / "models" / name, seed=seed, tokenizer=True)
+    (tmp_path / "models" / "two" / "tokenizer.json").unlink()
+    (tmp_path / "models" / "two" / "tokenizer.json").mkdir()
+    with open(os.fsencode(tmp_path / "models" / "odd") + b"/caf\xe9.txt", "w"):
+        pass
+    with Server(data, "--models", tmp_path / "models") as server:
+        both = {"method": "linear", "models": [{"id": "one"}, {"id": "two"}]}
+        answer = server.ask("POST", f"{API}/experiments", both)
+        assert answer.status == 422
+        assert str(tmp_path) not in answer.body.decode()
+        odd = {"method": "linear", "models": [{"id": "odd"}, {"id": "one"}]}
+        plan = server.post("/experiments/plan", odd)["plan"]
+        assert r"caf\udce9.txt" in plan["files_left"]
+        found = server.finished(server.merge(odd))
+        assert found["status"] == "completed"
+        assert str(tmp_path) not in json.dumps(found)
 
 
 # Experiments
@@ -660,7 +712,9 @@ def test_many_watch_at_once(tmp_path, large):
         ends = []
 
         def watch():
-            body = server.ask("GET", f"{API}/experiments/{key}/events").body.decode()
+            while (answer := server.ask("GET", f"{API}/experiments/{key}/events")).status == 429:
+                time.sleep(0.05)  # the main thread was faster
+            body = answer.body.decode()
             ends.append(body.rstrip().rpartition("event: ")[2].split("\n")[0])
 
         threads = [threading.Thread(target=watch) for _ in range(20)]

@@ -1,21 +1,26 @@
 """The server goes on, whatever becomes of what it has started or asked."""
 
 import asyncio
+import dataclasses
+import math
 import os
 import shutil
 import signal
 import sqlite3
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("fastapi")
 
-from service import core, runner
+from merge_progress import progress_bar
+from service import core, log, runner
 from service.core import Service
 from service.planner import PlanLimitError, Planner
 from service.schemas import ExperimentRequest
 from service.settings import Settings
 
+TINY = Path(__file__).resolve().parent.parent / "examples/tiny_llamas"
 TWO = {"method": "linear", "models": [{"id": "capitals"}, {"id": "elements"}]}
 
 
@@ -68,7 +73,7 @@ def test_a_planner_that_has_died_is_followed_by_another(tmp_path):
 
 def test_a_plan_of_which_planners_die_is_refused(tmp_path):
     async def use(planner):
-        with pytest.raises(PlanLimitError, match="more memory than there is"):
+        with pytest.raises(PlanLimitError, match="died over this twice"):
             await planner.run(os._exit, 1)
         return await planner.run(os.getpid)
 
@@ -93,7 +98,9 @@ def test_an_error_of_the_database_costs_no_place_of_work(tmp_path, monkeypatch, 
     assert "disk I/O error" in capfd.readouterr().err
 
 
-def test_a_job_that_no_process_can_take_fails(tmp_path):
+def test_a_job_that_no_process_can_take_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "REST", 0.1)
+
     async def use(service):
         await service.models()
         key = await create(service)
@@ -103,6 +110,138 @@ def test_a_job_that_no_process_can_take_fails(tmp_path):
     found = served(tmp_path, use).merge
     assert found.state == "failed"
     assert "before it began, 3 times" in found.problems[0]
+    assert sum("before it began" in text for *_, text in found.history) == 2
+
+
+def test_jobs_wait_while_no_process_can_be_started(tmp_path, monkeypatch):
+    """That is the fault of none of them: they are done as soon as one can be."""
+    monkeypatch.setattr(runner, "REST", 0.05)
+    monkeypatch.setattr(runner, "LONGEST_REST", 0.2)
+
+    async def use(service):
+        await service.models()
+        logs = service.folders.logs
+        logs.rename(logs.with_name("elsewhere"))
+        keys = [await create(service) for _ in range(2)]
+        await asyncio.sleep(2)
+        waiting = [await service.experiment(key) for key in keys]
+        logs.mkdir()
+        return waiting, [await over(service, key) for key in keys]
+
+    waiting, done = served(tmp_path, use)
+    assert [each.merge.state for each in waiting] == ["queued", "queued"]
+    said = "no process could be started (No such file or directory); it is tried again"
+    assert any(text == said for each in waiting for *_, text in each.merge.history)
+    assert [each.merge.state for each in done] == ["completed", "completed"]
+
+
+def test_the_next_job_has_its_turn_where_a_process_did_not_begin(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "REST", 0.1)
+
+    async def use(service):
+        await service.models()
+        started, start = [], service.runner._order
+
+        def order(child, experiment):
+            started.append(experiment.name)
+            found = start(child, experiment)
+            if experiment.name == "first" and started.count("first") < 3:
+                return dataclasses.replace(found, models="/nowhere")
+            return found
+
+        monkeypatch.setattr(service.runner, "_order", order)
+        keys = [await create(service, name=name) for name in ("first", "second")]
+        return started, [(await over(service, key)).merge.state for key in keys]
+
+    started, states = served(tmp_path, use)
+    assert started[:2] == ["first", "second"]
+    assert states == ["completed", "completed"]
+
+
+def test_a_process_that_others_stop_is_not_the_jobs_fault(tmp_path):
+    async def use(service):
+        key = await create(service)
+        for _ in range(4):
+            await until(service, key, lambda found: found.merge.state == "running")
+            (child,) = service.runner._children.values()
+            os.kill(child.process.pid, signal.SIGTERM)
+            await until(service, key, lambda found: found.merge.state != "running")
+        return await over(service, key)
+
+    assert served(tmp_path, use).merge.state == "completed"
+
+
+def test_the_service_goes_on_where_nobody_reads_its_log(tmp_path, monkeypatch):
+    class Closed:
+        text = ""
+
+        def write(self, text):
+            self.text += text
+
+        def flush(self):
+            if self.text:
+                raise BrokenPipeError
+
+    monkeypatch.setattr(log.sys, "stderr", Closed())
+
+    async def use(service):
+        key = await create(service)
+        await until(service, key, lambda found: found.merge.state == "running")
+        await service.cancel(key)
+        await over(service, key)
+        async with asyncio.timeout(20):
+            while service.folders.of(key).exists():
+                await asyncio.sleep(0.05)
+        return await over(service, await create(service))
+
+    assert served(tmp_path, use).merge.state == "completed"
+    log.sys.stderr.close()
+
+
+def test_a_result_of_other_models_is_made_anew(tmp_path):
+    """As where a process is killed that has finished it, and then a model changes."""
+    models = tmp_path / "models"
+    shutil.copytree(TINY / "capitals", models / "own")
+    request = {"models": [{"id": "own"}, {"id": "elements"}]}
+
+    async def use(service):
+        key = await create(service, **request)
+        done = await over(service, key)
+        service.runner._rests_until = math.inf
+        again = await create(service, models=[{"id": "base"}, {"id": "elements"}])
+        shutil.copytree(service.folders.of(key) / "model", service.folders.of(again) / "model")
+        service.runner._rests_until = 0
+        return done, await over(service, again)
+
+    done, again = served(tmp_path, use, models=(models,))
+    assert [done.merge.state, again.merge.state] == ["completed"] * 2, again.merge.problems
+    weights = [
+        {file["name"]: file["sha256"] for file in each.merge.outcome["files"]}["model.safetensors"]
+        for each in (done, again)
+    ]
+    assert weights[0] != weights[1]
+
+
+def test_a_model_may_be_called_merged(tmp_path):
+    shutil.copytree(TINY / "capitals", tmp_path / "models" / "merged")
+
+    async def use(service):
+        asked = {"prompts": ["capital: france ="], "max_new_tokens": 2}
+        models = [{"id": "merged"}, {"id": "elements"}]
+        key = await create(service, models=models, evaluation=asked)
+        found = await until(service, key, lambda each: each.evaluation and not each.is_open, 90)
+        return found.evaluation
+
+    found = served(tmp_path, use, models=(tmp_path / "models",))
+    assert found.state == "completed", found.problems
+    assert [each["name"] for each in found.outcome["models"]] == ["merged", "elements", "the merge"]
+
+
+def test_progress_of_a_merge_that_goes_on_begins_where_it_stopped():
+    told = []
+    with progress_bar(100, "ties", show=lambda *said: told.append(said), done=60) as update:
+        update(10)
+    assert told == [("ties", 60, 100), ("ties", 70, 100)]
 
 
 def test_looks_go_on_after_an_error(monkeypatch, capfd):

@@ -91,3 +91,38 @@ def test_a_size_that_is_none_is_said_once():
     said = r"^--max-memory: max_memory must be a size such as 5GB or 500MB, got 'lots'$"
     with pytest.raises(ValueError, match=said):
         read_settings(None, {"max_memory": "lots"}, {})
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"keep_days": "inf"}, "--keep-days: keep_days: input should be a finite number"),
+        ({"keep_days": 1e6}, "--keep-days: keep_days: input should be less than or equal to 36500"),
+        ({"hub_models": ("org/name@main",)}, "--hub-models: hub_models must be ids such as org/n"),
+        ({"hub_models": ("/etc",)}, "--hub-models: hub_models must be ids such as org/name"),
+        ({"hosts": ("http://merge.lan",)}, "--hosts: hosts must be names such as merge.lan"),
+        ({"hosts": ("merge.lan:80",)}, "--hosts: hosts must be names such as merge.lan"),
+        ({"host": ""}, "--host: host: string should have at least 1 character"),
+    ],
+)
+def test_what_would_go_wrong_later_is_refused_at_the_start(given, text):
+    with pytest.raises(ValueError, match=f"^{text}"):
+        read_settings(None, given, {})
+
+
+def test_spaces_and_commas_around_names_are_nothing():
+    found = read_settings(environment={"LLAMA_MERGE_HOSTS": "merge.lan, merge,"})
+    assert found.hosts == ("merge.lan", "merge")
+
+
+def test_a_token_is_made_where_a_proxy_lets_others_in():
+    assert with_token(Settings(hosts=("localhost",))).token is None
+    for settings in (Settings(hosts=("merge.lan",)), Settings(trusted_proxies=("127.0.0.1",))):
+        assert len(with_token(settings).token) >= 32
+
+
+def test_a_device_that_is_not_there_is_said_at_the_start(capsys):
+    from service.command import main
+
+    assert main(["--device", "cuda:77", "--port", "0"]) == 2
+    assert "device 'cuda:77' cannot be used here" in capsys.readouterr().err

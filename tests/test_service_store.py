@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("fastapi")
 
+from service import store as module
 from service.processes import Process, boot_id, this_process
 from service.store import ATTEMPTS, OPEN, Progress, QueueFullError, StateError, Store
 
@@ -173,7 +174,7 @@ def test_an_evaluation_takes_the_place_of_the_one_before(store):
     claim(store, number)
     store.finish(number, "one", "completed")
     for _ in range(3):
-        store.add_evaluation(key, {"prompts": ["a"]})
+        store.add_evaluation(key, {"prompts": ["a"]}, 100)
         (number,) = store.next_jobs(5)
         claim(store, number)
         store.finish(number, "one", "completed")
@@ -198,7 +199,7 @@ def test_an_evaluation_that_was_asked_for_follows_the_merge(store):
     assert (found.evaluation.state, found.evaluation.request) == ("queued", {"prompts": ["a"]})
     assert found.is_open
     with pytest.raises(StateError, match="waits or runs already"):
-        store.add_evaluation(key, {})
+        store.add_evaluation(key, {}, 100)
 
 
 def test_a_failed_merge_is_followed_by_nothing(store):
@@ -207,7 +208,7 @@ def test_a_failed_merge_is_followed_by_nothing(store):
     store.finish(number, "one", "failed", problems=["no"])
     assert store.experiment(key).evaluation is None
     with pytest.raises(StateError, match="no merged model"):
-        store.add_evaluation(key, {})
+        store.add_evaluation(key, {}, 100)
 
 
 def test_places_in_the_queue_are_those_in_which_jobs_come_up(store):
@@ -286,3 +287,61 @@ def test_a_process_is_told_from_others_with_its_number():
     gone = Process(boot_id(), child.pid, 0)
     child.wait()
     assert not gone.is_alive()
+
+
+def test_evaluations_have_their_place_in_the_queue(store):
+    keys = []
+    for _ in range(2):
+        key, number = add(store)
+        claim(store, number)
+        store.finish(number, "one", "completed")
+        keys.append(key)
+    store.add_evaluation(keys[0], {}, 1)
+    with pytest.raises(QueueFullError, match="1 jobs wait or run already, and 1 may"):
+        store.add_evaluation(keys[1], {}, 1)
+
+
+def test_to_ask_again_to_stop_says_nothing_new(store):
+    key, number = add(store)
+    claim(store, number)
+    assert [store.cancel(key) for _ in range(3)] == [True] * 3
+    texts = [text for *_, text in store.experiment(key).merge.history]
+    assert texts == ["asked for", "begun", "asked to stop"]
+
+
+def test_a_process_that_begins_again_begins_at_nothing(store):
+    key, number = add(store)
+    claim(store, number)
+    store.beat(number, "one", 10, Progress("ties", 7, 10))
+    store.release(number, "one", "it was killed", died=True)
+    claim(store, number, "two")
+    assert store.experiment(key).merge.progress == ("", 0, 0, None)
+
+
+def test_why_a_job_waits_is_kept_once(store):
+    key, number = add(store)
+    for text in ("no room", "no room", "no memory"):
+        store.note(number, text)
+    claim(store, number)
+    store.note(number, "not while it runs")
+    texts = [text for *_, text in store.experiment(key).merge.history]
+    assert texts == ["asked for", "no room", "no memory", "begun"]
+
+
+def test_the_time_that_a_job_took_is_that_of_all_its_processes(store, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(module.time, "time", lambda: now[0])
+    key, number = add(store)
+    now[0] = 10
+    claim(store, number)
+    now[0] = 13
+    store.release(number, "one", "it was killed", died=True)
+    now[0] = 100
+    claim(store, number, "two")
+    now[0] = 104
+    store.cancel(key)
+    now[0] = 106
+    assert store.seconds_worked(number) == 3 + 6
+    store.finish(number, "two", "completed")
+    now[0] = 200
+    assert store.seconds_worked(number) == 3 + 6
