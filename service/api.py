@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from model_hashes import REPORT_FILE
 from service.archive import LAYOUT
-from service.core import API, RefusedError, Service, entries_view
+from service.core import RefusedError, Service
 from service.downloads import part_of
 from service.schemas import (
     EvaluationRequest,
@@ -26,6 +26,7 @@ from service.schemas import (
     PlanResult,
     Success,
 )
+from service.views import API, entries_view
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": Failure, "description": "what is wrong, and what to do"},

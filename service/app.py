@@ -13,9 +13,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from merge_card import VERSION
 from service import api, studio
-from service.core import API, RefusedError, Service
+from service.core import RefusedError, Service
 from service.safety import Guard
 from service.settings import Settings
+from service.views import API
 
 SAID = {404: "there is nothing at this address", 405: "this cannot be done at this address"}
 

@@ -19,10 +19,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from merge_card import VERSION
 from merge_methods import METHODS
 from model_utils import format_bytes
-from service.core import API, Service, entries_view, file_name, view
+from service.core import Service
 from service.safety import COOKIE, Guard, RefusalError, cookie_of
 from service.store import Experiment
 from service.studio_methods import FIRST, shown_methods
+from service.views import API, entries_view, file_name, view
 
 HERE = Path(__file__).resolve().parent
 
