@@ -178,11 +178,11 @@ def main(argv=None):
     parser.add_argument("--jobs", type=int, default=50)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--short", action="store_true", help="1 round of 6 jobs and 4 kills")
+    parser.add_argument("--short", action="store_true", help="1 round of 5 jobs and 3 kills")
     parser.add_argument("--place", type=Path, help="folder for models and results")
     arguments = parser.parse_args(argv)
     if arguments.short:
-        arguments.rounds, arguments.jobs, arguments.kills = 1, 6, 4
+        arguments.rounds, arguments.jobs, arguments.kills = 1, 5, 3
     bad = 0
     with tempfile.TemporaryDirectory(dir=arguments.place) as folder:
         models = Path(folder) / "models"

@@ -12,9 +12,9 @@ PROGRAM = Path(__file__).with_name("reliability.py")
 @pytest.mark.parametrize(
     ("campaign", "more", "done"),
     [
-        ("faults", ["--step", "389"], "SIGKILL"),
-        ("kills", ["--count", "25"], "kills"),
-        ("starts", ["--count", "10"], "rounds"),
+        ("faults", ["--step", "701"], "SIGKILL"),
+        ("kills", ["--count", "15"], "kills"),
+        ("starts", ["--count", "6"], "rounds"),
         ("disk", [], ""),  # what it does where no disk can be made is said there
         ("inputs", [], "vanished"),
     ],

@@ -342,9 +342,11 @@ def test_a_merge_can_be_cancelled(visit: Visit, server: Server) -> None:
         page.get_by_role("button", name="Cancel").click()
         page.get_by_role("button", name="Keep it running").click()
         page.get_by_role("button", name="Cancel").click()
+        visit.picture("experiment-cancel")
         page.get_by_role("button", name="Stop it").click()
         page.get_by_text("Stopping").wait_for()
     page.get_by_text("This merge was cancelled").wait_for()
+    visit.picture("experiment-cancelled")
     history = page.locator("#history li span").all_inner_texts()
     assert history == ["asked for", "begun", "asked to stop", "cancelled"]
     page.get_by_role("button", name="Delete").click()
@@ -370,6 +372,7 @@ def test_progress_goes_on_after_a_reload_and_after_a_crash(visit: Visit, server:
         with page.expect_request("**/events"):
             page.reload()
         assert page.inner_text(".percent") == shown
+        visit.picture("experiment-reloaded")
         playwright.expect(page).to_have_title(re.compile(f"^{shown} "))
         assert page.evaluate("find('progress').value") == found["progress"]
         server.kill()
