@@ -42,6 +42,8 @@ COMMON_KEYS = (
 )
 MERGEKIT_KEYS = ("merge_method", "modules", "out_dtype", "tokenizer")
 OWN_KEYS = ("method", "vocabulary")
+EVERY_KEY = (*COMMON_KEYS, *MERGEKIT_KEYS, *OWN_KEYS)
+"""That the top of a recipe can have."""
 
 MODULE = "default"
 """The one module of a language model, as mergekit calls it."""
@@ -253,7 +255,7 @@ class _Reader:
         """Whose grammar it is, and which method."""
         keys = [key for key in ("merge_method", "method") if key in content]
         if len(keys) != 1:
-            every_key = (*COMMON_KEYS, *MERGEKIT_KEYS, *OWN_KEYS)
+            every_key = EVERY_KEY
             self._check_keys(content, (), every_key)
             said = "both are given" if keys else "neither is given"
             if self.problems:
@@ -326,7 +328,7 @@ class _Reader:
                 text = f"unknown key {key!r}. It is called {INSTEAD[key]!r}"
             elif key in self.declared or key in _all_keys() or key in NO_EFFECT:
                 text = f"{key!r} is a parameter. Put it under parameters:"
-            elif key in (*COMMON_KEYS, *MERGEKIT_KEYS, *OWN_KEYS) and not place:
+            elif key in EVERY_KEY and not place:
                 other = "merge_method" if self.is_mergekits else "method"
                 text = f"{key!r} does not go with {other}. Leave it out"
             else:

@@ -1,7 +1,7 @@
 """The application: API and page, guarded; every error with a body of the same form."""
 
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -12,7 +12,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from merge_card import VERSION
-from service import api, studio
+from merge_recipe import unknown_name
+from service import api, schemas, studio
 from service.core import RefusedError, Service
 from service.safety import Guard
 from service.settings import Settings
@@ -110,18 +111,47 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    problems = [
-        {"where": _where(each["loc"]), "text": str(each["msg"])} for each in error.errors()[:40]
-    ]
+    problems = [{"where": _where(each["loc"]), "text": _said(each)} for each in error.errors()[:40]]
     return JSONResponse(_failure(422, problems[0]["text"], problems), 422)
 
 
+EXPECTED = {
+    "missing": "is missing",
+    "model_type": "expected an object",
+    "model_attributes_type": "expected an object",
+    "dict_type": "expected an object",
+    "list_type": "expected a list",
+    "string_type": "expected a text",
+}
+"""What is wrong, by the names that Pydantic has for it."""
+
+EXAMPLES = {"models": '{"id": "capitals", "weight": 0.5}', "": '{"method": "linear", "models": []}'}
+"""Of entries that are objects, by their last name."""
+
+
+def _said(error: Mapping[str, Any]) -> str:
+    """What is wrong with an entry of a request."""
+    kind, location = error["type"], error["loc"]
+    names = [each for each in location[1:] if isinstance(each, str)]
+    if kind == "json_invalid":
+        return f"this is no JSON: {error['ctx']['error']} (character {location[-1]})"
+    if kind == "missing" and not names:
+        return f"the request has no body. Expected JSON, as {EXAMPLES['']}"
+    if kind == "extra_forbidden":
+        known = [*schemas.EvaluationRequest.model_fields]  # which alone takes no others
+        return unknown_name("entry", location[-1], known)
+    text = EXPECTED.get(kind, str(error["msg"]))
+    example = EXAMPLES.get(names[-1] if names else "")
+    return f"{text}, as {example}" if example and text == "expected an object" else text
+
+
 def _where(location: tuple[str | int, ...]) -> str:
-    """The place of a wrong entry, as `models[1].id`."""
-    parts = location[1:] if location[:1] in (("body",), ("query",), ("path",)) else location
-    return "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in parts)[
-        0 if parts and isinstance(parts[0], int) else 1 :
-    ]
+    """The place of a wrong entry, as `models[1].id`; empty for the whole, as of what is no JSON."""
+    if location[:1] in (("body",), ("query",), ("path",)):
+        location = location[1:]
+    if not location or isinstance(location[0], int):
+        return ""
+    return "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in location)[1:]
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

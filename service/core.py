@@ -186,9 +186,7 @@ class Service:
         if problems:
             raise RefusedError(422, "\n".join(problem.text for problem in problems), problems)
         found["folders"] = {
-            key: entries[key].source
-            for key in found["references"]
-            if key in entries and entries[key].hub_id is None
+            key: (entries[key].source, mark) for key, mark in found["fingerprints"].items()
         }
         if request.evaluation is not None:
             self._check_memory(found["plan"]["write_bytes"])

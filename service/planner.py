@@ -167,9 +167,11 @@ def plan(
         "problems" (and "unknown", whether an id is among them); and if there are none "recipe"
         (YAML), "plan", "findings" (whether they can be found out), "base" and "models" (as their
         client names them), "references" (see `Names`, those of the Hub at their commits) of all
-        ids that it needs, and "cached_bytes" of what is there of the Hub's.
+        ids that it needs, "cached_bytes" of what is there of the Hub's, and "fingerprints" of the
+        others.
     """
     from merge_chain import plan_stages
+    from service.registry import fingerprint
     from service.requests import all_ids, model_ids, problems_of, recipe_text, stages_of
 
     asked, known = ExperimentRequest(**request), Names(*names)
@@ -178,7 +180,10 @@ def plan(
     except RequestError as error:
         unknown = any(problem.text.startswith("unknown model ") for problem in error.problems)
         return {"problems": [*map(tuple, error.problems)], "unknown": unknown}
+    references = {each: known.references[each] for each in all_ids(text)}
+    of_hub = {key: name for key, name in references.items() if name != key}
     try:
+        fingerprints = {key: fingerprint(Path(key)) for key in references.keys() - of_hub.keys()}
         stages = stages_of(text, known.references)
         findings = _can_be_compared(stages) if asked.findings is None else asked.findings
         report = plan_stages(stages, Path(output), **settings, findings=findings)
@@ -187,8 +192,6 @@ def plan(
         problems = problems_of(ValueError(lines), form=asked.recipe is None)
         return {"problems": [*map(tuple, problems)]}
     base, models = model_ids(text)
-    references = {each: known.references[each] for each in all_ids(text)}
-    of_hub = {key: name for key, name in references.items() if name != key}
     return {
         "problems": [],
         "recipe": text,
@@ -198,6 +201,7 @@ def plan(
         "models": models,
         "references": references | {key: hub.pinned(name) for key, name in of_hub.items()},
         "cached_bytes": hub.bytes_there({*of_hub.values()}),
+        "fingerprints": fingerprints,
     }
 
 

@@ -25,12 +25,15 @@ from model_text import printable
 from model_utils import format_bytes, open_model_folder
 from service import hub
 from service.log import log
-from service.requests import Names
+from service.requests import Names, id_of
 
 TINY = "examples/tiny_llamas"
 DEPTH = 5
 MOST_FOLDERS = 20_000
 MOST_MODELS = 1000
+READ_BY_MERGES = (".safetensors", ".json", ".model", ".jinja")
+SERVICE = "jobs.sqlite3"
+"""In a folder of a merge service: what it has merged is its own, and goes when its time is over."""
 
 
 class HubModel(NamedTuple):
@@ -140,6 +143,19 @@ class Registry:
         self.entries = entries
 
 
+def fingerprint(folder: Path) -> str:
+    """What differs where a model's files are others: their names, sizes and times.
+
+    Of what a merge reads, so that a note beside a model may be written at any time.
+    """
+    found = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in READ_BY_MERGES:
+            status = path.stat()
+            found.update(os.fsencode(f"{path.name}/{status.st_size}/{status.st_mtime_ns}/"))
+    return found.hexdigest()
+
+
 def names_of(entries: Mapping[str, Entry]) -> Names:
     """What models are called, for recipes."""
     found = entries.values()
@@ -215,7 +231,9 @@ def _model_folders(root: Path) -> Iterator[Path]:
             log(f"{root}: has more than {MOST_FOLDERS:,} folders, and the others were passed over")
             return
         path = Path(folder)
-        if CONFIG in files or ADAPTER_CONFIG in files:
+        if SERVICE in files:
+            names.clear()
+        elif CONFIG in files or ADAPTER_CONFIG in files:
             yield path
             names.clear()
         elif len(path.relative_to(root).parts) >= DEPTH:
@@ -226,9 +244,7 @@ def _model_folders(root: Path) -> Iterator[Path]:
 
 def _entry(path: Path, relative: str) -> Entry:
     name = shown(_from_cache(path) or relative)
-    key = (
-        re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip(".-") or f"model-{_digest(str(path))}"
-    )
+    key = id_of(name) or f"model-{_digest(str(path))}"
     entry = Entry(id=key[:100], name=name, kind="model", source=str(path))
     try:
         if has_file(path, ADAPTER_CONFIG):

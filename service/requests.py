@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from merge_chain import check_stages
 from merge_document import recipe_document
-from merge_grammar import Stage, read_recipes, recipe_of
+from merge_grammar import COMMON_KEYS, EVERY_KEY, OWN_KEYS, Stage, read_recipes, recipe_of
 from merge_methods import ALIASES, METHODS, Method
 from merge_recipe import KEYS, LayerRange, Recipe, Slice, unknown_name
 from merge_yaml import RecipeError, write_recipes
@@ -77,6 +77,7 @@ def recipe_text(request: ExperimentRequest, names: Names) -> tuple[str, list[str
         RequestError: something is wrong with it.
     """
     notes: list[str] = []
+    problems: list[Problem] = []
     if request.recipe is not None:
         told = ("base_model", "method", "models", "parameters")
         given = [name for name in told if getattr(request, name)]
@@ -88,9 +89,13 @@ def recipe_text(request: ExperimentRequest, names: Names) -> tuple[str, list[str
             )
         stages = _read(request.recipe)
     else:
-        content, notes = _document(request, names)
-        stages = [_stage_of(content)]
-    problems = [*_name_problems(stages, names, request)]
+        problems += _unknown_entries(request)
+        try:
+            content, notes = _document(request, names)
+            stages = [_stage_of(content)]
+        except RequestError as error:
+            raise RequestError([*problems, *error.problems]) from None
+    problems += _name_problems(stages, names, request)
     try:
         check_stages(stages)
     except RecipeError as error:
@@ -237,9 +242,16 @@ def _document(request: ExperimentRequest, names: Names) -> tuple[dict[str, Any],
             for model, each in zip(models, own, strict=True)
         ],
         **({"parameters": parameters} if parameters else {}),
-        **(request.model_extra or {}),
+        **{key: each for key, each in (request.model_extra or {}).items() if key in EVERY_KEY},
     }
     return content, notes
+
+
+def _unknown_entries(request: ExperimentRequest) -> Iterator[Problem]:
+    known = dict.fromkeys([*ExperimentRequest.model_fields, *COMMON_KEYS, *OWN_KEYS])
+    for key in request.model_extra or {}:
+        if key not in EVERY_KEY:
+            yield Problem(key, unknown_name("entry", key, known))
 
 
 def _form_problems(request: ExperimentRequest) -> Iterator[Problem]:
@@ -318,11 +330,14 @@ def _name_problems(
 ) -> Iterator[Problem]:
     """Names that are no ids, nor results of the same recipe."""
     places = {_whole_name(each.id, names): at for at, each in enumerate(request.models)}
-    by_hub_id = {name: key for key, name in names.references.items() if name != key}
+    lines = (request.recipe or "").splitlines()
 
     def where(name: str) -> str:
         if name in places:
             return f"models[{places[name]}].id"
+        at = next((number for number, line in enumerate(lines, 1) if name in line), None)
+        if at is not None:
+            return f"line {at}"
         return "models" if request.base_model is None else "base_model"
 
     own = {stage.name for stage in stages if stage.name is not None}
@@ -331,9 +346,9 @@ def _name_problems(
         yield Problem("models", f"{len(models)} models; a recipe has at most {MOST_MODELS}")
     for name in models:
         if not _NAME.fullmatch(name):
-            text = f"{name[:100]!r} is no id of a model. Take one of the list of models"
-            if name in by_hub_id:
-                text = f"{name} is called {by_hub_id[name]!r} here"
+            meant = _meant(name, names)
+            text = f"{name[:100]!r} is no id of a model. "
+            text += f"Is {meant!r} meant?" if meant else "Take one of the list of models"
             yield Problem(where(name), text)
             continue
         for part in ids_in(name):
@@ -346,6 +361,22 @@ def _name_problems(
             elif part == name and part in names.bases:
                 text = f"{part} is an adapter. Name its base with it: BASE+{part}"
                 yield Problem(where(name), text)
+
+
+def _meant(name: str, names: Names) -> str | None:
+    """The id of a model that is called otherwise elsewhere: on the Hub, on a disk, on a page."""
+    by_hub_id = {other: key for key, other in names.references.items() if other != key}
+    others = (by_hub_id.get(name), id_of(name), id_of(name.rstrip("/").rpartition("/")[2]))
+    return next((each for each in others if each in names.references), None)
+
+
+def id_of(name: str) -> str:
+    """What a model of a name or path is called, if no other is called so; empty for no letters.
+
+    >>> id_of("team/über chat"), id_of("../")
+    ('team-ber-chat', '')
+    """
+    return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip(".-")
 
 
 def _renamed(recipe: Recipe, references: Mapping[str, str]) -> Recipe:

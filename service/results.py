@@ -165,6 +165,7 @@ class Results:
         whose process outlived the server that was to clear it away.
         """
         self._clear_ended()
+        self._miss_lost()
         days, now = self._settings.keep_days, time.time()
         if not days:
             return
@@ -187,6 +188,14 @@ class Results:
             log(f"not of this service, and left alone: {path}")
         for path in self._left_logs():
             path.unlink(missing_ok=True)
+
+    def _miss_lost(self) -> None:
+        """Results whose files somebody else has removed are not there any more."""
+        for each in self._store.results():
+            folder = self._folders.of(each.id)
+            if not (folder / "model").is_dir() and not each.is_open:
+                log(f"{each.id}: somebody else has removed its files, {folder}")
+                self._store.set_removed(each.id)
 
     def _clear_ended(self) -> list[Path]:
         """Remove what is left of merges that nobody goes on with; the folders of no experiment."""

@@ -170,8 +170,9 @@ class Runner:
         """What becomes of a job when its process has ended."""
         state = self._store.release(child.job, child.holder, cause, died=died)
         job = self._store.job(child.job)
-        if job is None:  # it was removed
-            self._results.remove(child.experiment)
+        if job is None:  # removed, or an evaluation that another one has taken the place of
+            if self._store.experiment(child.experiment) is None:
+                self._results.remove(child.experiment)
             return
         if died and state is None and job.state == "queued":
             state = self._not_begun(job, cause)

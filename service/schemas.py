@@ -149,8 +149,8 @@ class JobView(BaseModel):
     status: Literal["queued", "running", "completed", "failed", "cancelled"]
     progress: float = Field(description="in percent")
     step: str = Field(description="what is being done")
-    done_bytes: int
-    total_bytes: int
+    done_bytes: int = Field(description="of an evaluation, models that are done")
+    total_bytes: int = Field(description="of an evaluation, models")
     bytes_per_second: float | None
     seconds_left: float | None
     created_at: str
@@ -188,7 +188,9 @@ class Result(BaseModel):
     bytes: int
     files: list[File]
     seconds: float
-    peak_memory: int
+    peak_memory: int = Field(
+        description="without files that the system caches, as `memory_bytes` of a plan"
+    )
     notes: list[str]
     available: bool = Field(description="False once it has been removed")
 

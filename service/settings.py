@@ -32,6 +32,10 @@ LISTS = {"models": os.pathsep, "hub_models": ",", "hosts": ",", "trusted_proxies
 """Settings with several values, and what parts them in the environment."""
 
 
+LEAST_MEMORY = 100 * 10**6
+"""With less, not even the smallest merge can be begun: its program takes most of it."""
+
+
 def _data_home() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "llama-merge"
 
@@ -106,16 +110,20 @@ class Settings(BaseModel):
     def _size(cls, size: int | str | None, info: ValidationInfo) -> int | None:
         if info.field_name == "disk_reserve" and str(size) == "0":
             return 0
-        return None if size is None else parse_size(size, str(info.field_name))
+        if size is None:
+            return None
+        nbytes = parse_size(size, str(info.field_name))
+        if info.field_name == "max_memory" and nbytes < LEAST_MEMORY:
+            raise ValueError(f"max_memory must be at least {LEAST_MEMORY // 10**6}MB, got {size}")
+        return nbytes
 
     @field_validator(*LISTS, mode="before")
     @classmethod
-    def _several(cls, value: Any) -> Any:
+    def _several(cls, value: Any, info: ValidationInfo) -> Any:
         several = (value,) if isinstance(value, str | Path) else value
-        if not isinstance(several, list | tuple):
-            return value
-        texts = (each.strip() if isinstance(each, str) else each for each in several)
-        return tuple(each for each in texts if each != "")
+        if isinstance(several, list | tuple) and "" in several:
+            raise ValueError(f"{info.field_name} has an entry that is empty")
+        return several
 
     @field_validator("hosts")
     @classmethod
@@ -199,7 +207,7 @@ def read_settings(
     for name, key in names.items():
         if environment.get(name):
             text = environment[name]
-            values[key] = text.split(LISTS[key]) if key in LISTS else text
+            values[key] = _listed(text, LISTS[key]) if key in LISTS else text
             origin[key] = name
     for key, value in given.items():
         if value is not None:
@@ -210,11 +218,16 @@ def read_settings(
         raise ValueError("\n".join(_problem(each, origin) for each in error.errors())) from None
 
 
+def _listed(text: str, separator: str) -> list[str]:
+    """The entries of a variable; one may end with a separator, and there may be spaces."""
+    return [each for part in text.split(separator) if (each := part.strip())]
+
+
 def _problem(error: Any, origin: Mapping[str, str]) -> str:
     key = str(error["loc"][0])
     where = origin.get(key, "settings")
     if error["type"] == "extra_forbidden":
-        return f"{where}: unknown setting {key!r}; there are: {', '.join(Settings.model_fields)}"
+        return f"{where}: {unknown_name('setting', key, Settings.model_fields)}"
     shown = "***" if key == "token" else repr(error["input"])
     text = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":  # ours, which says of what it is and what was given

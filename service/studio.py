@@ -58,6 +58,9 @@ STEPS = {
 SAME_ORIGIN = {"referrer-policy": "same-origin"}
 """Without a referrer a browser sends no origin with a form either, and the guard wants one."""
 
+EXAMPLE = "capital: france ="
+"""What the tiny LLaMAs know an answer to."""
+
 PAGES = re.compile(
     r"/(\?from=[\w-]{1,100})?|/experiments(/[\w-]{1,100}|\?before=\d{1,15})?", re.ASCII
 )
@@ -99,7 +102,7 @@ async def studio_page(request: Request) -> Response:
     key = request.query_params.get("from")
     start = None if not key else filled_in(await service.experiment(key))
     found = await service.experiments(NEWEST + 1, None)
-    models = entries_view(await service.models())
+    models = [{**each, "reason": _reason(each)} for each in entries_view(await service.models())]
     return _page(
         "studio.html",
         models=models,
@@ -193,6 +196,13 @@ def _service(request: Request) -> Service:
 
 
 # What they hold
+
+
+def _reason(model: Mapping[str, Any]) -> str:
+    """Why a model cannot be chosen; empty if it can."""
+    if model["kind"] == "adapter" and not (model["note"] or model["base_model"]):
+        return f"its base is not among the models. A recipe can name one, as BASE+{model['id']}"
+    return str(model["note"])
 
 
 def _listed(service: Service, experiment: Experiment) -> dict[str, Any]:
@@ -328,7 +338,7 @@ def _environment() -> Environment:
         sentence=_sentence,
         moment=lambda text: f"{text[:16].replace('T', ' ')} UTC",
     )
-    found.globals.update(version=VERSION, states=STATES, api=API)
+    found.globals.update(version=VERSION, states=STATES, api=API, example=EXAMPLE)
     return found
 
 

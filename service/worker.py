@@ -16,7 +16,7 @@ import sys
 import threading
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from service import hub
 from service.archive import open_plain
 from service.planner import explained, public
 from service.processes import this_process, uptime
+from service.registry import fingerprint
 from service.requests import model_ids, referred, stages_of
 from service.store import Job, Progress, Store
 
@@ -52,7 +53,8 @@ class Order:
         job, holder: its number, and what the process calls itself.
         recipe: as `requests.recipe_text` has it.
         references: what models are called, by ids.
-        folders: of models of this machine, by ids, as they were when the merge was planned.
+        folders: of models of this machine by ids, with fingerprints, as they were when the merge
+            was planned.
         settings: of `merge.merge_recipe`: device, threads, max_memory, findings.
         download_bytes, cached_bytes: of the Hub's models, what was to come when the merge was
             planned, and what was there.
@@ -65,7 +67,7 @@ class Order:
     holder: str
     recipe: str
     references: Mapping[str, str]
-    folders: Mapping[str, str]
+    folders: Mapping[str, Sequence[str]]
     settings: Mapping[str, Any]
     download_bytes: int
     cached_bytes: int
@@ -99,12 +101,12 @@ class Watch:
             speed = (done - self._first[1]) / (now - self._first[0])
         self.progress = Progress(step, done, total, speed)
 
-    def say(self, step: str) -> None:
-        """What is being done, where there is nothing to count."""
-        self.progress = Progress(step)
+    def count(self, done: int, total: int) -> None:
+        """How many of the things are done of which `say` tells."""
+        self.progress = self.progress._replace(done=done, total=total)
 
-    def say_last(self, step: str) -> None:
-        """What is being done when all that counts is done."""
+    def say(self, step: str) -> None:
+        """What is being done; what is counted stays."""
         self.progress = self.progress._replace(step=step, speed=None)
 
     def run(self) -> None:
@@ -184,17 +186,24 @@ def main() -> int:
     return 0
 
 
-def check_models(folders: Mapping[str, str]) -> None:
+def check_models(folders: Mapping[str, Sequence[str]]) -> None:
     """Whether the ids of models still mean what they meant when the merge was planned.
 
     Raises:
         ValueError: they do not.
     """
-    for key, folder in folders.items():
-        if not Path(key).is_symlink() or os.readlink(key) != folder:
-            raise ValueError(
-                f"{key} is another model now than it was when this was asked for. Ask for it again"
-            )
+    problems = []
+    for key, (folder, mark) in folders.items():
+        link, what = Path(key), "has changed since this was asked for"
+        if not link.is_symlink() or os.readlink(link) != folder:
+            what = "is another model now than it was when this was asked for"
+        elif not link.is_dir():
+            what = "is not there any more"
+        elif fingerprint(link) == mark:
+            continue
+        problems.append(f"{key} {what}. Ask for it again")
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def stop_this_process() -> None:
@@ -227,10 +236,10 @@ def merge(order: Order, job: Job, watch: Watch) -> dict[str, Any]:
         if model.is_dir() and not is_finished(stages, model, **settings):
             shutil.rmtree(model)  # by a process before this one, of what has changed since
         report = merge_stages(stages, model, resume=True, **settings)
-    watch.say_last("checksums")
+    watch.say("checksums")
     return {
         "bytes": report.bytes_written,
-        "peak_memory": report.peak_memory,
+        "peak_memory": report.peak_memory - report.mapped_memory,  # as plans count it
         "notes": [public(note, str(model)) for note in report.notes],
         "files": sealed(model),
         "findings": write_findings(folder),
@@ -309,7 +318,7 @@ def evaluate(order: Order, job: Job, watch: Watch) -> dict[str, Any]:
     from eval_compare import Candidate, Settings, compare
     from eval_page import comparison_page
     from merge_load import load_to_run
-    from model_inference import loading_bars
+    from model_inference import Running, loading_bars
 
     folder, asked = Path(order.folder), job.request
     base, models = model_ids(order.recipe)
@@ -319,18 +328,21 @@ def evaluate(order: Order, job: Job, watch: Watch) -> dict[str, Any]:
     ]
     page = folder / "comparison.html"
     page.unlink(missing_ok=True)  # of an earlier time
-    device = order.settings["device"]
+    called = "merged" if "merged" not in (base, *models) else "the merge"  # which is no id
+    named.append((called, "merge"))
+    loaded: list[str] = []
+
+    def load(name: str) -> Running:
+        if name not in loaded:
+            watch.count(len(loaded), len(named))
+            loaded.append(name)
+        what = folder / "model" if name == called else referred(name, order.references)
+        return load_to_run(what, order.settings["device"])
+
     candidates = [
-        Candidate(
-            name,
-            role,  # type: ignore[arg-type]
-            functools.partial(load_to_run, referred(name, order.references), device),
-        )
+        Candidate(name, role, functools.partial(load, name))  # type: ignore[arg-type]
         for name, role in named
     ]
-    merged = functools.partial(load_to_run, folder / "model", device)
-    called = "merged" if "merged" not in (base, *models) else "the merge"  # which is no id
-    candidates.append(Candidate(called, "merge", merged))
     with loading_bars(show=False):
         comparison = compare(
             candidates,

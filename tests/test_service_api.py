@@ -256,6 +256,26 @@ def test_what_is_wrong_is_said_at_once_with_its_places(server):
         assert answer.json["error"] == "\n".join(each["text"] for each in answer.json["problems"])
 
 
+@pytest.mark.parametrize(
+    ("body", "where", "text"),
+    [
+        (b"{bad", "", "this is no JSON: Expecting property name"),
+        (b"", "", "the request has no body. Expected JSON, as {"),
+        (b"[]", "", "expected an object, as {"),
+        (b'{"models": ["a"]}', "models[0]", 'expected an object, as {"id": "capitals", "weight"'),
+        (b'{"models": [{}]}', "models[0].id", "is missing"),
+        (b'{"models": "a"}', "models", "expected a list"),
+        (b'{"evaluation": {"txt": 1}}', "evaluation.txt", "unknown entry 'txt'; there are: "),
+    ],
+)
+def test_what_is_wrong_with_the_form_of_a_request_is_said_in_words(server, body, where, text):
+    headers = {"Content-Type": "application/json"}
+    answer = server.ask("POST", f"{API}/experiments", body, headers)
+    assert answer.status == 422
+    found = answer.json["problems"][0]
+    assert (found["where"], found["text"][: len(text)]) == (where, text)
+
+
 def test_what_only_the_models_show_is_said_too(server):
     request = {"method": "linear", "models": [{"id": "capitals"}, {"id": "elements"}],
                "vocabulary": "nonsense"}  # fmt: skip
@@ -591,7 +611,7 @@ def test_a_merge_for_which_the_disk_has_no_room_is_refused(tmp_path):
 
 
 def test_a_merge_for_which_there_is_no_memory_is_refused(tmp_path):
-    with Server(tmp_path / "data", "--max-memory", "10MB") as server:
+    with Server(tmp_path / "data", "--max-memory", "110MB") as server:
         answer = server.ask("POST", f"{API}/experiments", TWO)
         assert answer.status == 422
         assert "max_memory" in answer.json["problems"][0]["text"]

@@ -71,3 +71,11 @@ def test_what_is_passed_over_is_said(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(registry, "MOST_FOLDERS", 2)
     scanned(tmp_path)
     assert "more than 2 folders" in capfd.readouterr().err
+
+
+def test_results_of_services_are_no_models(tmp_path):
+    make_llama(tmp_path / "own", seed=1)
+    make_llama(tmp_path / "data" / "results" / "exp-1" / "model", seed=2)
+    (tmp_path / "data" / "jobs.sqlite3").write_bytes(b"")
+    assert scanned(tmp_path).keys() == {"own"}
+    assert scanned(tmp_path / "data" / "results").keys() == {"exp-1-model"}  # asked for by name

@@ -175,8 +175,23 @@ def test_unknown_and_unavailable_models_are_told_apart():
 
 def test_a_name_of_the_hub_is_no_id_but_leads_to_it():
     models = [{"id": "HuggingFaceH4/zephyr-7b-beta"}, {"id": "code"}]
-    text = "HuggingFaceH4/zephyr-7b-beta is called 'zephyr-7b-beta' here"
+    text = "'HuggingFaceH4/zephyr-7b-beta' is no id of a model. Is 'zephyr-7b-beta' meant?"
     assert problems(method="linear", models=models) == [("models[0].id", text)]
+
+
+@pytest.mark.parametrize("name", ["models/code", "code lora", "/data/models/code-lora/"])
+def test_a_path_or_a_name_is_no_id_but_leads_to_it(name):
+    meant = "code" if name == "models/code" else "code-lora"
+    recipe = f"method: linear\nmodels:\n- model: chat\n- model: {name}\n"
+    text = f"{name!r} is no id of a model. Is {meant!r} meant?"
+    assert ("line 4", text) in problems(recipe=recipe)
+
+
+def test_what_a_request_can_say_is_listed_where_it_says_something_else():
+    ((where, text),) = problems(method="linear", models=BOTH, evaluaton={})
+    assert where == "evaluaton"
+    assert text.endswith("Did you mean 'evaluation'?")
+    assert {"recipe", "findings", "dtype"} <= {*text.partition("there are: ")[2].split(", ")}
 
 
 def test_an_adapter_alone_comes_with_its_base():

@@ -56,8 +56,8 @@ def experiment(store, folders, pages=0, *, state="completed", planned=0, downloa
         if state != "running":
             store.finish(number, "one", state)
     if pages:
-        path = folders.of(key) / "weights"
-        path.parent.mkdir()
+        path = folders.of(key) / "model" / "weights"
+        path.parent.mkdir(parents=True)
         path.write_bytes(bytes(pages * PAGE))
     return key
 
@@ -176,13 +176,21 @@ def test_what_a_process_has_left_that_outlived_its_server_goes_in_time(store, fo
     assert folders.log(left).exists()
 
 
+def test_results_that_somebody_has_removed_are_not_there_any_more(store, folders, capfd):
+    kept, lost = (experiment(store, folders) for _ in range(2))
+    (folders.of(kept) / "model").mkdir(parents=True)
+    results(store, folders).tidy()
+    assert ids(store.results()) == [kept]
+    assert f"{lost}: somebody else has removed its files" in capfd.readouterr().err
+
+
 def test_sizes_are_taken_while_folders_come_and_go(store, folders):
     key = experiment(store, folders, 1)
     kept, over = results(store, folders), threading.Event()
 
     def make_and_remove():
         while not over.is_set():
-            folder = folders.of(key) / "model"
+            folder = folders.of(key) / "other"
             for number in range(20):
                 (folder / str(number)).mkdir(parents=True)
             shutil.rmtree(folder)

@@ -17,7 +17,7 @@ from merge_progress import progress_bar
 from service import core, log, runner
 from service.core import Service
 from service.planner import PlanLimitError, Planner
-from service.schemas import ExperimentRequest
+from service.schemas import EvaluationRequest, ExperimentRequest
 from service.settings import Settings
 
 TINY = Path(__file__).resolve().parent.parent / "examples/tiny_llamas"
@@ -235,6 +235,52 @@ def test_a_model_may_be_called_merged(tmp_path):
     found = served(tmp_path, use, models=(tmp_path / "models",))
     assert found.state == "completed", found.problems
     assert [each["name"] for each in found.outcome["models"]] == ["merged", "elements", "the merge"]
+
+
+def test_an_evaluation_right_after_another_leaves_the_result(tmp_path):
+    """The process of the first may still be ending when the second takes its place."""
+    asked = EvaluationRequest(text="capital: france = paris")
+
+    async def use(service):
+        key = await create(service)
+        await over(service, key)
+        await service.evaluate(key, asked)
+        first = await until(service, key, lambda each: not each.is_open, 90)
+        await service.evaluate(key, asked)
+        second = await until(service, key, lambda each: not each.is_open, 90)
+        return first, second, (service.folders.of(key) / "model").is_dir()
+
+    first, second, is_there = served(tmp_path, use)
+    assert [each.evaluation.state for each in (first, second)] == ["completed", "completed"]
+    assert first.evaluation.number != second.evaluation.number
+    assert first.evaluation.progress.total == 3  # models
+    assert is_there
+
+
+def test_a_model_that_has_changed_by_now_is_an_error(tmp_path):
+    own = tmp_path / "models" / "own"
+    shutil.copytree(TINY / "capitals", own)
+
+    async def use(service):
+        service.runner._rests_until = math.inf
+        keys = [await create(service, models=[{"id": "own"}, {"id": "base"}]) for _ in range(2)]
+        (own / "notes.txt").write_text("which no merge reads")
+        service.runner._rests_until = 0
+        first = await over(service, keys[0])
+        service.runner._rests_until = math.inf
+        shutil.copy(TINY / "elements" / "model.safetensors", own)
+        again = await create(service, models=[{"id": "own"}, {"id": "base"}])
+        return first, keys[1], again
+
+    async def both(service):
+        first, second, third = await use(service)
+        service.runner._rests_until = 0
+        return [first, await over(service, second), await over(service, third)]
+
+    found = served(tmp_path, both, models=(tmp_path / "models",), workers=1)
+    assert [each.merge.state for each in found] == ["completed", "failed", "completed"]
+    text = "own has changed since this was asked for. Ask for it again"
+    assert found[1].merge.problems == (text,)
 
 
 def test_progress_of_a_merge_that_goes_on_begins_where_it_stopped():

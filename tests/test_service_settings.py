@@ -39,7 +39,8 @@ def test_all_that_is_wrong_is_said_at_once_and_where(tmp_path):
     file = tmp_path / "service.toml"
     file.write_text("port = 70000\nprot = 1\n")
     environment = {"LLAMA_MERGE_WORKERS": "none", "LLAMA_MERGE_TOKEN": "short"}
-    with pytest.raises(ValueError, match="unknown setting 'prot'") as caught:
+    said = r"unknown setting 'prot'.*Did you mean 'port'\?"
+    with pytest.raises(ValueError, match=said) as caught:
         read_settings(file, {"max_memory": "much"}, environment)
     lines = str(caught.value).splitlines()
     assert [line.split(":")[0] for line in lines] == [
@@ -102,6 +103,8 @@ def test_a_size_that_is_none_is_said_once():
         ({"hub_models": ("/etc",)}, "--hub-models: hub_models must be ids such as org/name"),
         ({"hosts": ("http://merge.lan",)}, "--hosts: hosts must be names such as merge.lan"),
         ({"hosts": ("merge.lan:80",)}, "--hosts: hosts must be names such as merge.lan"),
+        ({"models": ("",)}, "--models: models has an entry that is empty"),
+        ({"max_memory": "10MB"}, "--max-memory: max_memory must be at least 100MB, got 10MB"),
         ({"host": ""}, "--host: host: string should have at least 1 character"),
     ],
 )

@@ -219,7 +219,7 @@ def test_a_refused_request_says_so_in_its_place(visit: Visit) -> None:
     page.press("#start", "Enter")
     assert page.evaluate("document.activeElement.id") == "ties-density"
     page.fill("#ties-density", "")
-    assert visit.wait_for_problem("parameters.density") == "This is no number."
+    assert visit.wait_for_problem("parameters.density") == "Density is no number."
     page.fill("#ties-density", "0.4")
     visit.wait_until_ready()
     assert page.locator(".problem:visible").count() == 0
@@ -340,7 +340,7 @@ def test_a_merge_can_be_cancelled(visit: Visit, server: Server) -> None:
     with server.frozen(key):
         page.goto(f"/experiments/{key}")
         page.get_by_role("button", name="Cancel").click()
-        page.get_by_role("button", name="Keep it running").click()
+        page.get_by_role("button", name="Leave it as it is").click()
         page.get_by_role("button", name="Cancel").click()
         visit.picture("experiment-cancel")
         page.get_by_role("button", name="Stop it").click()

@@ -74,7 +74,8 @@ function localTimes(root = document) {
   for (const each of findAll("time[datetime]", root)) {
     const moment = new Date(each.dateTime);
     if (!Number.isNaN(moment.valueOf())) {
-      each.textContent = moment.toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
+      const timeStyle = each.closest(".history") ? "medium" : "short"; // with seconds, or without
+      each.textContent = moment.toLocaleString([], { dateStyle: "medium", timeStyle });
       each.title = moment.toLocaleString();
     }
   }
@@ -340,7 +341,8 @@ function studio(form) {
     const numbers = findAll("#settings [type=number]").filter((each) => !each.closest("[hidden]"));
     const isWrong = (each) => each.validity.badInput || (each.value === "" && each.closest(".slide"));
     const where = (each) => each.closest("[data-where]").dataset.where;
-    return numbers.filter(isWrong).map((each) => ({ where: where(each), text: "this is no number" }));
+    const text = (each) => `${each.labels[0]?.textContent || each.ariaLabel} is no number`;
+    return numbers.filter(isWrong).map((each) => ({ where: where(each), text: text(each) }));
   }
 
   // The plan
