@@ -186,9 +186,8 @@ class Guard:
             text = "this is not the token. One that the service makes itself is another each time"
             raise RefusalError(401, text, {"www-authenticate": "Bearer"})
         if scope["method"] == "GET" and "text/html" in headers.get("accept", ""):
-            wanted = path + (
-                f"?{query}" if (query := scope["query_string"].decode("latin-1")) else ""
-            )
+            query = scope["query_string"].decode("latin-1")
+            wanted = f"{path}?{query}" if query else path
             where = LOGIN if wanted == "/" else f"{LOGIN}?next={quote(wanted, safe='/')}"
             raise RefusalError(303, "log in first", {"location": where})
         text = "send the token as `Authorization: Bearer TOKEN`"

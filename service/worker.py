@@ -194,14 +194,14 @@ def check_models(folders: Mapping[str, Sequence[str]]) -> None:
     """
     problems = []
     for key, (folder, mark) in folders.items():
-        link, what = Path(key), "has changed since this was asked for"
+        link, what = Path(key), "has changed since the merge was asked for"
         if not link.is_symlink() or os.readlink(link) != folder:
-            what = "is another model now than it was when this was asked for"
+            what = "is another model now than it was when the merge was asked for"
         elif not link.is_dir():
             what = "is not there any more"
         elif fingerprint(link) == mark:
             continue
-        problems.append(f"{key} {what}. Ask for it again")
+        problems.append(f"{key} {what}. Ask for the merge again")
     if problems:
         raise ValueError("\n".join(problems))
 

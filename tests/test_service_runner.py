@@ -279,7 +279,7 @@ def test_a_model_that_has_changed_by_now_is_an_error(tmp_path):
 
     found = served(tmp_path, both, models=(tmp_path / "models",), workers=1)
     assert [each.merge.state for each in found] == ["completed", "failed", "completed"]
-    text = "own has changed since this was asked for. Ask for it again"
+    text = "own has changed since the merge was asked for. Ask for the merge again"
     assert found[1].merge.problems == (text,)
 
 
@@ -349,9 +349,8 @@ def test_an_id_that_means_another_model_by_now_is_an_error(tmp_path):
 
     found = served(tmp_path, use, workers=1).merge
     assert found.state == "failed"
-    assert found.problems == (
-        "capitals is another model now than it was when this was asked for. Ask for it again",
-    )
+    text = "capitals is another model now than it was when the merge was asked for"
+    assert found.problems == (f"{text}. Ask for the merge again",)
 
 
 def test_what_many_ask_for_at_once_is_made_once(tmp_path):
