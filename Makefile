@@ -8,9 +8,6 @@ TORCH := torch==2.13.0
 install = $(BIN)/uv pip install --quiet --python $(1)/bin/python $(2) || \
 	$(1)/bin/python -m pip install --quiet --no-compile $(2)
 
-# One more than there are cores: tests of the service wait for servers.
-WORKERS := $(shell echo $$(($$(nproc) + 1)))
-
 .PHONY: test demo lint types unit transformers4 bare site fix clean
 
 test: lint types unit transformers4 bare site  ## everything that CI runs
@@ -26,7 +23,7 @@ types: .venv/installed
 	$(BIN)/mypy
 
 unit: .venv/installed  ## all tests, with transformers 5
-	$(BIN)/pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/pytest -n auto --dist worksteal
 
 transformers4: .venv-transformers4/installed  ## what loads results, with transformers 4
 	.venv-transformers4/bin/pytest -n auto --dist worksteal tests/test_loads.py tests/test_model_companions.py \

@@ -311,6 +311,11 @@ def downloads_shown(order: Order, watch: Watch) -> Iterator[None]:
 # An evaluation
 
 
+def name_of_result(others: Sequence[str]) -> str:
+    """What the result is called beside models; "the merge" is no id of any."""
+    return "merged" if "merged" not in others else "the merge"
+
+
 def evaluate(order: Order, job: Job, watch: Watch) -> dict[str, Any]:
     """Compare the base, the sources and the merge."""
     import functools
@@ -328,7 +333,7 @@ def evaluate(order: Order, job: Job, watch: Watch) -> dict[str, Any]:
     ]
     page = folder / "comparison.html"
     page.unlink(missing_ok=True)  # of an earlier time
-    called = "merged" if "merged" not in (base, *models) else "the merge"  # which is no id
+    called = name_of_result([name for name, _ in named])
     named.append((called, "merge"))
     loaded: list[str] = []
 

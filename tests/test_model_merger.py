@@ -746,7 +746,7 @@ class NoMemory:
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU in name, which has no memory."""
-    monkeypatch.setattr("merge_run._device_problems", lambda _: iter(()))
+    monkeypatch.setattr("merge_run.device_problems", lambda _: iter(()))
     monkeypatch.setattr("model_inference.chosen_device", lambda device: device)
     monkeypatch.setattr(model_merger, "chosen_device", lambda device: device)
 

@@ -12,8 +12,8 @@ PROGRAM = Path(__file__).with_name("reliability.py")
 @pytest.mark.parametrize(
     ("campaign", "more", "done"),
     [
-        ("faults", ["--step", "701"], "SIGKILL"),
-        ("kills", ["--count", "15"], "kills"),
+        ("faults", ["--step", "1409"], "SIGKILL"),
+        ("kills", ["--count", "9"], "kills"),
         ("starts", ["--count", "6"], "rounds"),
         ("disk", [], ""),  # what it does where no disk can be made is said there
         ("inputs", [], "vanished"),

@@ -39,19 +39,8 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def done(server):
-    """A finished merge with findings and an evaluation."""
-    prompts = ["capital: france =", "symbol: gold ="]
-    key = server.merge(
-        {
-            "name": "Code + Chat Model",
-            "method": "ties",
-            "base_model": "base",
-            "models": [{"id": "capitals", "weight": 0.6}, {"id": "elements", "weight": 0.4}],
-            "parameters": {"density": 0.5},
-            "evaluation": {"prompts": prompts, "text": "capital: france = paris"},
-        }
-    )
-    return server.until(key, lambda found: "events" not in found["links"], 120)
+    """A finished merge with findings."""
+    return server.finished(server.merge(CODE_AND_CHAT), 120)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +52,13 @@ def large(tmp_path_factory):
     return folder
 
 
+CODE_AND_CHAT = {
+    "name": "Code + Chat Model",
+    "method": "ties",
+    "base_model": "base",
+    "models": [{"id": "capitals", "weight": 0.6}, {"id": "elements", "weight": 0.4}],
+    "parameters": {"density": 0.5},
+}
 LARGE = {"method": "linear", "models": [{"id": "one", "weight": 0.5}, {"id": "two", "weight": 0.5}]}
 
 
@@ -380,8 +376,10 @@ def test_a_download_that_broke_off_goes_on(server, done, path):
 
 def test_a_client_that_goes_away_leaves_nothing_open(server, done):
     def open_results():
-        folder = Path(f"/proc/{server.process.pid}/fd")
-        links = [os.readlink(each) for each in folder.iterdir() if each.is_symlink()]
+        links = []
+        for each in Path(f"/proc/{server.process.pid}/fd").iterdir():
+            with contextlib.suppress(OSError):  # closed meanwhile
+                links.append(os.readlink(each))
         return [link for link in links if "/results/" in link]
 
     for _ in range(5):
@@ -396,37 +394,54 @@ def test_a_client_that_goes_away_leaves_nothing_open(server, done):
 
 
 def test_pages_of_a_result_run_no_scripts(server, done):
-    for name, text in (("findings", "Conflicts of sign"), ("comparison", "perplexity")):
-        answer = server.ask("GET", f"{done['links']['self']}/{name}")
-        assert text in answer.body.decode()
-        assert "sandbox" in answer.headers["content-security-policy"]
+    answer = server.ask("GET", f"{done['links']['self']}/findings")
+    assert "Conflicts of sign" in answer.body.decode()
+    assert "sandbox" in answer.headers["content-security-policy"]
 
 
-def test_an_evaluation_compares_sources_and_merge(server, done):
-    result = done["evaluation"]["result"]
+def test_an_evaluation_compares_sources_and_merge(server):
+    """And another, while the process of the first is still ending, leaves the result."""
+    asked = {"prompts": ["capital: france =", "symbol: gold ="], "text": "capital: france = paris"}
+    key = server.merge({**CODE_AND_CHAT, "evaluation": asked})
+    found = server.until(key, lambda found: "events" not in found["links"], 120)
+    server.post(f"/experiments/{key}/evaluation", {"text": "symbol: gold = Au"})
+    result = found["evaluation"]["result"]
     assert [(each["name"], each["role"]) for each in result["models"]] == [
         ("base", "base"),
         ("capitals", "source"),
         ("elements", "source"),
         ("merged", "merge"),
     ]
+    assert found["evaluation"]["total_bytes"] == 4  # models
     merged = result["models"][-1]
     assert [each["text"].strip() for each in merged["answers"]] == ["paris", "Au"]
     assert merged["numbers"]["perplexity"] > 1
+    page = server.ask("GET", found["links"]["comparison"])
+    assert "perplexity" in page.body.decode()
+    assert "sandbox" in page.headers["content-security-policy"]
+    for body in (page.body, json.dumps(found).encode()):
+        assert str(server.data).encode() not in body
+        assert str(ROOT).encode() not in body
+    server.worker(key)
+    server.cancel(key)
+    found = server.until(key, lambda found: "events" not in found["links"])
+    assert found["evaluation"]["status"] == "cancelled"
+    assert server.ask("HEAD", found["links"]["download"]).status == 200
 
 
-def test_an_evaluation_can_be_asked_for_later(server):
+def test_an_evaluation_has_something_to_compare_and_to_compare_by(server):
     key = server.merge()
-    answer = server.ask("POST", f"{API}/experiments/{key}/evaluation", {"prompts": ["a"]})
-    assert answer.status in (202, 409)
-    server.until(key, lambda found: "events" not in found["links"])
+    with server.frozen(key):
+        early = server.ask("POST", f"{API}/experiments/{key}/evaluation", {"prompts": ["a"]})
+    assert early.status == 409
     empty = server.ask("POST", f"{API}/experiments/{key}/evaluation", {})
     assert (empty.status, empty.json["problems"][0]["where"]) == (422, "evaluation")
+    server.finished(key)
 
 
 def test_no_answer_tells_of_folders(server, done):
     paths = ["/models", "/experiments", f"/experiments/{done['id']}", "/health", "/openapi.json"]
-    paths += [f"/experiments/{done['id']}/{each}" for each in ("report", "findings", "comparison")]
+    paths += [f"/experiments/{done['id']}/{each}" for each in ("report", "findings")]
     bodies = [server.ask("GET", API + path).body for path in paths]
     bodies.append(server.ask("GET", done["links"]["download"]).body)
     for body in bodies:

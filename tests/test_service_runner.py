@@ -14,10 +14,10 @@ import pytest
 pytest.importorskip("fastapi")
 
 from merge_progress import progress_bar
-from service import core, log, runner
+from service import core, log, runner, worker
 from service.core import Service
 from service.planner import PlanLimitError, Planner
-from service.schemas import EvaluationRequest, ExperimentRequest
+from service.schemas import ExperimentRequest
 from service.settings import Settings
 
 TINY = Path(__file__).resolve().parent.parent / "examples/tiny_llamas"
@@ -222,39 +222,9 @@ def test_a_result_of_other_models_is_made_anew(tmp_path):
     assert weights[0] != weights[1]
 
 
-def test_a_model_may_be_called_merged(tmp_path):
-    shutil.copytree(TINY / "capitals", tmp_path / "models" / "merged")
-
-    async def use(service):
-        asked = {"prompts": ["capital: france ="], "max_new_tokens": 2}
-        models = [{"id": "merged"}, {"id": "elements"}]
-        key = await create(service, models=models, evaluation=asked)
-        found = await until(service, key, lambda each: each.evaluation and not each.is_open, 90)
-        return found.evaluation
-
-    found = served(tmp_path, use, models=(tmp_path / "models",))
-    assert found.state == "completed", found.problems
-    assert [each["name"] for each in found.outcome["models"]] == ["merged", "elements", "the merge"]
-
-
-def test_an_evaluation_right_after_another_leaves_the_result(tmp_path):
-    """The process of the first may still be ending when the second takes its place."""
-    asked = EvaluationRequest(text="capital: france = paris")
-
-    async def use(service):
-        key = await create(service)
-        await over(service, key)
-        await service.evaluate(key, asked)
-        first = await until(service, key, lambda each: not each.is_open, 90)
-        await service.evaluate(key, asked)
-        second = await until(service, key, lambda each: not each.is_open, 90)
-        return first, second, (service.folders.of(key) / "model").is_dir()
-
-    first, second, is_there = served(tmp_path, use)
-    assert [each.evaluation.state for each in (first, second)] == ["completed", "completed"]
-    assert first.evaluation.number != second.evaluation.number
-    assert first.evaluation.progress.total == 3  # models
-    assert is_there
+def test_a_model_may_be_called_merged():
+    assert worker.name_of_result(["base", "chat"]) == "merged"
+    assert worker.name_of_result(["merged", "chat"]) == "the merge"
 
 
 def test_a_model_that_has_changed_by_now_is_an_error(tmp_path):

@@ -1,10 +1,14 @@
 """Settings: file, environment and command line, and what is wrong with them at once."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 pytest.importorskip("fastapi")
 
+from service import planner
 from service.app import with_token
+from service.command import main
 from service.settings import Settings, read_settings
 
 
@@ -124,8 +128,14 @@ def test_a_token_is_made_where_a_proxy_lets_others_in():
         assert len(with_token(settings).token) >= 32
 
 
-def test_a_device_that_is_not_there_is_said_at_the_start(capsys):
-    from service.command import main
-
+def test_a_device_that_is_not_there_is_said_at_the_start(capsys, monkeypatch):
+    monkeypatch.setattr(planner, "ProcessPoolExecutor", InThisProcess)
     assert main(["--device", "cuda:77", "--port", "0"]) == 2
     assert "device 'cuda:77' cannot be used here" in capsys.readouterr().err
+
+
+class InThisProcess(ThreadPoolExecutor):
+    """Instead of a process, which would load PyTorch anew."""
+
+    def __init__(self, count, mp_context):
+        super().__init__(count)
