@@ -98,6 +98,9 @@ def test_what_several_merges_need_is_downloaded_once(store, folders, disk, monke
     assert kept.in_the_way(40 * PAGE, {"a": 40 * PAGE}) == []
     with pytest.raises(NoRoomError):
         kept.in_the_way(40 * PAGE, {"a": 40 * PAGE, "b": PAGE})
+    assert kept.in_the_way(10 * PAGE, {"b": 30 * PAGE}) == []
+    with pytest.raises(NoRoomError):  # beside what the other has yet to download
+        kept.in_the_way(10 * PAGE, {"b": 31 * PAGE})
 
 
 def test_the_oldest_make_way_and_count_as_free(store, folders, disk):
