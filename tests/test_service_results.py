@@ -187,6 +187,13 @@ def test_results_that_somebody_has_removed_are_not_there_any_more(store, folders
     assert f"{lost}: somebody else has removed its files" in capfd.readouterr().err
 
 
+def test_folders_are_called_as_merges_call_them(tmp_path):
+    """Which look behind links: what is said of them is made public by their names."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert Folders.below(tmp_path / "link").results == tmp_path.resolve() / "real" / "results"
+
+
 def test_sizes_are_taken_while_folders_come_and_go(store, folders):
     key = experiment(store, folders, 1)
     kept, over = results(store, folders), threading.Event()
