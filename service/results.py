@@ -191,6 +191,8 @@ class Results:
 
     def _miss_lost(self) -> None:
         """Results whose files somebody else has removed are not there any more."""
+        if not any(self._folders.results.iterdir()):
+            return  # a disk that is not there at the moment, maybe: nothing is to be forgotten
         for each in self._store.results():
             folder = self._folders.of(each.id)
             if not (folder / "model").is_dir() and not each.is_open:

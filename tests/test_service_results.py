@@ -187,6 +187,18 @@ def test_results_that_somebody_has_removed_are_not_there_any_more(store, folders
     assert f"{lost}: somebody else has removed its files" in capfd.readouterr().err
 
 
+def test_results_on_a_disk_that_is_not_there_are_not_forgotten(store, folders):
+    key = experiment(store, folders, 1)
+    folders.results.rename(folders.results.with_name("elsewhere"))
+    folders.results.mkdir()
+    results(store, folders).tidy()
+    folders.results.rmdir()
+    folders.results.with_name("elsewhere").rename(folders.results)
+    results(store, folders).tidy()
+    assert ids(store.results()) == [key]
+    assert (folders.of(key) / "model" / "weights").exists()
+
+
 def test_folders_are_called_as_merges_call_them(tmp_path):
     """Which look behind links: what is said of them is made public by their names."""
     (tmp_path / "real").mkdir()
